@@ -1,0 +1,198 @@
+"""Hidden states between blocks, the arguments each block is called with, and the inputs of a block's linears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quailora.blocks import Block, StreamedModel
+from quailora.calibration import Batch
+from quailora.gram import Gram
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model passes to a block beside the hidden states: masks, position embeddings, ALiBi; they can differ per
+    block."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's hidden states out, for its hidden states in, both (b, t, d)."""
+        out = block(hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class Calls:
+    """Records the calls that a model makes to its blocks, without running the blocks.
+
+    The model's own forward pass runs over its embeddings with every block replaced by one that hands the hidden states
+    on, so masks and position embeddings are made by the model itself and no model family needs code of its own. Equal
+    tensors are kept once: batches of one length share theirs.
+    """
+
+    def __init__(self, model: StreamedModel) -> None:
+        self._model = model
+        self._pool: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._tuples: dict[type[nn.Module], bool] = {}
+
+    @torch.no_grad()
+    def record(self, batch: Batch) -> tuple[Tensor, list[Call]]:
+        """The hidden states (b, t, d) that enter the first block, and one call per block. The embeddings must be
+        resident."""
+        self._learn_outputs(batch)
+        calls: list[Call] = []
+        first: list[Tensor] = []
+
+        def bypass(block: Block, *args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split(args, kwargs)
+            first.append(hidden)
+            calls.append(Call(self._shared(call.args), self._shared(call.kwargs)))
+            return (hidden, None) if self._tuples[type(block.module)] else hidden
+
+        with _replaced_forward(self._model.blocks, bypass):
+            self._run(batch.input_ids)
+        return first[0], calls
+
+    def _learn_outputs(self, batch: Batch) -> None:
+        """Whether a block returns a tensor or a tuple is seen by running one of each class on a single token."""
+        for index, block in enumerate(self._model.blocks):
+            kind = type(block.module)
+            if kind in self._tuples:
+                continue
+
+            def probe(
+                at: Block, *args: Any, index: int = index, forward: Any = block.module.forward, **kwargs: Any
+            ) -> Any:
+                if at is not self._model.blocks[index]:
+                    hidden, _ = _split(args, kwargs)
+                    return (hidden, None) if self._tuples[type(at.module)] else hidden
+                raise _Seen(isinstance(forward(*args, **kwargs), tuple))
+
+            with self._model.resident(f"{block.name}."), _replaced_forward(self._model.blocks, probe):
+                try:
+                    self._run(batch.input_ids[:1, :1])
+                except _Seen as seen:
+                    self._tuples[kind] = seen.is_tuple
+
+    def _run(self, input_ids: Tensor) -> None:
+        # No attention mask: batches are padded on the right, where causal attention never looks.
+        self._model.decoder(input_ids=input_ids.to(self._model.device), use_cache=False)
+
+    def _shared(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            known = self._pool.setdefault((value.shape, value.dtype), [])
+            for tensor in known:
+                if tensor is value or torch.equal(tensor, value):
+                    return tensor
+            known.append(value)
+            return value
+        if isinstance(value, tuple | list):
+            return type(value)(self._shared(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self._shared(item) for key, item in value.items()}
+        return value
+
+
+class _Seen(Exception):
+    """Carries what `_learn_outputs` wanted to know out of a forward pass that need not go on."""
+
+    def __init__(self, is_tuple: bool) -> None:
+        self.is_tuple = is_tuple
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    return kwargs["hidden_states"], Call((), {key: value for key, value in kwargs.items() if key != "hidden_states"})
+
+
+@contextmanager
+def _replaced_forward(blocks: list[Block], forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it `forward(block, *args, **kwargs)` answers in place of every block's own forward."""
+    try:
+        for block in blocks:
+            block.module.forward = lambda *args, block=block, **kwargs: forward(block, *args, **kwargs)
+        yield
+    finally:
+        for block in blocks:
+            block.module.__dict__.pop("forward", None)
+
+
+@dataclass
+class _Input:
+    """One distinct input of a block: the linear that adds it up for all that share it, and its H."""
+
+    leader: str
+    gram: Gram
+
+
+@dataclass
+class Collector:
+    """The H of each distinct input of a block's linears, filled while the block runs. See `collect`."""
+
+    grams: dict[str, Gram] = field(default_factory=dict)
+    _inputs: dict[str, _Input] = field(default_factory=dict)
+    _seen: list[tuple[Tensor, _Input]] = field(default_factory=list)
+    _keep: Tensor | None = None
+
+    @contextmanager
+    def batch(self, keep: Tensor | None) -> Iterator[None]:
+        """One forward pass of the block, whose padding `keep` (b, t) leaves out of H."""
+        self._keep = keep
+        try:
+            yield
+        finally:
+            # The tensors are held only this long: identity means nothing once they are gone.
+            self._seen.clear()
+
+    def receive(self, name: str, x: Tensor) -> None:
+        shared = self._inputs.get(name)
+        if shared is None:
+            shared = next((entry for seen, entry in self._seen if _same(seen, x)), None)
+            shared = shared or _Input(name, Gram(x.shape[-1], device=x.device))
+            self._inputs[name], self.grams[name] = shared, shared.gram
+            self._seen.append((x, shared))
+        if shared.leader == name:
+            shared.gram.update(x, self._mask(x, name))
+
+    def _mask(self, x: Tensor, name: str) -> Tensor | None:
+        if self._keep is None:
+            return None
+        if x.shape[:-1].numel() != self._keep.numel():
+            raise ValueError(
+                f"{name} receives {tuple(x.shape)} in a batch of {tuple(self._keep.shape)} tokens: which of its "
+                "rows are padding "
+                "cannot be told; use sequences of one length"
+            )
+        return self._keep.reshape(x.shape[:-1])
+
+
+@contextmanager
+def collect(linears: dict[str, nn.Module]) -> Iterator[Collector]:
+    """Hooks on the linears of a block that add up one H per distinct input; removed whatever happens.
+
+    Linears share an H when they receive the same tensor (q, k and v; gate and up), found in the first batch by the
+    tensor itself. A linear that no token reaches has no entry in `grams`.
+    """
+    collector = Collector()
+    with ExitStack() as hooks:
+        for name, module in linears.items():
+
+            def receive(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                collector.receive(name, args[0] if args else kwargs["input"])
+
+            hooks.callback(module.register_forward_pre_hook(receive, with_kwargs=True).remove)
+        yield collector
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, both alive, are the same numbers in the same place."""
+    same_view = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    return a is b or (same_view and a.data_ptr() == b.data_ptr() and a._version == b._version)

@@ -1,0 +1,283 @@
+"""Factors -> an ordinary PEFT adapter. PEFT itself resolves targets, ranks and scaling, and writes the files."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from quailora.blocks import StreamedModel, skeleton
+from quailora.checkpoint import Checkpoint
+from quailora.errors import AdapterError, QuailoraError
+from quailora.quantized import QuantizedLinear, is_quantized
+from quailora.solvers import LoraFactors
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear of the base model that LoRA adapts and the base holds quantised.
+
+    scaling: what PEFT multiplies `lora_B.weight @ lora_A.weight` with: alpha / r, or alpha / sqrt(r) with rsLoRA.
+    """
+
+    name: str
+    layer: LoraLayer
+    adapter: str
+    rank: int
+    scaling: float
+
+    @property
+    def base(self) -> QuantizedLinear:
+        """The quantised linear itself."""
+        return self.layer.get_base_layer()  # type: ignore[return-value]
+
+    def assign(self, factors: LoraFactors) -> None:
+        """Put the factors in place: scaling * lora_B.weight @ lora_A.weight = A Bᵀ, whatever alpha is, with both sides
+        balanced."""
+        root = self.scaling**0.5
+        lora_a, lora_b = self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
+        _fill(lora_a, "weight", factors.B.T / root)
+        _fill(lora_b, "weight", factors.A / root)
+        if getattr(lora_b, "bias", None) is not None:
+            _fill(lora_b, "bias", torch.zeros(self.base.out_features))
+
+
+def quantized_skeleton(checkpoint: Checkpoint, config: BitsAndBytesConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model as transformers would quantise it, with no weights: which linears are 4-bit or 8-bit, and how.
+
+    Raises:
+        AdapterError: transformers quantises no linear of this model.
+    """
+    model = skeleton(checkpoint, dtype)
+    linears = {type(m).__name__ for m in model.get_decoder().modules() if isinstance(m, nn.Linear | Conv1D)}
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=None, use_kernels=False)
+    quantizer.postprocess_model(model)
+    if not any(is_quantized(module) for module in model.modules()):
+        raise AdapterError(
+            f"transformers quantises no linear of {type(model).__name__} (they are {', '.join(sorted(linears))}), "
+            "so loading it "
+            "with this quantisation gives the full-precision model and there is nothing to initialise"
+        )
+    return model
+
+
+def adapted_skeleton(base: PreTrainedModel, config: LoraConfig, checkpoint: Checkpoint) -> PeftModel:
+    """`get_peft_model` over a base on the meta device: no LoRA weight has memory yet.
+
+    Raises:
+        AdapterError: a target module that the model does not have (with the nearest names), or a setting PEFT refuses.
+    """
+    _check_names(base, config)
+    base.name_or_path = checkpoint.name
+    config.base_model_name_or_path = checkpoint.name
+    try:
+        return get_peft_model(base, config, low_cpu_mem_usage=True)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"PEFT refuses this LoRA configuration: {error}") from error
+
+
+def check_config(config: Any) -> LoraConfig:
+    """The configuration itself; refuses what a starting point of W - Q = A Bᵀ cannot be right for, before anything is read.
+
+    Raises:
+        AdapterError: with the setting, why, and what to use.
+    """
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(
+            f"{type(config).__name__} is no LoRA configuration: QuAILoRA starts LoRA factors, use peft.LoraConfig"
+        )
+    if config.use_dora:
+        raise AdapterError(
+            "use_dora=True: DoRA rescales every row of the adapted weight by its own norm, so factors that undo the "
+            "quantisation error "
+            "are not what its forward pass needs; use plain LoRA"
+        )
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise AdapterError(
+            f"init_lora_weights={config.init_lora_weights!r} is another start, and some change the base weights: "
+            "leave it at True"
+        )
+    if config.layer_replication:
+        raise AdapterError(
+            "layer_replication makes blocks that the checkpoint does not have: their inputs are not defined"
+        )
+    return config
+
+
+def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Target], dict[str, str]]:
+    """The quantised linears that `adapter` adapts, and the other adapted modules with why they keep the LoRA default.
+
+    Raises:
+        AdapterError: a rank above min(m, n), a scaling that is not positive, or a variant of LoRA whose product is not
+            B A.
+    """
+    targets, left = [], {}
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, BaseTunerLayer) or not isinstance(layer, LoraLayer) or adapter not in layer.r:
+            continue
+        base = layer.get_base_layer()
+        if isinstance(layer, ParamWrapper):
+            left[f"{name}.{layer.parameter_name}"] = (
+                "fused expert weights (3-D): bitsandbytes keeps them in full precision"
+            )
+        elif adapter in layer.lora_variant:
+            raise AdapterError(
+                f"{name} uses {type(layer.lora_variant[adapter]).__name__}, whose product is not that of plain LoRA"
+            )
+        elif not is_quantized(base):
+            left[name] = f"the base keeps this {type(base).__name__} in full precision: there is no error to undo"
+        else:
+            rank, scaling = layer.r[adapter], float(layer.scaling[adapter])
+            if rank > min(base.in_features, base.out_features):
+                raise AdapterError(
+                    f"rank {rank} of {name} exceeds the smaller side of its {layer.out_features} x "
+                    f"{layer.in_features} weight: "
+                    f"lower r, or give it its own in rank_pattern"
+                )
+            if scaling <= 0:
+                raise AdapterError(
+                    f"{name} has scaling {scaling} (alpha {layer.lora_alpha[adapter]}, r {rank}): it must be positive"
+                )
+            targets.append(Target(name, layer, adapter, rank, scaling))
+    return targets, left
+
+
+def check_can_be_saved(model: PeftModel, source: StreamedModel) -> None:
+    """Every tensor PEFT will save is one we make or one the checkpoint has, known before hours are spent.
+
+    Raises:
+        AdapterError: naming the tensor and the setting it comes from.
+    """
+    for key in _unfilled(model):
+        if ".lora_" not in key and source.source(_base_name(key)) is None:
+            raise AdapterError(
+                f"PEFT would save {key}, which neither LoRA nor the checkpoint defines: load the model and use "
+                "quailora.initialize"
+            )
+
+
+def fill_rest(model: PeftModel, source: StreamedModel, seed: int) -> None:
+    """Give what was left alone its default: LoRA's own start for LoRA weights, the checkpoint's tensors for
+    `modules_to_save`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                for adapter in layer.r:
+                    weights = [*layer.lora_A.values(), *layer.lora_B.values(), *layer.lora_embedding_A.values()]
+                    if any(p.device.type == "meta" for w in weights for p in _tensors(w)):
+                        _allocate(layer, adapter)
+                        layer.reset_lora_parameters(adapter, True)
+    unfilled = set(_unfilled(model))
+    for name, parameter in dict(model.named_parameters(remove_duplicate=False)).items():
+        key = name.replace(".modules_to_save.default.", ".")
+        if parameter.device.type == "meta" and key in unfilled:
+            stored = source.source(_base_name(key))
+            assert stored is not None, f"{key} passed check_can_be_saved"
+            parent, _, leaf = name.rpartition(".")
+            _fill(model.get_submodule(parent), leaf, source.checkpoint.tensor(stored))
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under its own name only when all in it is written; otherwise nothing is left.
+
+    Raises:
+        QuailoraError: the folder has something in it already, or cannot be written (a full disk included).
+    """
+    check_new_folder(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise QuailoraError(f"{path} cannot be made: {error.strerror}") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if path.exists():
+            path.rmdir()
+        partial.replace(path)
+    except Exception as error:
+        if _is_out_of_space(error):
+            raise QuailoraError(f"the disk that holds {path.parent} is full: nothing was left under {path}") from error
+        if isinstance(error, OSError):
+            raise QuailoraError(f"{path} cannot be written: {error}; nothing was left under that name") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raises QuailoraError where `path` is anything but absent or an empty folder."""
+    if path.is_dir() and any(path.iterdir()):
+        raise QuailoraError(f"the output folder {path} is not empty: give another, or remove it")
+    if path.exists() and not path.is_dir():
+        raise QuailoraError(f"{path} is a file: the output is a folder")
+
+
+def _is_out_of_space(error: BaseException) -> bool:
+    # safetensors writes from Rust and reports the operating system's error in words.
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def _check_names(base: PreTrainedModel, config: LoraConfig) -> None:
+    if isinstance(config.target_modules, str) or not config.target_modules:
+        return
+    names = [name for name, module in base.named_modules() if name]
+    for wanted in config.target_modules:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            ends = sorted(
+                {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+            )
+            near = difflib.get_close_matches(wanted, ends, n=3, cutoff=0.4) or ends
+            raise AdapterError(f"target module '{wanted}' is not in {type(base).__name__}; nearest: {', '.join(near)}")
+
+
+def _fill(module: nn.Module | Any, leaf: str, value: torch.Tensor) -> None:
+    old = getattr(module, leaf)
+    if old.device.type == "meta":
+        value = value.to(dtype=old.dtype, device="cpu").contiguous()
+        setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad))
+    else:
+        with torch.no_grad():
+            old.copy_(value)
+
+
+def _tensors(weights: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return [weights] if isinstance(weights, nn.Parameter) else list(weights.parameters())
+
+
+def _allocate(layer: LoraLayer, adapter: str) -> None:
+    for group in (layer.lora_A, layer.lora_B):
+        if adapter in group:
+            group[adapter].to_empty(device="cpu")
+    for embedding in (layer.lora_embedding_A, layer.lora_embedding_B):
+        if adapter in embedding:
+            embedding[adapter] = nn.Parameter(torch.empty_like(embedding[adapter], device="cpu"))
+
+
+def _unfilled(model: PeftModel) -> list[str]:
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return [key for key, tensor in state.items() if tensor.device.type == "meta"]
+
+
+def _base_name(key: str) -> str:
+    """The base model's name of a tensor that PEFT saves beside the LoRA weights."""
+    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")

@@ -1,0 +1,316 @@
+"""The command line: quailora init | eval | merge | convert | doctor."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import quailora
+from quailora.errors import QuailoraError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=quailora.__doc__,
+    rich_markup_mode=None,
+)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Quant(StrEnum):
+    """How the base is quantised."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+
+
+class Dtype(StrEnum):
+    """A floating-point format."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+CheckpointArgument = Annotated[
+    str, typer.Argument(help="The full-precision model: a folder, or an id on the Hugging Face hub.")
+]
+DataOption = Annotated[
+    str, typer.Option(help="A text, JSON or JSONL file, or the name of a data set on the Hugging Face hub.")
+]
+ColumnOption = Annotated[str | None, typer.Option(help="The field of the records to use, where it is not a usual one.")]
+SplitOption = Annotated[str, typer.Option(help="Which split of a data set from the hub.")]
+LengthOption = Annotated[int, typer.Option(help="Tokens in one sequence.", min=1)]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where to compute, such as cuda:0 or cpu. Default: CUDA if there is one.")
+]
+QuantOption = Annotated[
+    Quant | None, typer.Option(help="How the base is quantised. Default: nf4, or what the adapter was made for.")
+]
+DoubleOption = Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Double quantisation (4 bits).")]
+ComputeOption = Annotated[
+    Dtype | None, typer.Option(help="What a 4-bit base computes in. Default: the checkpoint's dtype.")
+]
+RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint on the hub.")]
+BatchOption = Annotated[
+    int | None, typer.Option(help="Sequences in one forward pass. Default: about 8192 tokens.", min=1)
+]
+
+
+@app.command()
+def init(
+    checkpoint: CheckpointArgument,
+    data: DataOption,
+    output: Annotated[Path, typer.Option(help="Where the adapter goes: a new or empty folder.")],
+    rank: Annotated[int, typer.Option(help="LoRA's r.", min=1)] = 64,
+    alpha: Annotated[float, typer.Option(help="LoRA's alpha; the starting product does not depend on it.")] = 16,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(r).")] = False,
+    dropout: Annotated[float, typer.Option(help="LoRA's dropout in training.", min=0, max=1)] = 0.0,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, names separated by commas, or one regular expression.")
+    ] = "all-linear",
+    quant: QuantOption = None,
+    double_quant: DoubleOption = True,
+    compute_dtype: ComputeOption = None,
+    solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
+    iterations: Annotated[int | None, typer.Option(help="Depth of krylov (3), alternations of als (20).")] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Share of the mean of H's diagonal that is added to it.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
+    sequence_length: LengthOption = 2048,
+    column: ColumnOption = None,
+    split: SplitOption = "train",
+    batch_size: BatchOption = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples, and of the solver.")] = 0,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
+    progress: Annotated[bool, typer.Option(help="Draw a progress bar.")] = True,
+) -> None:
+    """Make an adapter whose A and B undo most of the quantisation error of CHECKPOINT."""
+    from peft import LoraConfig
+
+    from quailora import pipeline
+    from quailora.adapter import check_new_folder
+    from quailora.checkpoint import Checkpoint
+
+    check_new_folder(output)
+    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        use_rslora=rslora,
+        lora_dropout=dropout,
+        target_modules=_target_modules(target_modules),
+        task_type="CAUSAL_LM",
+    )
+    report = pipeline.build_adapter(
+        source,
+        config,
+        pipeline.read_calibration(
+            source, data, samples=samples, sequence_length=sequence_length, seed=seed, split=split, column=column
+        ),
+        output,
+        quantization=_quantization(quant or Quant.nf4, double_quant, compute_dtype, source.dtype),
+        solver=solver,
+        iterations=iterations,
+        damping=pipeline.DEFAULT_DAMPING if damping is None else damping,
+        samples=samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        device=device,
+        seed=seed,
+        progress=progress,
+    )
+    Console().print(report.summary())
+    Console(soft_wrap=True, highlight=False).print(f"adapter, report.md and model card: {output}")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: CheckpointArgument,
+    data: DataOption,
+    adapter: Annotated[Path | None, typer.Option(help="The adapter's folder.")] = None,
+    initial: Annotated[
+        Path | None,
+        typer.Option(help="The adapter that training started from, if --adapter has no record of its base."),
+    ] = None,
+    quant: QuantOption = None,
+    double_quant: DoubleOption = True,
+    compute_dtype: ComputeOption = None,
+    samples: Annotated[int, typer.Option(help="Sequences to measure on.", min=1)] = 64,
+    sequence_length: LengthOption = 2048,
+    column: ColumnOption = None,
+    split: SplitOption = "test",
+    batch_size: BatchOption = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Perplexity and KL divergence: full precision, quantised, quantised with the adapter."""
+    from quailora import pipeline
+    from quailora.checkpoint import Checkpoint
+    from quailora.evaluate import compare
+    from quailora.serving import base_of, check_base
+
+    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    quantization = _quantization(quant or Quant.nf4, double_quant, compute_dtype, source.dtype)
+    dtype = source.dtype
+    if adapter is not None:
+        if not (adapter / "adapter_config.json").is_file():
+            raise QuailoraError(f"{adapter} holds no adapter_config.json: it is no adapter's folder")
+        base = base_of(adapter, initial)
+        asked = quantization if quant is not None or base is None else None
+        quantization, dtype = check_base(base, source, asked, adapter)
+    calibration = pipeline.read_calibration(
+        source, data, samples=samples, sequence_length=sequence_length, seed=seed, split=split, column=column
+    )
+    comparison = compare(
+        source,
+        adapter,
+        calibration,
+        quantization=quantization,
+        device=pipeline.default_device(device),
+        dtype=dtype,
+        batch_size=batch_size or pipeline.default_batch_size(calibration),
+    )
+    Console().print(comparison.table())
+    if json is not None:
+        comparison.save(json)
+
+
+@app.command()
+def merge(
+    checkpoint: CheckpointArgument,
+    adapter: Annotated[Path, typer.Argument(help="The trained adapter's folder.")],
+    output: Annotated[Path, typer.Option(help="Where the dense checkpoint goes: a new or empty folder.")],
+    initial: Annotated[
+        Path | None, typer.Option(help="The adapter that training started from, if ADAPTER has no record of its base.")
+    ] = None,
+    quant: QuantOption = None,
+    double_quant: DoubleOption = True,
+    compute_dtype: ComputeOption = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights written. Default: the checkpoint's.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Write a dense checkpoint W' = Q + scaling B A, for serving: what the quantised base with the adapter computes."""
+    from quailora import merge as write
+    from quailora.checkpoint import Checkpoint
+
+    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    quantization = None if quant is None else _quantization(quant, double_quant, compute_dtype, source.dtype)
+    write(source, adapter, output, initial=initial, quantization=quantization, dtype=_torch_dtype(dtype), device=device)
+    Console(soft_wrap=True, highlight=False).print(f"dense checkpoint: {output}")
+
+
+@app.command()
+def convert(
+    initial: Annotated[Path, typer.Argument(help="The adapter that training started from.")],
+    trained: Annotated[Path, typer.Argument(help="The adapter after training.")],
+    output: Annotated[Path, typer.Option(help="Where the new adapter goes: a new or empty folder.")],
+    rank: Annotated[
+        int | None, typer.Option(help="Truncate to this rank. Default: keep all, at most 2 r.", min=1)
+    ] = None,
+) -> None:
+    """Write what training learned, TRAINED less INITIAL, as an adapter for the full-precision weights."""
+    from quailora import convert as write
+
+    write(initial, trained, output, rank=rank)
+    Console(soft_wrap=True, highlight=False).print(f"adapter for the full-precision weights: {output}")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, and which backend serves each accelerated operation here."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    console = Console()
+    console.print(f"quailora {quailora.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    console.print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")))
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        table = Table("operation", "backend", "why not the others", title=f"{device}: {name}")
+        for operation, service in quailora.backends(device).items():
+            table.add_row(operation, service.backend, "; ".join(f"{k}: {v}" for k, v in service.others.items()))
+        console.print(table)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        Console(highlight=False).print(quailora.__version__)
+        raise typer.Exit
+
+
+def _target_modules(text: str) -> str | list[str]:
+    """Names are separated by commas; anything that could not be a name is a regular expression, as PEFT takes it."""
+    names = [name.strip() for name in text.split(",")]
+    plain = all(name.replace(".", "").replace("_", "").replace("-", "").isalnum() for name in names)
+    return names if plain and text != "all-linear" else text
+
+
+def _quantization(quant: Quant, double: bool, compute: Dtype | None, dtype: torch.dtype) -> BitsAndBytesConfig:
+    from transformers import BitsAndBytesConfig
+
+    from quailora.pipeline import default_quantization
+
+    if quant is Quant.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    config = default_quantization(_torch_dtype(compute) or dtype)
+    config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant = quant.value, double
+    config.bnb_4bit_compute_dtype = _torch_dtype(compute) or config.bnb_4bit_compute_dtype
+    return config
+
+
+def _torch_dtype(dtype: Dtype | None) -> torch.dtype | None:
+    import torch
+
+    return None if dtype is None else getattr(torch, dtype.value)
+
+
+def main() -> None:
+    """The console script: what a user can mend is one line on standard error and exit status 1; a bug keeps its
+    traceback."""
+    from transformers.utils import logging as transformers_logging
+
+    # One progress bar and our own words are what a person should see, not the libraries' remarks on our use of them.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(bitsandbytes|peft|transformers|torch)\b")
+    try:
+        app()
+    except QuailoraError as error:
+        errors.print(f"[bold red]error:[/] {str(error).replace('[', chr(92) + '[')}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""How good a model is on held-out tokens: perplexity, and the KL divergence from its full-precision counterpart.
+
+Every sequence scores its tokens 2 to t, each predicted from those before it; padding never counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from quailora.blocks import _no_progress_bar
+from quailora.calibration import Batch, Calibration
+from quailora.checkpoint import Checkpoint
+from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
+from quailora.report import to_json, write_files
+from quailora.serving import base_of, check_base
+
+# How many logits are in fp32 at once: 256 MiB for each of the few tensors that the scores take.
+LOGITS_AT_ONCE = 1 << 26
+
+Batches = Iterable[Batch | Tensor]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over the predicted tokens."""
+
+    name: str
+    perplexity: float  # e to the mean negative log-likelihood
+    kl: float  # KL(full precision || this), in nats
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What quantisation costs, and how much of it an adapter gives back, on `tokens` predicted tokens."""
+
+    full: Scores
+    quantised: Scores
+    adapted: Scores | None
+    tokens: int
+
+    @property
+    def gap_closed(self) -> float | None:
+        """See the function `gap_closed`; None without an adapter, too."""
+        if self.adapted is None:
+            return None
+        return gap_closed(self.full.perplexity, self.quantised.perplexity, self.adapted.perplexity)
+
+    def table(self) -> Table:
+        """For rich to print."""
+        table = Table(*self._header, caption=self._caption(), caption_justify="left")
+        for row in self._rows():
+            table.add_row(*row)
+        return table
+
+    def to_markdown(self) -> str:
+        """The same table in Markdown."""
+        lines = [self._header, ("---", "---:", "---:"), *self._rows()]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{self._caption()}\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON.
+
+        Raises:
+            QuailoraError: the disk is full, or the file may not be written.
+        """
+        path = Path(path)
+        write_files(path.parent, {path.name: to_json(self.to_dict())})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"gap_closed": self.gap_closed}
+
+    _header = ("", "perplexity", "KL, nats")
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        scores = [self.full, self.quantised] + ([self.adapted] if self.adapted else [])
+        return [(score.name, f"{score.perplexity:.4g}", f"{score.kl:.4g}") for score in scores]
+
+    def _caption(self) -> str:
+        closed = "" if self.gap_closed is None else f"; {self.gap_closed:.1%} of the gap closed"
+        return f"{self.tokens} predicted tokens{closed}"
+
+
+def perplexity(model: nn.Module, batches: Batches) -> float:
+    """e to the mean negative log-likelihood of the predicted tokens.
+
+    model: a transformers causal language model, or a PeftModel over one; put in eval mode meanwhile.
+    batches: `Calibration.batches(...)`, or (b, t) int64 tensors of tokens without padding.
+
+    Raises:
+        CalibrationError: no sequence has two tokens.
+        QuailoraError: the model's logits are not finite.
+    """
+    tally = _Tally()
+    with _evaluating(model):
+        for batch in map(_predictions, batches):
+            tally.add(batch, batch.logits(model))
+    return tally.perplexity
+
+
+def kl_divergence(model: nn.Module, reference: nn.Module, batches: Batches) -> float:
+    """The mean of KL(reference || model) over predicted tokens, in nats. Arguments and errors as for `perplexity`.
+
+    Raises:
+        MismatchError: the two models have different vocabularies.
+    """
+    tally = _Tally()
+    with _evaluating(model, reference):
+        for batch in map(_predictions, batches):
+            tally.add(batch, batch.logits(model), batch.logits(reference))
+    return tally.kl
+
+
+def gap_closed(full: float, quantised: float, adapted: float) -> float | None:
+    """The share of what quantisation costs in perplexity that an adapter gives back; None where it costs nothing.
+
+    It is the gap at the start of training. The gap in QuAILoRA's tables is that after training, and against 8 bits.
+    """
+    return (quantised - adapted) / (quantised - full) if quantised > full else None
+
+
+def compare(
+    checkpoint: str | Path | Checkpoint,
+    adapter: str | Path | None,
+    calibration: Calibration,
+    *,
+    quantization: BitsAndBytesConfig | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Score full precision, the quantised base, and that with an adapter, loaded as users of transformers and PEFT do.
+
+    The full-precision and the quantised model are in memory together. Each runs every batch once, the quantised one
+    again with the adapter.
+
+    Args:
+        checkpoint: the full-precision model: a folder, or an id on the Hugging Face hub.
+        adapter: a folder that PEFT saved; None to score the quantised base alone.
+        calibration: the held-out tokens.
+        quantization: of the base; None takes that of the record that came with the adapter.
+        device: None is CUDA if there is one, else the CPU.
+        dtype: what both models are loaded in; None is that of the record, or else of the checkpoint.
+        batch_size: sequences at once. Two (b, t, vocabulary) tensors of logits are held.
+        progress: called with the batches done and the batches in all.
+
+    Raises:
+        MismatchError: the adapter's record names another checkpoint or quantisation.
+        AdapterError: `adapter` is no adapter, or nothing says how the base is quantised.
+        CalibrationError, QuailoraError: as for `perplexity`.
+    """
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    loaded_in = source.dtype
+    if adapter is not None:
+        folder = Path(adapter)
+        if not (folder / "adapter_config.json").is_file():
+            raise AdapterError(f"{folder} is no adapter: it has no adapter_config.json")
+        quantization, loaded_in = check_base(base_of(folder), source, quantization, folder)
+    elif quantization is None:
+        raise AdapterError("without an adapter nothing says how the base is quantised: pass `quantization`")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or loaded_in
+    full = _load(source, where, dtype)
+    quantised = _load(source, where, dtype, quantization)
+    adapted = None if adapter is None else _with_adapter(quantised, adapter)
+
+    of_full, of_quantised, of_adapted = _Tally(), _Tally(), _Tally()
+    total = math.ceil(len(calibration) / batch_size)
+    with _evaluating(full, quantised):
+        for done, batch in enumerate(map(_predictions, calibration.batches(batch_size)), 1):
+            reference = batch.logits(full)
+            of_full.add(batch, reference)
+            with nullcontext() if adapted is None else adapted.disable_adapter():
+                of_quantised.add(batch, batch.logits(quantised), reference)
+            if adapted is not None:
+                of_adapted.add(batch, batch.logits(adapted), reference)
+            if progress is not None:
+                progress(done, total)
+    return Comparison(
+        of_full.scores("full precision"),
+        of_quantised.scores("quantised"),
+        of_adapted.scores("quantised + adapter") if adapted is not None else None,
+        of_full.tokens,
+    )
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """A batch, and which of its tokens are predicted from which."""
+
+    input_ids: Tensor  # (b, t)
+    keep: Tensor  # (b, t)
+    row: Tensor  # (p,) the sequence of each predicted token
+    position: Tensor  # (p,) of the token before it, where its logits stand
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """(b, t, vocabulary), in the model's dtype."""
+        # Offloaded parameters are on the meta device; accelerate moves the input to where they are wanted.
+        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+        mask = self.keep.to(device, torch.int64)
+        logits: Tensor = model(input_ids=self.input_ids.to(device), attention_mask=mask, use_cache=False).logits
+        return logits
+
+
+def _predictions(batch: Batch | Tensor) -> _Predictions:
+    input_ids, keep = (batch, None) if isinstance(batch, Tensor) else batch
+    if input_ids.dim() != 2:
+        raise CalibrationError(f"a batch is (b, t) tokens, got {tuple(input_ids.shape)}")
+    keep = torch.ones_like(input_ids, dtype=torch.bool) if keep is None else keep
+    row, position = (keep[:, 1:] & keep[:, :-1]).nonzero(as_tuple=True)
+    return _Predictions(input_ids, keep, row, position)
+
+
+@dataclass
+class _Tally:
+    """Sums over predicted tokens, in nats; fp32 within a chunk of tokens, Python's fp64 across them."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    divergence: float = 0.0
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self._mean(self.loss))
+
+    @property
+    def kl(self) -> float:
+        return self._mean(self.divergence)
+
+    def scores(self, name: str) -> Scores:
+        return Scores(name, self.perplexity, self.kl)
+
+    def add(self, batch: _Predictions, logits: Tensor, reference: Tensor | None = None) -> None:
+        """logits, reference: (b, t, vocabulary)."""
+        if reference is not None and reference.shape != logits.shape:
+            raise MismatchError(
+                f"the models score vocabularies of {logits.shape[-1]} and {reference.shape[-1]} tokens: "
+                "there is no divergence between them"
+            )
+        size = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+        for row, position in zip(batch.row.split(size), batch.position.split(size), strict=True):
+            log_p = _log_softmax(logits, row, position)  # (p, vocabulary)
+            targets = batch.input_ids[row, position + 1].to(log_p.device)
+            self.tokens += len(targets)
+            self.loss -= log_p.gather(1, targets[:, None]).sum().item()
+            if reference is not None:
+                log_r = _log_softmax(reference, row, position).to(log_p.device)
+                self.divergence += nn.functional.kl_div(log_p, log_r, reduction="sum", log_target=True).item()
+
+    def _mean(self, total: float) -> float:
+        if not self.tokens:
+            raise CalibrationError("no token to score: each is predicted from those before it, and no sequence has two")
+        return total / self.tokens
+
+
+def _log_softmax(logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
+    chosen = logits[row.to(logits.device), position.to(logits.device)].float()
+    if not chosen.isfinite().all():
+        raise QuailoraError(
+            f"logits are not finite: it overflows in {logits.dtype} (try bfloat16), or its weights are damaged"
+        )
+    return chosen.log_softmax(-1)
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Without gradients and in eval mode; every module is left as it was.
+
+    On a CPU with AVX512-BF16, a Linear4bit in eval mode would repack its weight for good: absmax rounded to bf16, and
+    no gradient through the layer ever after, so that a model scored midway could not be trained on. It is withheld.
+    """
+    modules = [module for model in models for module in model.modules()]
+    modes = [module.training for module in modules]
+    repacking = [module for module in modules if getattr(module, "support_avx512bf16_for_cpu", False)]
+    with ExitStack() as undo, torch.no_grad():
+        for module, mode in zip(modules, modes, strict=True):
+            undo.callback(setattr, module, "training", mode)
+            module.training = False
+        for module in repacking:
+            undo.callback(setattr, module, "support_avx512bf16_for_cpu", True)
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        log = logging.getLogger("bitsandbytes.autograd._functions")
+        log.addFilter(_not_about_casts)
+        undo.callback(log.removeFilter, _not_about_casts)
+        yield
+
+
+def _not_about_casts(entry: logging.LogRecord) -> bool:
+    """Drops what LLM.int8 says of every layer and batch of a model that is not in fp16."""
+    return not str(entry.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
+def _load(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    with _no_progress_bar():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            checkpoint.name,
+            revision=checkpoint.revision,
+            trust_remote_code=checkpoint.trust_remote_code,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization,
+        )
+    return model
+
+
+def _with_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, str(adapter))
+    except (ValueError, RuntimeError) as error:  # no such module, another shape
+        raise MismatchError(f"{adapter} does not fit {type(model).__name__}: {error}") from error

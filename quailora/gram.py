@@ -1,0 +1,66 @@
+"""H of one layer input: the correlation of what a linear layer is fed, summed over the calibration tokens."""
+
+import torch
+from torch import Tensor
+
+from quailora import ops
+from quailora.errors import CalibrationError
+
+
+class Gram:
+    """Accumulates H = X Xᵀ = Σ x xᵀ (a sum over tokens, not a mean) in fp32, on `device`.
+
+    `features` is n, the number of inputs of the layer. The order of the batches, and how tokens are split into them,
+    change H by rounding only, so processes may each accumulate a part and `merge`.
+    """
+
+    def __init__(self, features: int, device: torch.device | str | None = None) -> None:
+        self.features = features
+        self._h = torch.zeros(features, features, dtype=torch.float32, device=device)  # lower triangle; see `matrix`
+        self._tokens: int | Tensor = 0
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were counted."""
+        return int(self._tokens)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add the tokens of `x` (..., n), bf16, fp16 or fp32, that `mask` (...) admits: bool, or a tokenizer's 0 and 1.
+
+        Tokens that are masked are never read. Raises CalibrationError if the shapes do not fit.
+        """
+        if x.shape[-1:] != (self.features,) or not x.is_floating_point():
+            raise CalibrationError(
+                f"expected inputs (..., {self.features}) of a floating-point dtype, got {tuple(x.shape)} of {x.dtype}"
+            )
+        if mask is not None:
+            if mask.shape != x.shape[:-1]:
+                raise CalibrationError(
+                    f"expected a mask {tuple(x.shape[:-1])} for inputs {tuple(x.shape)}, got {tuple(mask.shape)}"
+                )
+            mask = mask.to(x.device, torch.bool)
+        with torch.autocast(x.device.type, enabled=False):  # a hook may run inside the model's autocast; H is fp32
+            ops.gram_(self._h, x, mask)
+        # Left on the device: reading it here would make the host wait for every layer of the forward pass.
+        self._tokens = self._tokens + (x.shape[:-1].numel() if mask is None else mask.sum())
+
+    def matrix(self) -> Tensor:
+        """H, (n, n) fp32, symmetric. It shares memory with this object: after another `update` ask again.
+
+        Raises CalibrationError if no token was counted.
+        """
+        if self.tokens == 0:
+            raise CalibrationError(
+                f"no calibration token reached this input of {self.features} features; "
+                "is everything masked, or was the layer never run?"
+            )
+        ops.mirror_(self._h)
+        return self._h
+
+    def merge(self, other: "Gram") -> None:
+        """Add what `other` counted, as if its batches had come here. Raises CalibrationError if the features differ."""
+        if other.features != self.features:
+            raise CalibrationError(f"cannot merge a Gram of {other.features} features into one of {self.features}")
+        self._h += other._h.to(self._h.device)
+        self._tokens = self.tokens + other.tokens

@@ -1,0 +1,461 @@
+"""The method, end to end: checkpoint -> blocks -> activations -> H -> Q -> factors -> adapter -> report."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+import quailora
+from quailora import adapter as adapters
+from quailora.activations import Calls, collect
+from quailora.adapter import Target
+from quailora.blocks import Block, StreamedModel, linear_weight
+from quailora.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration, load_calibration
+from quailora.checkpoint import Checkpoint
+from quailora.errors import AdapterError, CalibrationError, MismatchError, SolverError
+from quailora.gram import Gram
+from quailora.progress import Progress
+from quailora.quantized import Quantization, QuantizedWeight, quantization_of, quantize, read
+from quailora.report import LayerReport, Report, model_card
+from quailora.solvers import solve
+
+DEFAULT_DAMPING = 1e-2
+RANK, ALPHA = 64, 16
+TOKENS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the solver is told. See `quailora.solve`."""
+
+    solver: str = "krylov"
+    iterations: int | None = None
+    damping: float = DEFAULT_DAMPING
+    seed: int = 0
+
+
+@dataclass
+class Stages:
+    """Seconds spent by stage. On CUDA, work that is queued in one stage may be waited for in another."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+
+def run(
+    model: StreamedModel,
+    targets: list[Target],
+    calibration: Calibration,
+    quantized_weight: Callable[[Target, Tensor], QuantizedWeight],
+    settings: Settings,
+    progress: Progress,
+    stages: Stages,
+    batch_size: int | None = None,
+) -> tuple[list[LayerReport], dict[str, str]]:
+    """Assign factors to every target; the rows of the report, and the targets that could not be reached with why.
+
+    quantized_weight: gives the Q of a target, for its full-precision weight (m, n).
+    """
+    layers: list[LayerReport] = []
+    waiting = {target.name: target for target in targets}
+    batches = list(calibration.batches(batch_size or default_batch_size(calibration)))
+    with torch.no_grad():
+        with stages("load"), model.resident(*model.outside_blocks()):
+            recorder = Calls(model)
+            recorded = [recorder.record(batch) for batch in batches]
+        states, calls = [hidden.cpu() for hidden, _ in recorded], [of_batch for _, of_batch in recorded]
+        del recorded
+
+        for index, block in enumerate(progress.blocks(model.blocks)):
+            if not waiting:
+                break
+            with _resident(model, block, stages):
+                linears = {name: linear for name, linear in block.linears().items() if name in waiting}
+                with stages("forward"), collect(linears) as collector:
+                    for number, batch in enumerate(batches):
+                        keep = None if batch.keep is None else batch.keep.to(model.device)
+                        with collector.batch(keep):
+                            hidden = calls[number][index].run(block.module, states[number].to(model.device))
+                        states[number] = hidden.cpu()
+                for name, gram in collector.grams.items():
+                    target = waiting.pop(name)
+                    layers.append(
+                        _initialize_linear(
+                            target, linear_weight(linears[name]), gram, quantized_weight, settings, stages
+                        )
+                    )
+                    progress.layer(layers[-1])
+    return layers, dict.fromkeys(waiting, "no calibration token reached it")
+
+
+def _initialize_linear(
+    target: Target,
+    weight: Tensor,
+    gram: Gram,
+    quantized_weight: Callable[[Target, Tensor], QuantizedWeight],
+    settings: Settings,
+    stages: Stages,
+) -> LayerReport:
+    start = perf_counter()
+    with stages("quantise"):
+        quantized = quantized_weight(target, weight)
+    with stages("solve"):
+        try:
+            factors = solve(
+                weight,
+                quantized,
+                gram,
+                target.rank,
+                solver=settings.solver,
+                iterations=settings.iterations,
+                damping=settings.damping,
+                seed=settings.seed,
+            )
+        except SolverError as error:
+            raise SolverError(f"{target.name}: {error}") from error
+        target.assign(factors)
+    return LayerReport(
+        name=target.name,
+        outputs=weight.shape[0],
+        inputs=weight.shape[1],
+        rank=target.rank,
+        tokens=gram.tokens,
+        weight_error=factors.error_norm,
+        weight_error_after=factors.residual_norm,
+        output_error=math.sqrt(2 * factors.initial / gram.tokens),
+        output_error_after=math.sqrt(2 * factors.objective / gram.tokens),
+        jitter=factors.jitter,
+        seconds=perf_counter() - start,
+    )
+
+
+@contextmanager
+def _resident(model: StreamedModel, block: Block, stages: Stages) -> Iterator[None]:
+    resident = model.resident(f"{block.name}.")
+    with stages("load"):
+        resident.__enter__()
+    try:
+        yield
+    finally:
+        resident.__exit__(None, None, None)
+
+
+def build_adapter(
+    checkpoint: str | Path | Checkpoint,
+    lora_config: LoraConfig | None,
+    calibration: Any,
+    output_dir: str | Path,
+    *,
+    quantization: BitsAndBytesConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    solver: str = "krylov",
+    iterations: int | None = None,
+    damping: float = DEFAULT_DAMPING,
+    samples: int = SAMPLES,
+    sequence_length: int = SEQUENCE_LENGTH,
+    batch_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Make a PEFT adapter whose A and B undo most of the quantisation error of `checkpoint`; the whole model is never
+    in memory.
+
+    Args:
+        checkpoint: the full-precision model: a folder with safetensors, or an id on the Hugging Face hub.
+        lora_config: any LoRA configuration PEFT takes; None is the paper's (r 64, alpha 16, all linear layers).
+        calibration: text file, JSON or JSONL, data set name, strings, records, token tensors, DataLoader: see
+            `quailora.calibration.load_calibration`.
+        output_dir: the adapter's folder, new or empty: adapter, `report.json`, `report.md`, `quailora.json` and a model
+            card.
+        quantization: how the base will be loaded; None is NF4 with double quantisation, computing in the checkpoint's
+            dtype.
+        tokenizer: None takes the checkpoint's own.
+        solver, iterations, damping: see `quailora.solve`.
+        samples, sequence_length, seed: how much calibration data is taken, and the seed of the draw.
+        batch_size: sequences in one forward pass; None takes as many as make about 8192 tokens.
+        dtype: what the base's weights are loaded as before they are quantised; None is what transformers takes by
+            itself.
+        device: where to compute; None is CUDA if there is one, else the CPU.
+        progress: whether to draw a progress bar.
+
+    Returns:
+        The report that is also in `output_dir`.
+
+    Raises:
+        QuailoraError: bad input of any kind, before anything is computed where that can be known.
+    """
+    output = Path(output_dir)
+    adapters.check_new_folder(output)
+    settings = _settings(solver, iterations, damping, seed)
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    dtype = dtype or source.dtype
+    config = lora_config or LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapters.check_config(config)
+    quantization = quantization or default_quantization(dtype)
+    form = Quantization.from_config(quantization)
+
+    base = adapters.quantized_skeleton(source, quantization, dtype)
+    model = adapters.adapted_skeleton(base, config, source)
+    targets, left = adapters.find_targets(model)
+    if not targets:
+        raise AdapterError(f"no quantised linear is targeted: {_enumerate(left)}")
+    stream = StreamedModel(source, default_device(device), dtype)
+    adapters.check_can_be_saved(model, stream)
+    data = read_calibration(
+        source, calibration, tokenizer=tokenizer, samples=samples, sequence_length=sequence_length, seed=seed
+    )
+
+    stages = Stages()
+    with Progress(len(stream.blocks), enabled=progress) as bar, adapters.new_folder(output) as folder:
+        layers, unreached = run(
+            stream, targets, data, lambda target, weight: quantize(weight, form), settings, bar, stages, batch_size
+        )
+        _check_some(layers, unreached)
+        with stages("write"):
+            adapters.fill_rest(model, stream, seed)
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+            record = make_record(source, dtype, form, settings, data, config)
+            report = Report(layers, left | unreached, _notes(stream), record, stages.seconds)
+            report.save(folder)
+            (folder / "README.md").write_text(model_card(record, report), encoding="utf-8")
+    return report
+
+
+def initialize(
+    peft_model: PeftModel,
+    calibration: Any,
+    *,
+    checkpoint: str | Path | Checkpoint,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    solver: str = "krylov",
+    iterations: int | None = None,
+    damping: float = DEFAULT_DAMPING,
+    samples: int = SAMPLES,
+    sequence_length: int = SEQUENCE_LENGTH,
+    batch_size: int | None = None,
+    adapter: str = "default",
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Give a PeftModel over a 4-bit or 8-bit base its starting A and B, in place.
+
+    Q is read from the loaded model, so a base that came from an already quantised checkpoint will do; W comes from
+    `checkpoint`, block by block. Modules that cannot be initialised keep the LoRA default and are named in the report.
+    `Report.save(folder)` puts the record of the base beside an adapter you save.
+
+    Args:
+        peft_model: `get_peft_model(base, LoraConfig(...))`.
+        checkpoint: the full-precision checkpoint that the base was quantised from.
+        adapter: the name of the adapter within `peft_model`.
+        device: where to compute; None is where the model is.
+        Others as in `build_adapter`.
+
+    Raises:
+        MismatchError: the base is not a quantisation of `checkpoint`.
+        QuailoraError: other bad input.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise AdapterError(
+            f"initialize takes a PeftModel, got {type(peft_model).__name__}: wrap the model with peft.get_peft_model"
+        )
+    if adapter not in peft_model.peft_config:
+        raise AdapterError(f"the model has no adapter '{adapter}', only {', '.join(peft_model.peft_config)}")
+    settings = _settings(solver, iterations, damping, seed)
+    config = adapters.check_config(peft_model.peft_config[adapter])
+    targets, left = adapters.find_targets(peft_model, adapter)
+    if not targets:
+        raise AdapterError(f"no quantised linear is targeted: {_enumerate(left)}; is the base loaded in 4 or 8 bits?")
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    stream = StreamedModel(source, default_device(device or targets[0].base.weight.device), source.dtype)
+    data = read_calibration(
+        source, calibration, tokenizer=tokenizer, samples=samples, sequence_length=sequence_length, seed=seed
+    )
+
+    def held(target: Target, weight: Tensor) -> QuantizedWeight:
+        quantized = read(target.base)
+        _check_belongs(target, weight, quantized)
+        return quantized
+
+    stages = Stages()
+    with Progress(len(stream.blocks), enabled=progress) as bar:
+        layers, unreached = run(stream, targets, data, held, settings, bar, stages, batch_size)
+    _check_some(layers, unreached)
+    base_config: Any = peft_model.get_base_model().config
+    whole = getattr(base_config, "quantization_config", None)
+    skipped = Quantization.from_config(whole).skip_modules if isinstance(whole, BitsAndBytesConfig) else None
+    form = replace(quantization_of(targets[0].base), skip_modules=skipped)
+    record = make_record(source, base_config.dtype or source.dtype, form, settings, data, config)
+    return Report(layers, left | unreached, _notes(stream), record, stages.seconds)
+
+
+def default_quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The paper's: NF4 with double quantisation; computing in the dtype of the checkpoint, bf16 where that is fp32."""
+    compute = torch.bfloat16 if dtype == torch.float32 else dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def make_record(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    form: Quantization,
+    settings: Settings,
+    data: Calibration,
+    config: LoraConfig,
+) -> dict[str, Any]:
+    """What an adapter was made for and how: the base it belongs to, the solver, the data, the versions. Plain JSON."""
+    return {
+        "quailora": quailora.__version__,
+        "base": {
+            "checkpoint": checkpoint.name,
+            "revision": checkpoint.revision,
+            "fingerprint": checkpoint.fingerprint,
+            "dtype": str(dtype).removeprefix("torch."),
+            "quantization": form.to_dict(),
+        },
+        "solver": {
+            "name": settings.solver,
+            "iterations": settings.iterations,
+            "damping": settings.damping,
+            "seed": settings.seed,
+        },
+        "calibration": {
+            "source": data.source,
+            "samples": len(data),
+            "tokens": data.tokens,
+            "sequence_length": data.longest,
+            "seed": data.seed,
+            "fingerprint": data.fingerprint(),
+        },
+        "lora": {"r": config.r, "alpha": config.lora_alpha, "use_rslora": config.use_rslora},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+    }
+
+
+def _settings(solver: str, iterations: int | None, damping: float, seed: int) -> Settings:
+    return Settings(solver, iterations, damping, seed)
+
+
+def default_device(device: str | torch.device | None) -> torch.device:
+    """The device named; None is CUDA if there is one, else the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def default_batch_size(calibration: Calibration) -> int:
+    """As many sequences as make about 8192 tokens: enough for matrix products to be efficient, little beside a block's
+    weights."""
+    return max(1, TOKENS_PER_BATCH // calibration.longest)
+
+
+def read_calibration(
+    source: Checkpoint,
+    data: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    samples: int = SAMPLES,
+    sequence_length: int = SEQUENCE_LENGTH,
+    seed: int = 0,
+    split: str = "train",
+    column: str | None = None,
+) -> Calibration:
+    """`load_calibration` with the checkpoint's own tokenizer and limits. Raises CalibrationError for sequences it has
+    no positions for."""
+    text = source.config.get_text_config(decoder=True)
+    if tokenizer is None and not isinstance(data, Calibration | Tensor):
+        tokenizer = load_tokenizer(source)
+    loaded = load_calibration(
+        data,
+        tokenizer,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        split=split,
+        column=column,
+        vocab_size=text.vocab_size,
+    )
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and loaded.longest > positions:
+        raise CalibrationError(
+            f"sequences of {loaded.longest} tokens, and the model has {positions} positions: lower sequence_length"
+        )
+    return loaded
+
+
+def load_tokenizer(source: Checkpoint) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer, None where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def _check_belongs(target: Target, weight: Tensor, quantized: QuantizedWeight) -> None:
+    """4 bits cost about a tenth of a weight; two different models differ by more than the weight itself."""
+    q = quantized.dequantize().to(weight.device, torch.float32)
+    if q.shape != weight.shape:
+        raise MismatchError(
+            f"{target.name} is {list(q.shape)} in the loaded base and {list(weight.shape)} in the checkpoint"
+        )
+    share = float((weight.float() - q).norm() / weight.float().norm().clamp_min(1e-30))
+    if share > 0.5:
+        raise MismatchError(
+            f"the loaded base is not a quantisation of this checkpoint: {target.name} differs by {share:.0%} of its "
+            "norm, where "
+            "4-bit quantisation costs about 10%; give the full-precision checkpoint that the base was made from"
+        )
+
+
+def _check_some(layers: list[LayerReport], unreached: dict[str, str]) -> None:
+    if not layers:
+        raise AdapterError(f"no targeted linear received calibration tokens: {_enumerate(unreached)}")
+
+
+def _notes(stream: StreamedModel) -> list[str]:
+    """Fused expert weights are parameters of three dimensions, which bitsandbytes does not quantise: worth saying
+    once."""
+    fused = [
+        (name, tuple(parameter.shape))
+        for name, parameter in stream.model.named_parameters()
+        if parameter.dim() == 3 and any(name.startswith(f"{block.name}.") for block in stream.blocks)
+    ]
+    if not fused:
+        return []
+    name, shape = fused[0]
+    return [
+        f"{len(fused)} fused expert weights (the first is {name}, {shape}) stay in full precision when bitsandbytes "
+        "loads this model: "
+        "there is no error of theirs to undo, and they are left alone"
+    ]
+
+
+def _enumerate(reasons: dict[str, str]) -> str:
+    if not reasons:
+        return "the configuration matches no module"
+    name, why = next(iter(reasons.items()))
+    return f"{name}: {why}" + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else "")

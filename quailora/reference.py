@@ -1,0 +1,116 @@
+"""The specification: every operation that has, or may get, a faster backend, in plain torch.
+
+Letters as in the paper (QuAILoRA, arXiv 2410.14713): W, Q, E = W - Q are (m, n), H = X Xᵀ is (n, n), r the LoRA rank.
+`ops.py` gives the same operations with the same signatures, each served by the fastest backend there is.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Triangles are worked through in panels of this many features: wide enough for a matrix product to run at full speed,
+# narrow enough that little of the other triangle is computed.
+_PANEL = 256
+
+
+class Dequantizable(Protocol):
+    """A quantised weight that can say what it stands for."""
+
+    def dequantize(self) -> Tensor:
+        """The (m, n) values the deployed forward pass multiplies with."""
+
+
+def gram_(h: Tensor, x: Tensor, keep: Tensor | None = None) -> None:
+    """Add the tokens of `x` to the lower triangle of `h`, in place: h += tril(xᵀ x).
+
+    h:     (n, n) fp32. Above the diagonal it holds nothing of use until `mirror_(h)`.
+    x:     (..., n), bf16, fp16 or fp32; products and sums are fp32.
+    keep:  (...) bool, the tokens to count; the others are never read, so padding may hold anything, NaN included.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    if keep is not None:
+        tokens = tokens[keep.reshape(-1)]
+    tokens = tokens.float()
+    for start in range(0, h.shape[0], _PANEL):
+        stop = start + _PANEL
+        # A product of its own and then a sum: one running sum over a million tokens is ten times less accurate.
+        h[start:stop, :stop] += tokens[:, start:stop].T @ tokens[:, :stop]
+
+
+def mirror_(h: Tensor) -> None:
+    """Copy the lower triangle of `h` (n, n) to the upper one, in place, a panel at a time to spare memory."""
+    for start in range(0, h.shape[0], _PANEL):
+        stop = start + _PANEL
+        h[:start, start:stop] = h[start:stop, :start].T
+        diagonal = h[start:stop, start:stop]
+        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
+
+
+def gram_product(h: Tensor, right: Tensor) -> Tensor:
+    """H P: symmetric (n, n) fp32 times (n, k) fp32."""
+    return h @ right
+
+
+def gram_energy(h: Tensor, rows: Tensor) -> Tensor:
+    """tr(R H Rᵀ) = ‖R X‖²_F for symmetric `h` (n, n) and `rows` (m, n): an fp64 scalar.
+
+    Products are in the dtype of `rows`, the sum in fp64. One triangle of `h` is worked through, the other follows.
+    """
+    energy = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for start in range(0, h.shape[0], _PANEL):
+        stop = start + _PANEL
+        panel = rows[:, start:stop]
+        triangle = h[start:stop, :stop].to(rows.dtype)
+        product = 2 * (rows[:, :start] @ triangle[:, :start].T) + panel @ triangle[:, start:]
+        energy += (product * panel).sum(dtype=torch.float64)
+    return energy
+
+
+def error(weight: Tensor, quantized: Tensor | Dequantizable) -> Tensor:
+    """E = W - Q, (m, n) fp32, from a floating-point `weight` and a dense or packed `quantized` of the same shape."""
+    values = quantized if isinstance(quantized, Tensor) else quantized.dequantize()
+    return weight.float() - values.float()
+
+
+def error_product(error: Tensor, right: Tensor) -> Tensor:
+    """E P: (m, n) fp32 times (n, k) fp32."""
+    return error @ right
+
+
+def error_product_t(error: Tensor, left: Tensor) -> Tensor:
+    """Eᵀ A: the transpose of (m, n) fp32 times (m, k) fp32."""
+    return error.T @ left
+
+
+def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve symmetric positive definite systems (..., r, r) for right-hand sides (..., r, k), in their dtype.
+
+    Returns the solutions (..., r, k) and `info` (...) int32 as `torch.linalg.cholesky_ex` does: 0, or the order of the
+    first leading minor that is not positive; the solution of such a system means nothing.
+    """
+    factors, info = torch.linalg.cholesky_ex(systems)
+    return torch.cholesky_solve(right_hand_sides, factors), info
+
+
+def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
+    """Orthonormal columns that span what `y` (m, k) adds to the span of `basis` (m, b), b <= m, itself orthonormal.
+
+    Returns (m, k') in the dtype of `y`; k' <= min(k, m - b) is the numerical rank of that addition, 0 if there is none.
+    Twice over, in fp64: take out the basis, then orthonormalise by the eigenvectors of the block's own Gram matrix
+    (SVQB, Stathopoulos and Wu, SIAM J. Sci. Comput. 23(6), 2002). That stands any condition an fp32 block can have.
+    """
+    q = y.double()
+    known = basis.double() if basis is not None else q[:, :0]
+    room = y.shape[0] - known.shape[1]
+    # First drop what only the rounding of fp32 has left. If the second pass then takes away half of a unit direction,
+    # that direction lay in the basis all along ("twice is enough", Kahan).
+    for shortest in (16 * torch.finfo(torch.float32).eps, 0.5):
+        lengths = torch.linalg.vector_norm(q, dim=0)
+        q = q[:, lengths > 0] / lengths[lengths > 0]
+        q = q - known @ (known.T @ q)
+        squares, directions = torch.linalg.eigh(q.T @ q)
+        long = squares > shortest**2
+        long[: max(0, len(long) - room)] = False
+        q = q @ (directions[:, long] / squares[long].sqrt())
+    return q.to(y.dtype)

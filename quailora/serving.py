@@ -1,0 +1,288 @@
+"""After training: a dense checkpoint to serve (`merge`), or what training learned as an adapter for the full-precision
+weights (`convert`)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from quailora.adapter import check_new_folder, new_folder, quantized_skeleton
+from quailora.blocks import StreamedModel
+from quailora.checkpoint import INDEX, Checkpoint
+from quailora.errors import AdapterError, MismatchError
+from quailora.pipeline import load_tokenizer
+from quailora.quantized import Quantization, is_quantized, quantize
+from quailora.report import RECORD, read_record
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None:
+    """The record of the base an adapter was made for: beside it, in the folder above (a trainer's output folder), or
+    beside `initial`."""
+    for folder in (adapter, adapter.parent, initial):
+        if folder is not None and (record := read_record(folder)) is not None:
+            return record["base"]
+    return None
+
+
+def check_base(
+    base: dict[str, Any] | None, checkpoint: Checkpoint, config: BitsAndBytesConfig | None, adapter: Path
+) -> tuple[BitsAndBytesConfig, torch.dtype]:
+    """How the base of `adapter` is quantised and what its weights are loaded as: by its record, or else by `config`.
+
+    Raises:
+        MismatchError: the record names another checkpoint, or another quantisation than `config`.
+        AdapterError: there is neither a record nor a `config`.
+    """
+    if base is None:
+        if config is None:
+            raise AdapterError(
+                f"{adapter} has no {RECORD}, so the base it belongs to is not known: name the adapter that training "
+                "started from, "
+                "or the quantisation"
+            )
+        return config, checkpoint.dtype
+    if base["fingerprint"] != checkpoint.fingerprint:
+        raise MismatchError(
+            f"{adapter} was made for {base['checkpoint']} (fingerprint {base['fingerprint']}), and "
+            f"{checkpoint.name} has other "
+            f"weights (fingerprint {checkpoint.fingerprint}): the factors undo the quantisation error of that "
+            "checkpoint only"
+        )
+    recorded = Quantization.from_dict(base["quantization"])
+    if config is not None and (differences := recorded.differences(Quantization.from_config(config))):
+        raise MismatchError(
+            f"{adapter} was made for a base in {recorded.describe()}; asked for is another: "
+            f"{'; '.join(differences)}. On another base its "
+            "factors do harm"
+        )
+    return recorded.to_config(), getattr(torch, base["dtype"])
+
+
+def merge(
+    checkpoint: str | Path | Checkpoint,
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    initial: str | Path | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Write the dense checkpoint W' = Q + scaling B A: what the quantised base with its adapter computes, as ordinary
+    weights.
+
+    Every linear that the base holds quantised becomes its Q, adapted or not; all else is copied. Shard by shard; the
+    model is never in memory as a whole.
+
+    Args:
+        checkpoint: the full-precision checkpoint of the base.
+        adapter: the folder of a trained, or just initialised, adapter.
+        output_dir: new or empty.
+        initial: the adapter that training started from, where `adapter` has no record of its base.
+        quantization: how the base is quantised, where there is no record at all; checked against a record that is
+            there.
+        dtype: of the weights written; None is the checkpoint's. Rounding Q + scaling B A to bf16 costs about 2⁻⁹ of
+            each weight.
+
+    Raises:
+        MismatchError, AdapterError, CheckpointError: see `check_base`; or weights that cannot be merged, named.
+    """
+    output, folder = Path(output_dir), Path(adapter)
+    check_new_folder(output)
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    config, load_dtype = check_base(base_of(folder, Path(initial) if initial else None), source, quantization, folder)
+    form, dtype = Quantization.from_config(config), dtype or source.dtype
+    base = quantized_skeleton(source, config, load_dtype)
+    peft_config = read_config(folder)
+    with warnings.catch_warnings():
+        # PEFT warns that meta parameters were not filled: those are the base's, which this never holds.
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True, config=peft_config)
+    stream = StreamedModel(source, torch.device(device), load_dtype)
+    merged = model.get_base_model()
+    parameters = {key: name for name in dict(stream.model.named_parameters()) if (key := stream.source(name))}
+    _check_mergeable(merged, set(parameters.values()))
+
+    shards: dict[Path, list[str]] = {}
+    for key, entry in source.tensors.items():
+        shards.setdefault(entry.file, []).append(key)
+    with new_folder(output) as partial:
+        for shard, keys in shards.items():
+            tensors = {}
+            for key in keys:
+                tensor = source.tensor(key)
+                if key in parameters:
+                    tensor = _merged(merged, parameters[key], tensor, form, load_dtype, torch.device(device))
+                tensors[key] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+            save_file(tensors, partial / shard.name, metadata={"format": "pt"})
+        if len(shards) > 1:
+            total = sum(file.stat().st_size for file in partial.iterdir())
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {key: e.file.name for key, e in source.tensors.items()},
+            }
+            (partial / INDEX).write_text(json.dumps(index, indent=2))
+        config_written = copy.deepcopy(source.config)
+        config_written.dtype = dtype
+        config_written.save_pretrained(partial)
+        if (tokenizer := load_tokenizer(source)) is not None:
+            tokenizer.save_pretrained(partial)
+        if (generation := _generation_config(source)) is not None:
+            generation.save_pretrained(partial)
+
+
+def _merged(
+    model: nn.Module, name: str, tensor: Tensor, form: Quantization, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The weight that the quantised base with its adapter multiplies with, for one parameter of the plain model,
+    oriented as stored."""
+    parent, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(parent)
+    if hasattr(module, "modules_to_save"):
+        saved: Tensor = getattr(module.modules_to_save["default"], leaf)
+        return saved
+    layer = module if isinstance(module, LoraLayer) else None
+    base = module if layer is None else module.get_base_layer()
+    own: Tensor = getattr(base, leaf)
+    if own.device.type != "meta":
+        return own  # The adapter brings this parameter itself: a bias that was trained.
+    if leaf != "weight":
+        return tensor
+    quantised = is_quantized(base)
+    transposed = quantised and issubclass(base.source_cls, Conv1D)
+    if quantised:
+        weight = tensor.to(device, dtype)
+        weight = quantize(weight.T.contiguous() if transposed else weight, form).dequantize().float()
+    elif layer is not None:
+        weight = tensor.to(device, torch.float32)
+    else:
+        return tensor
+    if layer is not None:
+        weight = weight + module.get_delta_weight("default").to(device, torch.float32)
+    return weight.T if transposed else weight
+
+
+def _check_mergeable(model: nn.Module, stored: set[str]) -> None:
+    for name, module in model.named_modules():
+        adapted = isinstance(module, LoraLayer) or hasattr(module, "modules_to_save")
+        if adapted and f"{name}.weight" not in stored:
+            raise AdapterError(
+                f"{name} is adapted, and the checkpoint does not store its weight as one tensor of its own (it is "
+                "tied or fused): "
+                "it cannot be merged into this checkpoint"
+            )
+        if isinstance(module, LoraLayer) and any(module.lora_variant.values()):
+            raise AdapterError(f"{name} uses a variant of LoRA whose product is not B A: it cannot be merged")
+
+
+def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *, rank: int | None = None) -> None:
+    """Write what training learned, scaling (B A - B₀ A₀), as an adapter for the *full-precision* weights.
+
+    An adapter that starts at W - Q holds the quantisation error besides what it learned; on the full-precision weights
+    only the second is wanted. The difference has rank at most r + r₀; its factors come from thin QRs and a small SVD in
+    fp64, so that two large, nearly equal products do not have to cancel in bf16 later.
+
+    Args:
+        initial: the adapter that training started from.
+        trained: the adapter after training.
+        output_dir: new or empty.
+        rank: truncate to the best approximation of this rank; None keeps all, r + r₀.
+
+    Raises:
+        AdapterError: the two do not adapt the same modules, or are no plain LoRA adapters.
+    """
+    output, before, after = Path(output_dir), Path(initial), Path(trained)
+    check_new_folder(output)
+    if rank is not None and rank < 1:
+        raise AdapterError(f"rank {rank}: it must be at least 1")
+    old, new = _Adapter(before), _Adapter(after)
+    if different := set(old.modules) ^ set(new.modules):
+        raise AdapterError(
+            f"{before} and {after} adapt different modules, {sorted(different)[0]} for one: they do not belong together"
+        )
+    tensors = {key: value for key, value in new.tensors.items() if ".lora_A." not in key and ".lora_B." not in key}
+    ranks = {}
+    for module in new.modules:
+        (a0, b0), (a1, b1) = old.factors(module), new.factors(module)
+        if a0.shape[1] != a1.shape[1] or b0.shape[0] != b1.shape[0]:
+            raise AdapterError(f"{module} has other shapes in {before} than in {after}: they do not belong together")
+        lora_b, lora_a = _compressed(torch.cat([b1, -b0], dim=1), torch.cat([a1, a0]), rank)
+        tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = lora_a, lora_b
+        ranks[module.removeprefix("base_model.model.")] = lora_a.shape[0]
+    config = new.config
+    config.r = max(ranks.values())
+    config.rank_pattern = {name: r for name, r in ranks.items() if r != config.r}
+    config.alpha_pattern = dict(config.rank_pattern)  # alpha = r: the scaling is in the factors
+    config.lora_alpha, config.use_rslora, config.init_lora_weights = config.r, False, True
+    with new_folder(output) as partial:
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(partial))
+
+
+def _compressed(left: Tensor, right: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """Balanced factors (m, k), (k, n) of left @ right, for left (m, 2r) and right (2r, n)."""
+    q_left, r_left = torch.linalg.qr(left.double())
+    q_right, r_right = torch.linalg.qr(right.double().T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+    k = min(len(s), rank or len(s))
+    root = s[:k].sqrt()
+    return (q_left @ (u[:, :k] * root)).float().contiguous(), ((q_right @ (vh[:k].T * root)).T).float().contiguous()
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The LoRA configuration of an adapter folder. Raises AdapterError where there is none."""
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise AdapterError(f"{folder} holds no LoRA adapter: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        raise AdapterError(f"{folder} is not a plain LoRA adapter")
+    return config
+
+
+class _Adapter:
+    """The tensors of an adapter on disk, with the scaling PEFT would apply taken into B."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config = read_config(folder)
+        try:
+            self.tensors = load_file(folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+        self.modules = sorted(
+            key.removesuffix(".lora_A.weight") for key in self.tensors if key.endswith(".lora_A.weight")
+        )
+        if not self.modules:
+            raise AdapterError(f"{folder} adapts no linear")
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """(r, n) and (m, r) whose product in reverse order is scaling B A."""
+        a, b = self.tensors[f"{module}.lora_A.weight"].double(), self.tensors[f"{module}.lora_B.weight"].double()
+        name = module.removeprefix("base_model.model.")
+        pattern = self.config.alpha_pattern or {}
+        alpha = pattern.get(get_pattern_key(list(pattern), name), self.config.lora_alpha)
+        scaling = alpha / math.sqrt(a.shape[0]) if self.config.use_rslora else alpha / a.shape[0]
+        return a, b * scaling
+
+
+def _generation_config(source: Checkpoint) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(source.name, revision=source.revision or "main")
+    except OSError:
+        return None
