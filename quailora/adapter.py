@@ -6,6 +6,7 @@ import difflib
 import errno
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,13 +89,16 @@ def adapted_skeleton(base: PreTrainedModel, config: LoraConfig, checkpoint: Chec
     base.name_or_path = checkpoint.name
     config.base_model_name_or_path = checkpoint.name
     try:
-        return get_peft_model(base, config, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers for a property that is about to be renamed.
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+            return get_peft_model(base, config, low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"PEFT refuses this LoRA configuration: {error}") from error
 
 
 def check_config(config: Any) -> LoraConfig:
-    """The configuration itself; refuses what a starting point of W - Q = A Bᵀ cannot be right for, before anything is read.
+    """The configuration itself; refused is what a start at W - Q = A Bᵀ cannot be right for.
 
     Raises:
         AdapterError: with the setting, why, and what to use.

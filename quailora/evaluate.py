@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -320,6 +321,9 @@ def _load(
 
 def _with_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(model, str(adapter))
+        with warnings.catch_warnings():
+            # PEFT still calls what transformers has deprecated.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            return PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError) as error:  # no such module, another shape
         raise MismatchError(f"{adapter} does not fit {type(model).__name__}: {error}") from error

@@ -76,7 +76,9 @@ def run(
     quantized_weight: gives the Q of a target, for its full-precision weight (m, n).
     """
     layers: list[LayerReport] = []
-    waiting = {target.name: target for target in targets}
+    inside = {name for block in model.blocks for name in block.linears()}
+    outside = {t.name: "it stands outside the decoder's blocks" for t in targets if t.name not in inside}
+    waiting = {target.name: target for target in targets if target.name in inside}
     batches = list(calibration.batches(batch_size or default_batch_size(calibration)))
     with torch.no_grad():
         with stages("load"), model.resident(*model.outside_blocks()):
@@ -104,7 +106,7 @@ def run(
                         )
                     )
                     progress.layer(layers[-1])
-    return layers, dict.fromkeys(waiting, "no calibration token reached it")
+    return layers, outside | dict.fromkeys(waiting, "no calibration token reached it")
 
 
 def _initialize_linear(

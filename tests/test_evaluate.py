@@ -142,7 +142,10 @@ def test_a_model_is_left_as_it_was(data: Calibration) -> None:
     model = tiny_llama(0).train()
     model.lm_head.eval()
     modes = [module.training for module in model.modules()]
+    recorded = []
+    model.register_forward_hook(lambda module, args, output: recorded.append(output.logits.requires_grad))
     perplexity(model, data.batches(2))
+    assert recorded and not any(recorded)
     assert [module.training for module in model.modules()] == modes
     with pytest.raises(CalibrationError):
         perplexity(model, [])
@@ -202,7 +205,13 @@ def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("config", [NF4, INT8], ids=["nf4", "int8"])
 def test_compare_scores_what_users_load(
-    config: BitsAndBytesConfig, checkpoint: Path, adapter: Path, data: Calibration, caplog: pytest.LogCaptureFixture
+    config: BitsAndBytesConfig,
+    checkpoint: Path,
+    adapter: Path,
+    data: Calibration,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     seen = []
     with caplog.at_level(logging.WARNING):
@@ -215,7 +224,7 @@ def test_compare_scores_what_users_load(
             batch_size=2,
             progress=lambda *n: seen.append(n),
         )
-    assert not caplog.records
+    assert not caplog.records and not recwarn.list and capfd.readouterr() == ("", "")  # the libraries keep quiet
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert result.tokens == sum(len(sequence) - 1 for sequence in data.sequences)
 

@@ -1,0 +1,282 @@
+"""From checkpoint to adapter: the result is an ordinary PEFT adapter, right for every LoRA setting."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+import quailora
+from quailora.calibration import Calibration
+from quailora.quantized import is_quantized, read
+from quailora.report import Report
+
+DATA = Calibration(tiny.sequences(), "random tokens")
+
+
+def four_bits(kind: str = "nf4", double: bool = True, compute: torch.dtype = torch.float32) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+QUANTIZATIONS = {
+    "nf4-double": four_bits(),
+    "nf4-bf16": four_bits(compute=torch.bfloat16),
+    "fp4": four_bits("fp4", double=False),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
+
+
+def build(folder: Path, output: Path, config: LoraConfig | None = None, **options: Any) -> Report:
+    options = {"quantization": four_bits(), "progress": False} | options
+    return quailora.build_adapter(folder, config or lora(), DATA, output, **options)
+
+
+def load_base(folder: Path, quantization: BitsAndBytesConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=quantization, device_map="cpu"
+    )
+
+
+def products(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
+    """scaling * B A of every adapted linear, in fp64."""
+    return {
+        name: (layer.lora_B[adapter].weight.double() @ layer.lora_A[adapter].weight.double()) * layer.scaling[adapter]
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_A
+    }
+
+
+def dense_twin(folder: Path, model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The plain model with Q + scaling B A for weights, computed here and not by PEFT or bitsandbytes."""
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    added = products(model)
+    for name, module in model.get_base_model().named_modules():
+        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        if is_quantized(base) and not name.endswith("base_layer"):
+            weight = read(base).dequantize().double() + added.get(name, 0)
+            twin.get_parameter(f"{name}.weight").data = weight.to(dtype)
+    return twin
+
+
+def logits(model: nn.Module, seed: int = 1) -> Tensor:
+    """In training mode, without dropout: where bitsandbytes on a CPU multiplies with Q itself."""
+    model.train()
+    with torch.no_grad():
+        out: Tensor = model(input_ids=torch.stack([s[:8] for s in tiny.sequences(seed=seed)]), use_cache=False).logits
+    return out.float()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in QUANTIZATIONS if kind != "int8"])
+def test_loaded_the_ordinary_way_it_computes_q_plus_the_product(kind: str, tmp_path: Path) -> None:
+    folder, quantization = tiny.checkpoint(tmp_path / "model"), QUANTIZATIONS[kind]
+    build(folder, tmp_path / "adapter", quantization=quantization)
+    model = PeftModel.from_pretrained(load_base(folder, quantization), str(tmp_path / "adapter"))
+    got, expected = logits(model), logits(dense_twin(folder, model, torch.float32))
+    # fp32: sums in another order. bf16 compute: inputs of the base's products are rounded to 8 bits, layer by layer.
+    tolerance = 2e-2 if kind == "nf4-bf16" else 1e-5
+    assert (got - expected).norm() < tolerance * expected.norm()
+
+
+def test_in_eight_bits_the_weights_are_q_plus_the_product(tmp_path: Path) -> None:
+    """LLM.int8 also quantises activations, so weights are compared: what is left of E by hand equals the report's."""
+    folder = tiny.checkpoint(tmp_path / "model")
+    report = build(folder, tmp_path / "adapter", quantization=QUANTIZATIONS["int8"])
+    model = PeftModel.from_pretrained(load_base(folder, QUANTIZATIONS["int8"]), str(tmp_path / "adapter"))
+    full, twin = AutoModelForCausalLM.from_pretrained(folder), dense_twin(folder, model, torch.float32)
+    for layer in report.layers:
+        left = full.get_parameter(f"{layer.name}.weight") - twin.get_parameter(f"{layer.name}.weight")
+        # The dense twin's weights are rounded to fp32: 6e-8 of weights some 100 times E.
+        assert left.norm().item() == pytest.approx(layer.weight_error_after, rel=1e-3)
+        assert layer.weight_error_after < layer.weight_error
+
+
+def test_it_loads_in_a_fresh_process_without_quailora(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    build(folder, tmp_path / "adapter")
+    script = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+base = AutoModelForCausalLM.from_pretrained({str(folder)!r}, quantization_config=config, device_map="cpu")
+model = PeftModel.from_pretrained(base, {str(tmp_path / "adapter")!r}, is_trainable=True).train()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(2, 20)[None]).logits, {str(tmp_path / "logits.pt")!r})
+assert not any(name.startswith("quailora") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, capture_output=True)
+    model = PeftModel.from_pretrained(load_base(folder, four_bits()), str(tmp_path / "adapter")).train()
+    with torch.no_grad():
+        here = model(input_ids=torch.arange(2, 20)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), here)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": 1},
+        {"lora_alpha": 64},
+        {"use_rslora": True},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"alpha_pattern": {"q_proj": 40, "down_proj": 2}},
+        {"init_lora_weights": "gaussian"},
+        {"lora_dropout": 0.1},
+    ],
+    ids=str,
+)
+def test_the_product_does_not_depend_on_how_peft_scales_it(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    found = []
+    for number, config in enumerate((lora(), lora(**changes))):
+        build(folder, tmp_path / str(number), config)
+        found.append(PeftModel.from_pretrained(load_base(folder, four_bits()), str(tmp_path / str(number))))
+    plain, scaled = map(products, found)
+    assert plain.keys() == scaled.keys()
+    for name, product in plain.items():
+        assert torch.allclose(product, scaled[name], rtol=1e-5, atol=1e-6 * float(product.abs().max()))
+
+
+def test_ranks_follow_the_pattern_and_more_rank_leaves_less(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    config = lora(r=4, rank_pattern={r"layers\.1\..*": 16, "k_proj": 32})
+    ranked = {layer.name: layer for layer in build(folder, tmp_path / "ranked", config).layers}
+    plain = {layer.name: layer for layer in build(folder, tmp_path / "plain", lora(r=4)).layers}
+    assert {layer.rank for name, layer in ranked.items() if "layers.1" in name and "k_proj" not in name} == {16}
+    assert ranked["model.layers.0.self_attn.k_proj"].rank == 32
+    assert ranked["model.layers.0.self_attn.q_proj"].rank == 4
+    for name, layer in ranked.items():
+        if layer.rank > 4:
+            assert layer.output_error_after < plain[name].output_error_after
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, {"q_proj", "v_proj"}),
+        ({"target_modules": r".*\.mlp\.(gate|up)_proj"}, {"gate_proj", "up_proj"}),
+        ({"target_modules": "all-linear", "exclude_modules": ["o_proj", "down_proj"]}, None),
+    ],
+    ids=["names", "regular expression", "exclude_modules"],
+)
+def test_targets_are_what_peft_says(changes: dict[str, Any], expected: set[str] | None, tmp_path: Path) -> None:
+    report = build(tiny.checkpoint(tmp_path / "model"), tmp_path / "adapter", lora(**changes))
+    kinds = {layer.name.rpartition(".")[2] for layer in report.layers}
+    assert kinds == (expected or {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+
+
+def test_only_the_layers_asked_for_are_transformed(tmp_path: Path) -> None:
+    config = lora(target_modules=["q_proj"], layers_to_transform=[0])
+    report = build(tiny.checkpoint(tmp_path / "model"), tmp_path / "adapter", config)
+    assert [layer.name for layer in report.layers] == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_modules_to_save_come_from_the_checkpoint(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", tie_word_embeddings=False)
+    build(folder, tmp_path / "adapter", lora(modules_to_save=["lm_head"]))
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    assert torch.equal(saved, load_file(folder / "model.safetensors")["lm_head.weight"])
+
+
+def test_what_the_base_keeps_in_full_precision_starts_at_the_lora_default_and_is_named(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", tie_word_embeddings=False)
+    config = lora(target_modules=["q_proj", "lm_head", "embed_tokens"])
+    report = build(folder, tmp_path / "adapter", config)
+    assert set(report.left) == {"lm_head", "model.embed_tokens"}
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    head = {name: value for name, value in weights.items() if "lm_head" in name}
+    assert head["base_model.model.lm_head.lora_A.weight"].abs().sum() > 0
+    assert head["base_model.model.lm_head.lora_B.weight"].abs().sum() == 0
+    PeftModel.from_pretrained(load_base(folder, four_bits()), str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_initialize_in_place_equals_build_adapter(kind: str, tmp_path: Path) -> None:
+    folder, quantization = tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16), QUANTIZATIONS[kind]
+    built = build(folder, tmp_path / "adapter", quantization=quantization)
+    expected = products(
+        PeftModel.from_pretrained(load_base(folder, quantization, torch.bfloat16), str(tmp_path / "adapter"))
+    )
+    model = get_peft_model(load_base(folder, quantization, torch.bfloat16), lora())
+    report = quailora.initialize(model, DATA, checkpoint=folder, progress=False)
+    for name, product in products(model).items():
+        assert torch.equal(product, expected[name])
+    assert [replace(row, seconds=0) for row in report.layers] == [replace(row, seconds=0) for row in built.layers]
+    assert report.record["base"] == built.record["base"]
+
+
+def test_initialize_over_a_base_that_was_saved_quantised(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    quantization = four_bits(compute=torch.bfloat16)
+    load_base(folder, quantization, torch.bfloat16).save_pretrained(tmp_path / "quantised")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised", device_map="cpu")
+    model = get_peft_model(base, lora())
+    quailora.initialize(model, DATA, checkpoint=folder, progress=False)
+    build(folder, tmp_path / "adapter", quantization=quantization)
+    expected = products(
+        PeftModel.from_pretrained(load_base(folder, quantization, torch.bfloat16), str(tmp_path / "adapter"))
+    )
+    for name, product in products(model).items():
+        assert torch.equal(product, expected[name])
+
+
+def test_initialize_names_what_it_leaves_and_the_saved_report_tells_the_base(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", tie_word_embeddings=False)
+    model = get_peft_model(load_base(folder, four_bits()), lora(target_modules=["q_proj", "lm_head"]))
+    before = model.get_base_model().lm_head.lora_A["default"].weight.clone()
+    report = quailora.initialize(model, DATA, checkpoint=folder, progress=False)
+    assert list(report.left) == ["lm_head"]
+    assert torch.equal(model.get_base_model().lm_head.lora_A["default"].weight, before)
+    model.save_pretrained(tmp_path / "adapter")
+    report.save(tmp_path / "adapter")
+    assert Report.load(tmp_path / "adapter").record["base"]["quantization"]["method"] == "nf4"
+
+
+def test_the_same_run_gives_the_same_bits(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    for number in range(2):
+        build(folder, tmp_path / str(number))
+    first, second = (load_file(tmp_path / str(number) / "adapter_model.safetensors") for number in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_padding_never_enters(tmp_path: Path) -> None:
+    """One batch of unequal lengths, padded, against one sequence at a time."""
+    folder = tiny.checkpoint(tmp_path / "model", "gemma2")
+    together = build(folder, tmp_path / "together", batch_size=10)
+    alone = build(folder, tmp_path / "alone", batch_size=1)
+    for one, other in zip(together.layers, alone.layers, strict=True):
+        assert one.tokens == other.tokens == DATA.tokens
+        # fp32 sums in another order, carried through two blocks.
+        assert one.output_error_after == pytest.approx(other.output_error_after, rel=1e-4)
+
+
+def test_a_dead_channel_and_fewer_tokens_than_inputs_are_no_problem(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.input_layernorm.weight"][3] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    few = Calibration((tiny.sequences()[0][:6],), "six tokens")
+    for solver in ("krylov", "als", "eigh", "svd"):
+        report = quailora.build_adapter(
+            folder, lora(r=16), few, tmp_path / solver, quantization=four_bits(), solver=solver, progress=False
+        )
+        assert all(row.output_error_after <= row.output_error * (1 + 1e-6) for row in report.layers)
