@@ -11,41 +11,17 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
+from layers import gather
 from smollm2 import fetch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quailora
-from quailora.activations import Calls, collect
-from quailora.blocks import StreamedModel, linear_weight
 from quailora.calibration import Calibration
 from quailora.checkpoint import Checkpoint
-from quailora.gram import Gram
 from quailora.pipeline import default_quantization, read_calibration
 from quailora.quantized import Quantization, quantize
 
 DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
-
-
-def gather(checkpoint: Checkpoint, calibration: Calibration) -> dict[str, tuple[Tensor, Gram]]:
-    """The full-precision weight and H of every linear of every block, all in memory: for small models."""
-    model, found = StreamedModel(checkpoint, torch.device("cpu"), checkpoint.dtype), {}
-    batches = list(calibration.batches(8))
-    with torch.no_grad():
-        with model.resident(*model.outside_blocks()):
-            calls = Calls(model)
-            states, per_batch = zip(*(calls.record(batch) for batch in batches), strict=True)
-        states = list(states)
-        for index, block in enumerate(model.blocks):
-            linears = block.linears()
-            with model.resident(f"{block.name}."):
-                with collect(linears) as collector:
-                    for number, batch in enumerate(batches):
-                        with collector.batch(batch.keep):
-                            states[number] = per_batch[number][index].run(block.module, states[number])
-                found |= {name: (linear_weight(linears[name]).clone(), gram) for name, gram in collector.grams.items()}
-    return found
 
 
 def main() -> None:

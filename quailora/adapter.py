@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -48,12 +50,20 @@ class Target:
         """The quantised linear itself."""
         return self.layer.get_base_layer()  # type: ignore[return-value]
 
-    def assign(self, factors: LoraFactors) -> None:
+    def assign(self, factors: LoraFactors, seed: int = 0) -> None:
         """Put the factors in place: scaling * lora_B.weight @ lora_A.weight = A Bᵀ, whatever alpha is, with both sides
         balanced."""
         root = self.scaling**0.5
         lora_a, lora_b = self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
-        _fill(lora_a, "weight", factors.B.T / root)
+        down = factors.B.T / root
+        if factors.effective_rank < self.rank:
+            # Where both factors are zero neither has a gradient: such a pair gets LoRA's own start, so that it can
+            # learn.
+            bound = down.shape[1] ** -0.5
+            start = torch.empty(down[factors.effective_rank :].shape)
+            start.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+            down[factors.effective_rank :] = start.to(down.device)
+        _fill(lora_a, "weight", down)
         _fill(lora_b, "weight", factors.A / root)
         if getattr(lora_b, "bias", None) is not None:
             _fill(lora_b, "bias", torch.zeros(self.base.out_features))
@@ -189,14 +199,27 @@ def fill_rest(model: PeftModel, source: StreamedModel, seed: int) -> None:
                     if any(p.device.type == "meta" for w in weights for p in _tensors(w)):
                         _allocate(layer, adapter)
                         layer.reset_lora_parameters(adapter, True)
-    unfilled = set(_unfilled(model))
-    for name, parameter in dict(model.named_parameters(remove_duplicate=False)).items():
-        key = name.replace(".modules_to_save.default.", ".")
-        if parameter.device.type == "meta" and key in unfilled:
-            stored = source.source(_base_name(key))
-            assert stored is not None, f"{key} passed check_can_be_saved"
-            parent, _, leaf = name.rpartition(".")
-            _fill(model.get_submodule(parent), leaf, source.checkpoint.tensor(stored))
+    stored = {key: source.source(_base_name(key)) for key in _unfilled(model)}
+    put(model, {key: source.checkpoint.tensor(name) for key, name in stored.items() if name is not None})
+
+
+def put(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Give an adapter's parameters their values, by the names PEFT saves them under; they may be on the meta device.
+
+    Raises:
+        AdapterError: a tensor that the model has no place for, or of another shape.
+    """
+    places = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places[name.replace(".modules_to_save.default.", ".").replace(".default", "")] = (name, parameter)
+    for key, value in tensors.items():
+        if key not in places:
+            raise AdapterError(f"the adapter has {key}, for which {type(model.get_base_model()).__name__} has no place")
+        name, parameter = places[key]
+        if parameter.shape != value.shape:
+            raise AdapterError(f"{key} is {list(value.shape)} in the adapter and {list(parameter.shape)} in the model")
+        parent, _, leaf = name.rpartition(".")
+        _fill(model.get_submodule(parent), leaf, value)
 
 
 @contextmanager
@@ -207,6 +230,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         QuailoraError: the folder has something in it already, or cannot be written (a full disk included).
     """
     check_new_folder(path)
+    path = path.resolve()  # a link stays, and what it points to is filled
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -234,6 +258,8 @@ def check_new_folder(path: Path) -> None:
         raise QuailoraError(f"the output folder {path} is not empty: give another, or remove it")
     if path.exists() and not path.is_dir():
         raise QuailoraError(f"{path} is a file: the output is a folder")
+    if os.path.ismount(path):
+        raise QuailoraError(f"{path} is a mount point, which no finished folder can replace: give a folder within it")
 
 
 def _is_out_of_space(error: BaseException) -> bool:
@@ -242,23 +268,31 @@ def _is_out_of_space(error: BaseException) -> bool:
 
 
 def _check_names(base: PreTrainedModel, config: LoraConfig) -> None:
-    if isinstance(config.target_modules, str) or not config.target_modules:
+    """Every entry of a list of names matches a module, and a regular expression at least one, as PEFT matches them."""
+    targets = config.target_modules
+    if not targets or targets == "all-linear":
         return
-    names = [name for name, module in base.named_modules() if name]
-    for wanted in config.target_modules:
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            ends = sorted(
-                {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-            )
-            near = difflib.get_close_matches(wanted, ends, n=3, cutoff=0.4) or ends
+    modules = dict(base.named_modules())
+    for wanted in [targets] if isinstance(targets, str) else targets:
+        pattern = wanted if isinstance(targets, str) else rf"(.*\.)?{re.escape(wanted)}"
+        try:
+            found = any(re.fullmatch(pattern, name) for name in modules)
+        except re.error as error:
+            raise AdapterError(f"target_modules '{wanted}' is no regular expression: {error}") from error
+        if not found:
+            linears = {name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
+            near = difflib.get_close_matches(wanted.rpartition(".")[2], linears, cutoff=0.4) or sorted(linears)
             raise AdapterError(f"target module '{wanted}' is not in {type(base).__name__}; nearest: {', '.join(near)}")
 
 
 def _fill(module: nn.Module | Any, leaf: str, value: torch.Tensor) -> None:
     old = getattr(module, leaf)
     if old.device.type == "meta":
-        value = value.to(dtype=old.dtype, device="cpu").contiguous()
-        setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad))
+        value = nn.Parameter(value.to(dtype=old.dtype, device="cpu").contiguous(), requires_grad=old.requires_grad)
+        if isinstance(module, nn.ParameterDict):
+            module[leaf] = value
+        else:
+            setattr(module, leaf, value)
     else:
         with torch.no_grad():
             old.copy_(value)

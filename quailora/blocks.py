@@ -7,6 +7,7 @@ of them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from quailora.checkpoint import FLOATING, Checkpoint
+from quailora.checkpoint import BAD_CONFIG, FLOATING, Checkpoint
 from quailora.errors import CheckpointError
 
 
@@ -60,12 +61,14 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     real."""
     with no_init_weights(), init_empty_weights(include_buffers=False):
         try:
+            # A copy, for quantising the skeleton writes into the configuration.
             model = AutoModelForCausalLM.from_config(
-                checkpoint.config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
+                copy.deepcopy(checkpoint.config), dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
             )
-        except ValueError as error:
+        except BAD_CONFIG as error:
             raise CheckpointError(
-                f"{checkpoint.name} is no causal language model that transformers knows: {error}"
+                f"transformers makes no causal language model of the configuration of {checkpoint.name}: "
+                f"{type(error).__name__}: {error}"
             ) from error
     return model.eval()
 
@@ -96,8 +99,8 @@ class StreamedModel:
     @contextmanager
     def resident(self, *names: str) -> Iterator[None]:
         """Within it the modules of these names (or parameters, by their full names) have their weights, on `device`."""
-        self._load([name for name in self._parameters() if name.startswith(tuple(names))])
         try:
+            self._load([name for name in self._parameters() if name.startswith(tuple(names))])
             yield
         finally:
             for name, parameter in self._parameters().items():
@@ -175,7 +178,7 @@ class StreamedModel:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=self._transforms,  # type: ignore[arg-type]
         )
-        with _no_progress_bar():
+        with no_progress_bar():
             info, _ = convert_and_load_state_dict_in_model(self.model, self.checkpoint.slices(keys), config)
         self._move_tied(names)
         parameters = self._parameters()
@@ -185,6 +188,11 @@ class StreamedModel:
             raise CheckpointError(f"{self.checkpoint.name}: transformers could not load {first[0]}")
         for name in names:
             parameters[name].requires_grad_(False)
+            if not all(extreme.isfinite() for extreme in parameters[name].aminmax()):  # NaN is both extremes
+                raise CheckpointError(
+                    f"{name} of {self.checkpoint.name} holds NaN or infinite values as {self.dtype}: the file is "
+                    "damaged, or its values are too large for that dtype"
+                )
 
     def _move_tied(self, names: list[str]) -> None:
         """A tied weight may be stored under its partner's name (the head's for the embedding): give it to the one that
@@ -218,7 +226,7 @@ def _find_blocks(model: PreTrainedModel, decoder: nn.Module) -> list[Block]:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """transformers draws a bar for each call of its loader; ours is the only one a person should see."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
@@ -21,6 +21,9 @@ from quailora.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# What transformers lets out where config.json has a value that no model can be made of.
+BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
@@ -118,39 +121,35 @@ class Checkpoint:
             config = AutoConfig.from_pretrained(
                 self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
-        except (OSError, ValueError, HFValidationError) as error:
-            place = (
-                "in this folder"
-                if self._folder
-                else "as a folder here, nor reachable as a model on the Hugging Face hub"
-            )
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"no model configuration found for '{self.name}' {place}: {reason}") from error
+        except (OSError, *BAD_CONFIG) as error:
+            place = "in this folder" if self._folder else "as a folder here, nor as a model on the Hugging Face hub"
+            raise CheckpointError(f"no usable config.json for '{self.name}' {place}: {_reason(error)}") from error
         if getattr(config, "quantization_config", None) is not None:
             raise CheckpointError(
                 f"{self.name} is already quantised: the error of quantisation can only be computed from the "
-                "full-precision "
-                "checkpoint it was made from; give that one"
+                "full-precision checkpoint it was made from; give that one"
             )
         return config
 
     def _files(self) -> list[Path]:
+        single = self._locate(SINGLE)  # first, as transformers does where a folder has both
+        if single is not None:
+            return [single]
         index = self._locate(INDEX)
         if index is None:
-            single = self._locate(SINGLE)
-            return [single] if single is not None else self._nothing_found()
+            self._nothing_found()
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
+            shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index: {error!r}; fetch it again") from error
         files = []
         for shard in shards:
-            if Path(shard).name != shard:
-                raise CheckpointError(f"{index} points outside its folder: '{shard}'")
+            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+                raise CheckpointError(f"{index} points outside its folder, to {shard!r}: do not use this checkpoint")
             file = self._locate(shard)
             if file is None:
                 raise CheckpointError(
-                    f"shard {shard} of {self.name} is missing: {index.name} lists {len(shards)} shards"
+                    f"shard {shard} of {self.name} is missing, one of the {len(shards)} in {index.name}: fetch it"
                 )
             files.append(file)
         return files
@@ -161,44 +160,38 @@ class Checkpoint:
             return path if path.is_file() else None
         try:
             return Path(hf_hub_download(self.name, filename, revision=self.revision))
-        except LocalEntryNotFoundError as error:
-            raise CheckpointError(
-                f"'{self.name}' is neither a folder here nor reachable on the Hugging Face hub"
-            ) from error
-        except EntryNotFoundError:
+        except EntryNotFoundError:  # offline as well: what the cache has may do
             return None
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise CheckpointError(
-                f"{filename} of '{self.name}' cannot be had: {' '.join(str(error).split())[:300]}"
-            ) from error
+            raise CheckpointError(f"{filename} of '{self.name}' cannot be had: {_reason(error)}") from error
 
     def _nothing_found(self) -> NoReturn:
         found = sorted(path.name for path in self._folder.iterdir()) if self._folder is not None else []
         pickled = [name for name in found if name.endswith((".bin", ".pt", ".pth"))]
         why = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
-        raise CheckpointError(f"{self.name} has neither {SINGLE} nor {INDEX}{why}")
+        where = "" if self._folder is not None else " on the Hugging Face hub, if that can be reached, nor in its cache"
+        raise CheckpointError(f"{self.name} has neither {SINGLE} nor {INDEX}{where}{why}")
+
+
+def _reason(error: Exception) -> str:
+    """The libraries' own words, on one line, without the advice that follows."""
+    return " ".join(str(error).split())[:300] or repr(error)
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
     """The header of a safetensors file: 8 bytes of length (little-endian), JSON, then the data."""
-    size = file.stat().st_size
     try:
+        with safe_open(file, framework="pt"):
+            pass  # safetensors has now checked that header and file agree to the byte
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise CheckpointError(f"{file} is truncated: {size} bytes cannot hold its header")
             header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            data = 8 + length
-            entries = {
-                name: TensorEntry(
-                    file, t["dtype"], tuple(t["shape"]), data + t["data_offsets"][0], data + t["data_offsets"][1]
-                )
-                for name, t in header.items()
-            }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is not a safetensors file: {error!r}") from error
-    expected = max((entry.end for entry in entries.values()), default=data)
-    if size < expected:
-        raise CheckpointError(f"{file} is truncated: {size} bytes where its header promises {expected}; fetch it again")
-    yield from entries.items()
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        raise CheckpointError(
+            f"{file} ({size} bytes) is truncated, damaged or no safetensors file: {_reason(error)}; fetch it again"
+        ) from error
+    header.pop("__metadata__", None)
+    for name, tensor in header.items():
+        start, end = (8 + length + offset for offset in tensor["data_offsets"])
+        yield name, TensorEntry(file, tensor["dtype"], tuple(tensor["shape"]), start, end)

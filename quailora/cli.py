@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 import warnings
 from enum import StrEnum
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import quailora
 from quailora.errors import QuailoraError
@@ -27,7 +30,6 @@ app = typer.Typer(
     help=quailora.__doc__,
     rich_markup_mode=None,
 )
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Quant(StrEnum):
@@ -107,10 +109,8 @@ def init(
     from peft import LoraConfig
 
     from quailora import pipeline
-    from quailora.adapter import check_new_folder
     from quailora.checkpoint import Checkpoint
 
-    check_new_folder(output)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     config = LoraConfig(
         r=rank,
@@ -123,9 +123,7 @@ def init(
     report = pipeline.build_adapter(
         source,
         config,
-        pipeline.read_calibration(
-            source, data, samples=samples, sequence_length=sequence_length, seed=seed, split=split, column=column
-        ),
+        data,
         output,
         quantization=_quantization(quant or Quant.nf4, double_quant, compute_dtype, source.dtype),
         solver=solver,
@@ -133,13 +131,15 @@ def init(
         damping=pipeline.DEFAULT_DAMPING if damping is None else damping,
         samples=samples,
         sequence_length=sequence_length,
+        split=split,
+        column=column,
         batch_size=batch_size,
         device=device,
         seed=seed,
         progress=progress,
     )
     Console().print(report.summary())
-    Console(soft_wrap=True, highlight=False).print(f"adapter, report.md and model card: {output}")
+    typer.echo(f"adapter, report.md and model card: {output}")
 
 
 @app.command("eval")
@@ -169,17 +169,13 @@ def evaluate(
     from quailora import pipeline
     from quailora.checkpoint import Checkpoint
     from quailora.evaluate import compare
-    from quailora.serving import base_of, check_base
 
+    if json is not None and not json.parent.is_dir():
+        raise QuailoraError(f"{json} cannot be written: there is no folder {json.parent}")
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
-    quantization = _quantization(quant or Quant.nf4, double_quant, compute_dtype, source.dtype)
-    dtype = source.dtype
-    if adapter is not None:
-        if not (adapter / "adapter_config.json").is_file():
-            raise QuailoraError(f"{adapter} holds no adapter_config.json: it is no adapter's folder")
-        base = base_of(adapter, initial)
-        asked = quantization if quant is not None or base is None else None
-        quantization, dtype = check_base(base, source, asked, adapter)
+    quantization = None
+    if quant is not None or adapter is None:
+        quantization = _quantization(quant or Quant.nf4, double_quant, compute_dtype, source.dtype)
     calibration = pipeline.read_calibration(
         source, data, samples=samples, sequence_length=sequence_length, seed=seed, split=split, column=column
     )
@@ -187,9 +183,9 @@ def evaluate(
         source,
         adapter,
         calibration,
+        initial=initial,
         quantization=quantization,
-        device=pipeline.default_device(device),
-        dtype=dtype,
+        device=device,
         batch_size=batch_size or pipeline.default_batch_size(calibration),
     )
     Console().print(comparison.table())
@@ -220,7 +216,7 @@ def merge(
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     quantization = None if quant is None else _quantization(quant, double_quant, compute_dtype, source.dtype)
     write(source, adapter, output, initial=initial, quantization=quantization, dtype=_torch_dtype(dtype), device=device)
-    Console(soft_wrap=True, highlight=False).print(f"dense checkpoint: {output}")
+    typer.echo(f"dense checkpoint: {output}")
 
 
 @app.command()
@@ -236,7 +232,7 @@ def convert(
     from quailora import convert as write
 
     write(initial, trained, output, rank=rank)
-    Console(soft_wrap=True, highlight=False).print(f"adapter for the full-precision weights: {output}")
+    typer.echo(f"adapter for the full-precision weights: {output}")
 
 
 @app.command()
@@ -247,29 +243,28 @@ def doctor() -> None:
 
     import torch
 
-    console = Console()
-    console.print(f"quailora {quailora.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    console.print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")))
+    typer.echo(f"quailora {quailora.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    typer.echo(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")))
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     for device in devices:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         table = Table("operation", "backend", "why not the others", title=f"{device}: {name}")
         for operation, service in quailora.backends(device).items():
             table.add_row(operation, service.backend, "; ".join(f"{k}: {v}" for k, v in service.others.items()))
-        console.print(table)
+        Console(markup=False, emoji=False).print(table)
 
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        Console(highlight=False).print(quailora.__version__)
+        typer.echo(quailora.__version__)
         raise typer.Exit
 
 
 def _target_modules(text: str) -> str | list[str]:
     """Names are separated by commas; anything that could not be a name is a regular expression, as PEFT takes it."""
-    names = [name.strip() for name in text.split(",")]
-    plain = all(name.replace(".", "").replace("_", "").replace("-", "").isalnum() for name in names)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    plain = all(re.fullmatch(r"[\w.-]+", name) for name in names)
     return names if plain and text != "all-linear" else text
 
 
@@ -295,21 +290,16 @@ def _torch_dtype(dtype: Dtype | None) -> torch.dtype | None:
 def main() -> None:
     """The console script: what a user can mend is one line on standard error and exit status 1; a bug keeps its
     traceback."""
-    from transformers.utils import logging as transformers_logging
-
     # One progress bar and our own words are what a person should see, not the libraries' remarks on our use of them.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which only commands do
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(bitsandbytes|peft|transformers|torch)\b")
     try:
         app()
     except QuailoraError as error:
-        errors.print(f"[bold red]error:[/] {str(error).replace('[', chr(92) + '[')}")
+        line = Text.assemble(("error:", "bold red"), " ", " ".join(str(error).split()))
+        Console(stderr=True, highlight=False).print(line, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from quailora.blocks import _no_progress_bar
+from quailora.blocks import no_progress_bar
 from quailora.calibration import Batch, Calibration
 from quailora.checkpoint import Checkpoint
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
+from quailora.quantized import METHODS, Quantization
 from quailora.report import to_json, write_files
 from quailora.serving import base_of, check_base
 
@@ -67,7 +68,7 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """The same table in Markdown."""
-        lines = [self._header, ("---", "---:", "---:"), *self._rows()]
+        lines = [self._header, ("---", "---:", "---:", "---:"), *self._rows()]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{self._caption()}\n"
 
     def save(self, path: str | Path) -> None:
@@ -83,15 +84,18 @@ class Comparison:
         """Plain values, for JSON."""
         return asdict(self) | {"gap_closed": self.gap_closed}
 
-    _header = ("", "perplexity", "KL, nats")
+    _header = ("", "perplexity", "KL, nats", "gap closed")
 
-    def _rows(self) -> list[tuple[str, str, str]]:
+    def _rows(self) -> list[tuple[str, ...]]:
         scores = [self.full, self.quantised] + ([self.adapted] if self.adapted else [])
-        return [(score.name, f"{score.perplexity:.4g}", f"{score.kl:.4g}") for score in scores]
+        closed = "" if self.gap_closed is None else f"{self.gap_closed:.1%}"
+        return [
+            (score.name, f"{score.perplexity:.2f}", f"{score.kl:.4f}", closed if score is self.adapted else "")
+            for score in scores
+        ]
 
     def _caption(self) -> str:
-        closed = "" if self.gap_closed is None else f"; {self.gap_closed:.1%} of the gap closed"
-        return f"{self.tokens} predicted tokens{closed}"
+        return f"{self.tokens} predicted tokens"
 
 
 def perplexity(model: nn.Module, batches: Batches) -> float:
@@ -137,6 +141,7 @@ def compare(
     adapter: str | Path | None,
     calibration: Calibration,
     *,
+    initial: str | Path | None = None,
     quantization: BitsAndBytesConfig | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -152,6 +157,7 @@ def compare(
         checkpoint: the full-precision model: a folder, or an id on the Hugging Face hub.
         adapter: a folder that PEFT saved; None to score the quantised base alone.
         calibration: the held-out tokens.
+        initial: the adapter that training started from, where `adapter` has no record of its base.
         quantization: of the base; None takes that of the record that came with the adapter.
         device: None is CUDA if there is one, else the CPU.
         dtype: what both models are loaded in; None is that of the record, or else of the checkpoint.
@@ -164,24 +170,26 @@ def compare(
         CalibrationError, QuailoraError: as for `perplexity`.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    batches = list(calibration.batches(batch_size))
     loaded_in = source.dtype
     if adapter is not None:
         folder = Path(adapter)
         if not (folder / "adapter_config.json").is_file():
             raise AdapterError(f"{folder} is no adapter: it has no adapter_config.json")
-        quantization, loaded_in = check_base(base_of(folder), source, quantization, folder)
+        base = base_of(folder, Path(initial) if initial else None)
+        quantization, loaded_in = check_base(base, source, quantization, folder)
     elif quantization is None:
         raise AdapterError("without an adapter nothing says how the base is quantised: pass `quantization`")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or loaded_in
+    method = METHODS[Quantization.from_config(quantization).method]
     full = _load(source, where, dtype)
     quantised = _load(source, where, dtype, quantization)
     adapted = None if adapter is None else _with_adapter(quantised, adapter)
 
     of_full, of_quantised, of_adapted = _Tally(), _Tally(), _Tally()
-    total = math.ceil(len(calibration) / batch_size)
     with _evaluating(full, quantised):
-        for done, batch in enumerate(map(_predictions, calibration.batches(batch_size)), 1):
+        for done, batch in enumerate(map(_predictions, batches), 1):
             reference = batch.logits(full)
             of_full.add(batch, reference)
             with nullcontext() if adapted is None else adapted.disable_adapter():
@@ -189,11 +197,11 @@ def compare(
             if adapted is not None:
                 of_adapted.add(batch, batch.logits(adapted), reference)
             if progress is not None:
-                progress(done, total)
+                progress(done, len(batches))
     return Comparison(
         of_full.scores("full precision"),
-        of_quantised.scores("quantised"),
-        of_adapted.scores("quantised + adapter") if adapted is not None else None,
+        of_quantised.scores(method),
+        of_adapted.scores(f"{method} + adapter") if adapted is not None else None,
         of_full.tokens,
     )
 
@@ -271,7 +279,7 @@ def _log_softmax(logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
     chosen = logits[row.to(logits.device), position.to(logits.device)].float()
     if not chosen.isfinite().all():
         raise QuailoraError(
-            f"logits are not finite: it overflows in {logits.dtype} (try bfloat16), or its weights are damaged"
+            f"logits are not finite: the model overflows in {logits.dtype} (try bfloat16), or its weights are damaged"
         )
     return chosen.log_softmax(-1)
 
@@ -307,7 +315,7 @@ def _not_about_casts(entry: logging.LogRecord) -> bool:
 def _load(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
-    with _no_progress_bar():
+    with no_progress_bar():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             checkpoint.name,
             revision=checkpoint.revision,

@@ -24,12 +24,12 @@ from quailora.adapter import Target
 from quailora.blocks import Block, StreamedModel, linear_weight
 from quailora.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration, load_calibration
 from quailora.checkpoint import Checkpoint
-from quailora.errors import AdapterError, CalibrationError, MismatchError, SolverError
+from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError, SolverError
 from quailora.gram import Gram
 from quailora.progress import Progress
 from quailora.quantized import Quantization, QuantizedWeight, quantization_of, quantize, read
-from quailora.report import LayerReport, Report, model_card
-from quailora.solvers import solve
+from quailora.report import LayerReport, Report, model_card, write_files
+from quailora.solvers import check_solver, solve
 
 DEFAULT_DAMPING = 1e-2
 RANK, ALPHA = 64, 16
@@ -38,12 +38,15 @@ TOKENS_PER_BATCH = 8192
 
 @dataclass(frozen=True)
 class Settings:
-    """What the solver is told. See `quailora.solve`."""
+    """What the solver is told. See `quailora.solve`. Raises SolverError for what it does not take."""
 
     solver: str = "krylov"
     iterations: int | None = None
     damping: float = DEFAULT_DAMPING
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver, self.iterations, self.damping)
 
 
 @dataclass
@@ -134,7 +137,7 @@ def _initialize_linear(
             )
         except SolverError as error:
             raise SolverError(f"{target.name}: {error}") from error
-        target.assign(factors)
+        target.assign(factors, settings.seed)
     return LayerReport(
         name=target.name,
         outputs=weight.shape[0],
@@ -174,6 +177,8 @@ def build_adapter(
     damping: float = DEFAULT_DAMPING,
     samples: int = SAMPLES,
     sequence_length: int = SEQUENCE_LENGTH,
+    split: str = "train",
+    column: str | None = None,
     batch_size: int | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -195,6 +200,7 @@ def build_adapter(
         tokenizer: None takes the checkpoint's own.
         solver, iterations, damping: see `quailora.solve`.
         samples, sequence_length, seed: how much calibration data is taken, and the seed of the draw.
+        split, column: of a data set, where they are not the usual ones.
         batch_size: sequences in one forward pass; None takes as many as make about 8192 tokens.
         dtype: what the base's weights are loaded as before they are quantised; None is what transformers takes by
             itself.
@@ -209,7 +215,7 @@ def build_adapter(
     """
     output = Path(output_dir)
     adapters.check_new_folder(output)
-    settings = _settings(solver, iterations, damping, seed)
+    settings = Settings(solver, iterations, damping, seed)
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     dtype = dtype or source.dtype
     config = lora_config or LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -225,7 +231,14 @@ def build_adapter(
     stream = StreamedModel(source, default_device(device), dtype)
     adapters.check_can_be_saved(model, stream)
     data = read_calibration(
-        source, calibration, tokenizer=tokenizer, samples=samples, sequence_length=sequence_length, seed=seed
+        source,
+        calibration,
+        tokenizer=tokenizer,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        split=split,
+        column=column,
     )
 
     stages = Stages()
@@ -237,10 +250,10 @@ def build_adapter(
         with stages("write"):
             adapters.fill_rest(model, stream, seed)
             model.save_pretrained(str(folder), save_embedding_layers=False)
-            record = make_record(source, dtype, form, settings, data, config)
-            report = Report(layers, left | unreached, _notes(stream), record, stages.seconds)
-            report.save(folder)
-            (folder / "README.md").write_text(model_card(record, report), encoding="utf-8")
+        record = make_record(source, dtype, form, settings, data, config)
+        report = Report(layers, left | unreached, _notes(stream), record, stages.seconds)
+        report.save(folder)
+        write_files(folder, {"README.md": model_card(record, report)})
     return report
 
 
@@ -255,6 +268,8 @@ def initialize(
     damping: float = DEFAULT_DAMPING,
     samples: int = SAMPLES,
     sequence_length: int = SEQUENCE_LENGTH,
+    split: str = "train",
+    column: str | None = None,
     batch_size: int | None = None,
     adapter: str = "default",
     device: str | torch.device | None = None,
@@ -284,15 +299,23 @@ def initialize(
         )
     if adapter not in peft_model.peft_config:
         raise AdapterError(f"the model has no adapter '{adapter}', only {', '.join(peft_model.peft_config)}")
-    settings = _settings(solver, iterations, damping, seed)
+    settings = Settings(solver, iterations, damping, seed)
     config = adapters.check_config(peft_model.peft_config[adapter])
     targets, left = adapters.find_targets(peft_model, adapter)
     if not targets:
         raise AdapterError(f"no quantised linear is targeted: {_enumerate(left)}; is the base loaded in 4 or 8 bits?")
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     stream = StreamedModel(source, default_device(device or targets[0].base.weight.device), source.dtype)
+    _check_shapes(peft_model, targets, stream)
     data = read_calibration(
-        source, calibration, tokenizer=tokenizer, samples=samples, sequence_length=sequence_length, seed=seed
+        source,
+        calibration,
+        tokenizer=tokenizer,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        split=split,
+        column=column,
     )
 
     def held(target: Target, weight: Tensor) -> QuantizedWeight:
@@ -358,13 +381,14 @@ def make_record(
     }
 
 
-def _settings(solver: str, iterations: int | None, damping: float, seed: int) -> Settings:
-    return Settings(solver, iterations, damping, seed)
-
-
 def default_device(device: str | torch.device | None) -> torch.device:
-    """The device named; None is CUDA if there is one, else the CPU."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device named; None is CUDA if there is one, else the CPU. Raises QuailoraError where it cannot be used."""
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=chosen).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise QuailoraError(f"device '{chosen}' cannot be used here: {reason}; name another, such as cpu") from error
 
 
 def default_batch_size(calibration: Calibration) -> int:
@@ -417,13 +441,28 @@ def load_tokenizer(source: Checkpoint) -> PreTrainedTokenizerBase | None:
         return None
 
 
+def _check_shapes(model: PeftModel, targets: list[Target], stream: StreamedModel) -> None:
+    """A base of another depth or width than the checkpoint's model was not made from it, which can be told at once."""
+    config: Any = model.get_base_model().config
+    depth = config.get_text_config(decoder=True).num_hidden_layers
+    if depth != len(stream.blocks):
+        raise MismatchError(
+            f"the loaded base has {depth} blocks, and {stream.checkpoint.name} has {len(stream.blocks)}: "
+            "give the full-precision checkpoint that the base was made from"
+        )
+    linears = {name: linear for block in stream.blocks for name, linear in block.linears().items()}
+    for target in targets:
+        held = (target.base.out_features, target.base.in_features)
+        if target.name in linears and held != (shape := tuple(linear_weight(linears[target.name]).shape)):
+            raise MismatchError(
+                f"{target.name} is {held} in the loaded base and {shape} in {stream.checkpoint.name}: "
+                "give the full-precision checkpoint that the base was made from"
+            )
+
+
 def _check_belongs(target: Target, weight: Tensor, quantized: QuantizedWeight) -> None:
     """4 bits cost about a tenth of a weight; two different models differ by more than the weight itself."""
     q = quantized.dequantize().to(weight.device, torch.float32)
-    if q.shape != weight.shape:
-        raise MismatchError(
-            f"{target.name} is {list(q.shape)} in the loaded base and {list(weight.shape)} in the checkpoint"
-        )
     share = float((weight.float() - q).norm() / weight.float().norm().clamp_min(1e-30))
     if share > 0.5:
         raise MismatchError(

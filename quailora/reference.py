@@ -102,7 +102,6 @@ def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
     """
     q = y.double()
     known = basis.double() if basis is not None else q[:, :0]
-    room = y.shape[0] - known.shape[1]
     # First drop what only the rounding of fp32 has left. If the second pass then takes away half of a unit direction,
     # that direction lay in the basis all along ("twice is enough", Kahan).
     for shortest in (16 * torch.finfo(torch.float32).eps, 0.5):
@@ -111,6 +110,5 @@ def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
         q = q - known @ (known.T @ q)
         squares, directions = torch.linalg.eigh(q.T @ q)
         long = squares > shortest**2
-        long[: max(0, len(long) - room)] = False
         q = q @ (directions[:, long] / squares[long].sqrt())
     return q.to(y.dtype)

@@ -6,12 +6,11 @@ from __future__ import annotations
 import copy
 import json
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from quailora.adapter import check_new_folder, new_folder, quantized_skeleton
+from quailora.adapter import adapted_skeleton, check_new_folder, new_folder, put, quantized_skeleton
 from quailora.blocks import StreamedModel
 from quailora.checkpoint import INDEX, Checkpoint
 from quailora.errors import AdapterError, MismatchError
-from quailora.pipeline import load_tokenizer
+from quailora.pipeline import default_device, load_tokenizer
 from quailora.quantized import Quantization, is_quantized, quantize
 from quailora.report import RECORD, read_record
 
@@ -105,16 +104,14 @@ def merge(
     """
     output, folder = Path(output_dir), Path(adapter)
     check_new_folder(output)
-    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    source, place = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint), default_device(device)
     config, load_dtype = check_base(base_of(folder, Path(initial) if initial else None), source, quantization, folder)
     form, dtype = Quantization.from_config(config), dtype or source.dtype
     base = quantized_skeleton(source, config, load_dtype)
-    peft_config = read_config(folder)
-    with warnings.catch_warnings():
-        # PEFT warns that meta parameters were not filled: those are the base's, which this never holds.
-        warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True, config=peft_config)
-    stream = StreamedModel(source, torch.device(device), load_dtype)
+    trained = _Adapter(folder)
+    model = adapted_skeleton(base, trained.config, source)
+    put(model, trained.tensors)
+    stream = StreamedModel(source, place, load_dtype)
     merged = model.get_base_model()
     parameters = {key: name for name in dict(stream.model.named_parameters()) if (key := stream.source(name))}
     _check_mergeable(merged, set(parameters.values()))
@@ -128,7 +125,7 @@ def merge(
             for key in keys:
                 tensor = source.tensor(key)
                 if key in parameters:
-                    tensor = _merged(merged, parameters[key], tensor, form, load_dtype, torch.device(device))
+                    tensor = _merged(merged, parameters[key], tensor, form, load_dtype, place)
                 tensors[key] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
             save_file(tensors, partial / shard.name, metadata={"format": "pt"})
         if len(shards) > 1:

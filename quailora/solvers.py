@@ -117,12 +117,8 @@ def solve(
 
     Raises SolverError for inputs that no factors can be computed from, CalibrationError for a `Gram` without tokens.
     """
-    run, default_iterations = _look_up(solver)
-    if iterations is not None and (default_iterations is None or iterations < 0):
-        allowed = "takes no iterations" if default_iterations is None else "needs iterations >= 0"
-        raise SolverError(f"solver {solver!r} {allowed}, got iterations={iterations}")
-    if not (math.isfinite(damping) and damping >= 0):
-        raise SolverError(f"damping must be finite and >= 0, got {damping}")
+    check_solver(solver, iterations, damping)
+    run, default_iterations = _SOLVERS[solver]
     # Fine-tuning code may call this under autograd or autocast; neither may reach these products.
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         h = gram.matrix() if isinstance(gram, Gram) else gram.detach().float()
@@ -248,12 +244,21 @@ _SOLVERS: dict[str, tuple[Callable[[_Problem], _Solution], int | None]] = {
 }
 
 
-def _look_up(solver: str) -> tuple[Callable[[_Problem], _Solution], int | None]:
+def check_solver(solver: str, iterations: int | None, damping: float) -> None:
+    """What `solve` checks of its settings, for those who want to know before there is anything to solve.
+
+    Raises SolverError: a solver there is not (with the nearest name), or a setting that it does not take.
+    """
     if solver not in _SOLVERS:
         near = difflib.get_close_matches(solver, _SOLVERS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise SolverError(f"unknown solver {solver!r}; {hint}there are {', '.join(_SOLVERS)}")
-    return _SOLVERS[solver]
+    _, default_iterations = _SOLVERS[solver]
+    if iterations is not None and (default_iterations is None or iterations < 0):
+        allowed = "takes no iterations" if default_iterations is None else "needs iterations >= 0"
+        raise SolverError(f"solver {solver!r} {allowed}, got iterations={iterations}")
+    if not (math.isfinite(damping) and damping >= 0):
+        raise SolverError(f"damping must be finite and >= 0, got {damping}")
 
 
 def _check_shapes(weight: Tensor, quantized: Tensor | Dequantizable, h: Tensor, rank: int) -> None:

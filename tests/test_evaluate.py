@@ -246,6 +246,8 @@ def test_compare_without_an_adapter(checkpoint: Path, data: Calibration) -> None
     assert result.quantised.kl > 0
     with pytest.raises(AdapterError, match="pass `quantization`"):
         compare(checkpoint, None, data)
+    with pytest.raises(CalibrationError, match="batch_size must be at least 1"):
+        compare(checkpoint, None, data, quantization=NF4, batch_size=0)
 
 
 def test_compare_refuses_what_does_not_belong_together(

@@ -320,7 +320,7 @@ def test_any_shape(rows: int, columns: int, tokens: int, share: float, solver: s
     h = x.T @ x
     factors = solve(weight, quantized, h, rank, solver=solver, iterations=rows if solver == "krylov" else None)
     assert_sound(factors, weight, quantized, h)
-    # As deep as there are rows, krylov has the whole space, or all of it that S reaches, and is exact: rounding remains.
+    # As deep as there are rows, krylov has the whole space, or all of it that S reaches, and is exact up to rounding.
     best = optimum(weight - quantized, h, rank)
     assert factors.objective <= (1 + 1e-5) * best + fp32_rounding(weight - quantized, h)
 
@@ -392,6 +392,7 @@ MOST = torch.linalg.svd(W - Q)[2][0]  # the input the error answers most
         ((W, bad(Q, math.inf), H, 4), {}, "quantized holds .* not finite"),
         ((W, Q, bad(H, math.nan), 4), {}, "gram holds .* not finite"),
         ((W, Q, H.tril(), 4), {}, "gram is not symmetric"),
+        ((W, Q, bad(H, H.max().item()), 4), {}, "gram is not symmetric"),
         ((W, Q, -H, 4), {}, "diagonal goes down to -"),
         ((W, Q, 1.1 * MOST.square().diag() - MOST.outer(MOST), 4), {}, "not positive semi-definite"),
         ((W, Q, H, 4), {"damping": -0.1}, "damping .* got -0.1"),

@@ -24,10 +24,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": _GATED
     | {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": _GATED,
-    "opt": _BASE | {"ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 64},
+    "opt": _BASE | {"dropout": 0.0, "ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 64},
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4},
     "gpt_neox": _BASE | {"intermediate_size": 128, "max_position_embeddings": 64},
-    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt2": {
+        "vocab_size": VOCABULARY,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
     "falcon": _BASE | {"new_decoder_architecture": False, "multi_query": True, "alibi": False},
     "mixtral": _GATED | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": _GATED

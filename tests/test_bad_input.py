@@ -1,0 +1,252 @@
+"""Bad input: the error says what, how much and the way out, before anything is computed, and leaves nothing behind."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+import quailora
+from quailora import adapter as adapters
+from quailora import pipeline
+from quailora.activations import Calls
+from quailora.adapter import new_folder
+from quailora.blocks import StreamedModel
+from quailora.checkpoint import SINGLE, Checkpoint
+from quailora.errors import (
+    AdapterError,
+    CalibrationError,
+    CheckpointError,
+    MismatchError,
+    QuailoraError,
+    SolverError,
+)
+
+TOKENS = torch.randint(2, tiny.VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(**({"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings))
+
+
+@dataclass
+class Case:
+    """What is wrong: changed in the checkpoint's folder, or an argument of `build_adapter`."""
+
+    error: type[QuailoraError]
+    words: tuple[str, ...]  # that the message must have
+    spoil: Callable[[Path], object] = lambda folder: None
+    family: str = "llama"
+    lora: dict[str, Any] = field(default_factory=dict)
+    data: Any = TOKENS
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def set_weight(name: str, value: float) -> Callable[[Path], object]:
+    """Put a value in the middle of one weight."""
+
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / SINGLE)
+        tensors[name].view(-1)[tensors[name].numel() // 2] = value
+        save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+    return spoil
+
+
+def set_config(**values: Any) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return spoil
+
+
+def drop_weight(folder: Path) -> None:
+    tensors = load_file(folder / SINGLE)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / SINGLE)
+
+
+def as_integers(folder: Path) -> None:
+    tensors = load_file(folder / SINGLE)
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+    save_file(tensors, folder / SINGLE)
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / SINGLE).read_bytes()
+    (folder / SINGLE).write_bytes(content[: len(content) // 2])
+
+
+def shards_with_one_missing(folder: Path) -> None:
+    (folder / SINGLE).unlink()
+    tiny.model().save_pretrained(folder, max_shard_size="100KB")
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+MASKED = DataLoader([{"input_ids": row, "attention_mask": torch.zeros(16)} for row in TOKENS], batch_size=2)  # type: ignore[arg-type]
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+KNOWN_AT_ONCE = {
+    "a missing shard": Case(CheckpointError, ("shard model-00002-of-", "is missing", "fetch"), shards_with_one_missing),
+    "a truncated file": Case(CheckpointError, (SINGLE, "bytes", "truncated", "fetch it again"), truncate),
+    "a missing tensor": Case(CheckpointError, ("1 of 20", "model.layers.1.mlp.up_proj.weight"), drop_weight),
+    "integers for weights": Case(
+        CheckpointError, ("model.layers.0.mlp.up_proj.weight", "I8", "full-precision"), as_integers
+    ),
+    "a wider configuration": Case(
+        CheckpointError, ("gate_proj.weight", "[128, 64]", "[192, 64]", "config.json"), set_config(intermediate_size=192)
+    ),
+    "a deeper configuration": Case(
+        CheckpointError, ("9 of 29", "model.layers.2."), set_config(num_hidden_layers=3)
+    ),
+    "a configuration with a string for a number": Case(
+        CheckpointError, ("config.json", "hidden_size", "big"), set_config(hidden_size="big")
+    ),
+    "a configuration that makes no model": Case(
+        CheckpointError, ("configuration of", "KeyError: 'no_such'"), set_config(hidden_act="no_such")
+    ),
+    "an unknown architecture": Case(CheckpointError, ("config.json", "no_such"), set_config(model_type="no_such")),
+    "an unknown dtype": Case(CheckpointError, ("config.json", "bfloat17"), set_config(dtype="bfloat17")),
+    "an encoder-decoder": Case(CheckpointError, ("no causal language model", "T5"), set_config(model_type="t5")),
+    "quantised already": Case(
+        CheckpointError,
+        ("already quantised", "full-precision checkpoint"),
+        set_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+    ),
+    "a rank above min(m, n)": Case(
+        AdapterError, ("rank 33", "k_proj", "32 x 64", "rank_pattern"), lora={"r": 33}
+    ),
+    "a rank above min(m, n) in rank_pattern": Case(
+        AdapterError, ("rank 65", "model.layers.0.mlp.down_proj", "64 x 128"), lora={"rank_pattern": {"down_proj": 65}}
+    ),
+    "alpha 0": Case(AdapterError, ("scaling 0.0", "positive"), lora={"lora_alpha": 0}),
+    "a misspelt target module": Case(
+        AdapterError, ("'q_prj'", "LlamaForCausalLM", "q_proj"), lora={"target_modules": ["q_prj", "v_proj"]}
+    ),
+    "a misspelt full name": Case(
+        AdapterError,
+        ("'model.layers.0.self_attn.q_prj'", "q_proj"),
+        lora={"target_modules": ["model.layers.0.self_attn.q_prj"]},
+    ),
+    "a target module like no other": Case(
+        AdapterError, ("'xxx'", "down_proj, gate_proj, k_proj"), lora={"target_modules": ["xxx"]}
+    ),
+    "a regular expression that matches nothing": Case(
+        AdapterError, (r"'.*\.q_prj'", "nearest: ", "q_proj"), lora={"target_modules": r".*\.q_prj"}
+    ),
+    "no regular expression": Case(AdapterError, ("'*q_proj'", "regular expression"), lora={"target_modules": "*q_proj"}),
+    "targets that stay unquantised": Case(
+        AdapterError, ("no quantised linear", "lm_head", "full precision"), lora={"target_modules": ["lm_head"]}
+    ),
+    "a target that is no linear": Case(AdapterError, ("PEFT", "LlamaMLP"), lora={"target_modules": ["mlp"]}),
+    "DoRA": Case(AdapterError, ("use_dora=True", "plain LoRA"), lora={"use_dora": True}),
+    "PiSSA": Case(AdapterError, ("init_lora_weights='pissa'", "True"), lora={"init_lora_weights": "pissa"}),
+    "LoftQ": Case(
+        AdapterError,
+        ("init_lora_weights='loftq'", "True"),
+        lora={"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    ),
+    "repeated blocks": Case(AdapterError, ("layer_replication",), lora={"layer_replication": [(0, 2), (0, 2)]}),
+    "no quantisation": Case(
+        AdapterError, ("BitsAndBytesConfig", "load_in_4bit"), arguments={"quantization": BitsAndBytesConfig()}
+    ),
+    "an unknown solver": Case(
+        SolverError, ("'krilov'", "did you mean 'krylov'", "als", "eigh", "svd"), arguments={"solver": "krilov"}
+    ),
+    "iterations of a closed form": Case(
+        SolverError, ("'eigh'", "iterations=3"), arguments={"solver": "eigh", "iterations": 3}
+    ),
+    "negative iterations": Case(SolverError, ("iterations=-1", ">= 0"), arguments={"iterations": -1}),
+    "damping that is no number": Case(SolverError, ("damping", "nan"), arguments={"damping": float("nan")}),
+    "negative damping": Case(SolverError, ("damping", ">= 0", "-1"), arguments={"damping": -1.0}),
+    "a device that is not there": Case(QuailoraError, ("'cuda:99'", "cpu"), arguments={"device": "cuda:99"}),
+    "a device of no known kind": Case(QuailoraError, ("'gpu'", "cpu"), arguments={"device": "gpu"}),
+    "no tokens after masking": Case(CalibrationError, ("no tokens", "masked"), data=MASKED),
+    "no tokens at all": Case(CalibrationError, ("no tokens", "empty"), data=[]),
+    "text without a tokenizer": Case(CalibrationError, ("tokenizer",), data=["some text"]),
+    "a missing file": Case(CalibrationError, ("'no/such/file.txt'",), data="no/such/file.txt"),
+    "tokens beyond the vocabulary": Case(
+        CalibrationError, ("token id 128", "vocabulary has 128", "tokenizer"), data=torch.full((2, 8), 128)
+    ),
+    "negative tokens": Case(CalibrationError, ("negative token id -100",), data=torch.full((2, 8), -100)),
+    "tokens that are no integers": Case(CalibrationError, ("integers", "float32"), data=torch.ones(2, 8)),
+    "sequences beyond the positions": Case(
+        CalibrationError,
+        ("65 tokens", "64 positions", "sequence_length"),
+        family="gpt2",
+        data=torch.full((2, 65), 5),
+    ),
+    "no samples": Case(CalibrationError, ("samples", "at least 1", "0"), arguments={"samples": 0}),
+}
+
+FOUND_ON_THE_WAY = {
+    f"{value} in {name}": Case(CheckpointError, (name, "NaN or infinite", "float32"), set_weight(name, value))
+    for name in (
+        f"{Q_PROJ}.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+    )
+    for value in (float("nan"), float("inf"))
+} | {
+    "a weight too large for fp16": Case(
+        CheckpointError,
+        (f"{Q_PROJ}.weight", "float16"),
+        set_weight(f"{Q_PROJ}.weight", 1e6),
+        arguments={"dtype": torch.float16},
+    ),
+    "activations that overflow": Case(
+        SolverError,
+        (Q_PROJ, "gram", "not finite"),
+        set_weight("model.layers.0.input_layernorm.weight", 1e30),
+    ),
+}
+
+
+@pytest.fixture
+def computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(*args: object, **kwargs: object) -> None:
+        pytest.fail("the model was run before the input was checked")
+
+    monkeypatch.setattr(pipeline, "run", reached)
+    monkeypatch.setattr(Calls, "record", reached)
+    monkeypatch.setattr(StreamedModel, "resident", reached)
+
+
+def fails(case: Case, folder: Path) -> str:
+    """The message of the error that the case must give, nothing being left behind."""
+    checkpoint = tiny.checkpoint(folder / "model", case.family)
+    case.spoil(checkpoint)
+    with pytest.raises(QuailoraError) as caught:
+        quailora.build_adapter(
+            checkpoint, lora(**case.lora), case.data, folder / "out" / "adapter", progress=False, **case.arguments
+        )
+    assert caught.type is case.error, caught.value
+    assert not (folder / "out").exists() or not list((folder / "out").iterdir())
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("computes_nothing")
+@pytest.mark.parametrize("wrong", KNOWN_AT_ONCE)
+def test_what_can_be_known_at_once_is_said_before_anything_is_computed(wrong: str, tmp_path: Path) -> None:
+    message = fails(KNOWN_AT_ONCE[wrong], tmp_path)
+    assert [words for words in KNOWN_AT_ONCE[wrong].words if words not in message] == [], message
+
+
+@pytest.mark.parametrize("wrong", FOUND_ON_THE_WAY)
+def test_numbers_that_are_not_finite_are_found_and_the_place_is_named(wrong: str, tmp_path: Path) -> None:
+    message = fails(FOUND_ON_THE_WAY[wrong], tmp_path)
+    assert [words for words in FOUND_ON_THE_WAY[wrong].words if words not in message] == [], message

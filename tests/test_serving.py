@@ -1,0 +1,190 @@
+"""After training: merging into Q, converting for the full-precision weights, and refusing what does not belong together."""
+
+import json
+from pathlib import Path
+
+import pytest
+import test_pipeline as pipeline
+import tiny
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import quailora
+from quailora.errors import AdapterError, MismatchError, QuailoraError
+from quailora.evaluate import compare
+from quailora.report import RECORD
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def train_a_little(initial: Path, trained: Path, seed: int = 0) -> None:
+    """What a trainer would leave: the same adapter with other weights, and no record beside it."""
+    trained.mkdir()
+    (trained / "adapter_config.json").write_text((initial / "adapter_config.json").read_text())
+    generator = torch.Generator().manual_seed(seed)
+    weights = load_file(initial / WEIGHTS)
+    moved = {key: value + 0.01 * torch.randn(value.shape, generator=generator) for key, value in weights.items()}
+    save_file(moved, trained / WEIGHTS, metadata={"format": "pt"})
+
+
+def dense(folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "bloom", "opt"])
+def test_merge_computes_what_the_quantised_base_with_its_adapter_computes(family: str, tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", family)
+    pipeline.build(folder, tmp_path / "initial")
+    train_a_little(tmp_path / "initial", tmp_path / "trained")
+    quailora.merge(folder, tmp_path / "trained", tmp_path / "dense", initial=tmp_path / "initial")
+    base = pipeline.load_base(folder, pipeline.four_bits())
+    model = PeftModel.from_pretrained(base, str(tmp_path / "trained"))
+    got, expected = pipeline.logits(dense(tmp_path / "dense")), pipeline.logits(model)
+    assert (got - expected).norm() < 1e-5 * expected.norm()  # fp32 sums in another order
+
+
+@pytest.mark.parametrize("kind", pipeline.QUANTIZATIONS)
+def test_merged_weights_are_q_plus_the_product_on_every_base(kind: str, tmp_path: Path) -> None:
+    folder, quantization = tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16), pipeline.QUANTIZATIONS[kind]
+    pipeline.build(folder, tmp_path / "adapter", quantization=quantization)
+    quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense", dtype=torch.float32)
+    base = pipeline.load_base(folder, quantization, torch.bfloat16)
+    twin = pipeline.dense_twin(folder, PeftModel.from_pretrained(base, str(tmp_path / "adapter")), torch.float32)
+    merged = load_file(tmp_path / "dense" / "model.safetensors")
+    for name, value in twin.state_dict().items():
+        if name in merged:  # a tied head is stored once
+            assert torch.allclose(merged[name], value, rtol=1e-6, atol=1e-7), name
+
+
+def test_linears_without_an_adapter_become_q_for_that_is_what_training_saw(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "adapter", pipeline.lora(target_modules=["q_proj"]))
+    quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense")
+    base = pipeline.load_base(folder, pipeline.four_bits())
+    model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    got, expected = pipeline.logits(dense(tmp_path / "dense")), pipeline.logits(model)
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_merge_keeps_shards_names_dtype_and_saved_modules(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny.model(dtype=torch.bfloat16, tie_word_embeddings=False).save_pretrained(folder, max_shard_size="60KB")
+    pipeline.build(folder, tmp_path / "adapter", pipeline.lora(modules_to_save=["lm_head"]))
+    weights = load_file(tmp_path / "adapter" / WEIGHTS)
+    weights["base_model.model.lm_head.weight"] *= 2
+    save_file(weights, tmp_path / "adapter" / WEIGHTS, metadata={"format": "pt"})
+    quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense")
+
+    def shards(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+        return {file.name: load_file(file) for file in path.glob("*.safetensors")}
+
+    before, after = shards(folder), shards(tmp_path / "dense")
+    assert len(after) > 1
+    assert {n: sorted(s) for n, s in before.items()} == {n: sorted(s) for n, s in after.items()}
+    assert {value.dtype for shard in after.values() for value in shard.values()} == {torch.bfloat16}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    original = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded.lm_head.weight, original.lm_head.weight * 2)
+    assert torch.equal(loaded.model.norm.weight, original.model.norm.weight)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"up_proj": 5}}]
+)
+def test_converted_it_adds_to_full_precision_what_training_learned(changes: dict[str, object], tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "initial", pipeline.lora(**changes))
+    train_a_little(tmp_path / "initial", tmp_path / "trained")
+    quailora.convert(tmp_path / "initial", tmp_path / "trained", tmp_path / "converted")
+
+    def product(name: str) -> dict[str, torch.Tensor]:
+        return pipeline.products(PeftModel.from_pretrained(dense(folder), str(tmp_path / name)))
+
+    initial, trained, converted = product("initial"), product("trained"), product("converted")
+    assert converted.keys() == trained.keys()
+    for name, learned in converted.items():
+        expected = trained[name] - initial[name]
+        # The factors are stored in fp32.
+        assert torch.allclose(learned, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max())), name
+    ranks = {value.shape[0] for key, value in load_file(tmp_path / "converted" / WEIGHTS).items() if "lora_A" in key}
+    assert max(ranks) <= 16
+
+
+def test_converted_to_a_lower_rank_it_is_the_best_of_that_rank(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "initial")
+    train_a_little(tmp_path / "initial", tmp_path / "trained")
+    for rank in (3, 16):
+        quailora.convert(tmp_path / "initial", tmp_path / "trained", tmp_path / str(rank), rank=rank)
+    low, whole = (
+        pipeline.products(PeftModel.from_pretrained(dense(folder), str(tmp_path / str(rank)))) for rank in (3, 16)
+    )
+    for name, product in whole.items():
+        beyond = torch.linalg.svdvals(product)[3:].norm()
+        assert (low[name] - product).norm().item() == pytest.approx(beyond.item(), rel=1e-3)
+
+
+def test_untrained_it_converts_to_nothing(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "adapter")
+    quailora.convert(tmp_path / "adapter", tmp_path / "adapter", tmp_path / "converted")
+    learned = pipeline.products(PeftModel.from_pretrained(dense(folder), str(tmp_path / "converted")))
+    started = pipeline.products(PeftModel.from_pretrained(dense(folder), str(tmp_path / "adapter")))
+    # B A - B A through a QR in fp64.
+    assert all(learned[name].norm() < 1e-12 * started[name].norm() for name in learned)
+
+
+def test_adapters_of_different_modules_do_not_convert(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "one", pipeline.lora(target_modules=["q_proj"]))
+    pipeline.build(folder, tmp_path / "other", pipeline.lora(target_modules=["v_proj"]))
+    with pytest.raises(AdapterError, match="different modules"):
+        quailora.convert(tmp_path / "one", tmp_path / "other", tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+def test_another_base_is_refused_by_eval_merge_and_initialize(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    other = tiny.checkpoint(tmp_path / "other", seed=1)
+    pipeline.build(folder, tmp_path / "adapter")
+    fp4 = pipeline.QUANTIZATIONS["fp4"]
+
+    with pytest.raises(MismatchError, match="fingerprint"):
+        quailora.merge(other, tmp_path / "adapter", tmp_path / "dense")
+    with pytest.raises(MismatchError, match="NF4.*FP4"):
+        quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense", quantization=fp4)
+    with pytest.raises(MismatchError, match="fingerprint"):
+        compare(other, tmp_path / "adapter", pipeline.DATA)
+    with pytest.raises(MismatchError, match="NF4.*FP4"):
+        compare(folder, tmp_path / "adapter", pipeline.DATA, quantization=fp4)
+    model = get_peft_model(pipeline.load_base(folder, pipeline.four_bits()), pipeline.lora())
+    with pytest.raises(MismatchError, match="not a quantisation of this checkpoint"):
+        quailora.initialize(model, pipeline.DATA, checkpoint=other, progress=False)
+    assert not (tmp_path / "dense").exists()
+
+
+def test_a_trainers_checkpoint_below_the_adapter_is_known_by_the_folder_above(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "adapter")
+    train_a_little(tmp_path / "adapter", tmp_path / "adapter" / "checkpoint-10")
+    quailora.merge(folder, tmp_path / "adapter" / "checkpoint-10", tmp_path / "dense")
+
+
+def test_an_adapter_of_unknown_base_is_refused_unless_its_base_is_named(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "adapter")
+    train_a_little(tmp_path / "adapter", tmp_path / "trained")
+    with pytest.raises(AdapterError, match=RECORD):
+        quailora.merge(folder, tmp_path / "trained", tmp_path / "dense")
+    quailora.merge(folder, tmp_path / "trained", tmp_path / "dense", quantization=pipeline.four_bits())
+
+
+def test_a_damaged_record_is_an_error_not_an_absent_one(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "adapter")
+    (tmp_path / "adapter" / RECORD).write_text(json.dumps({"base": {}}))
+    with pytest.raises(QuailoraError, match=RECORD):
+        quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense")
