@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quailora.blocks import Block, StreamedModel
 from quailora.calibration import Batch
+from quailora.errors import CalibrationError
 from quailora.gram import Gram
 
 
@@ -166,10 +167,9 @@ class Collector:
         if self._keep is None:
             return None
         if x.shape[:-1].numel() != self._keep.numel():
-            raise ValueError(
+            raise CalibrationError(
                 f"{name} receives {tuple(x.shape)} in a batch of {tuple(self._keep.shape)} tokens: which of its "
-                "rows are padding "
-                "cannot be told; use sequences of one length"
+                "rows are padding cannot be told; use sequences of one length"
             )
         return self._keep.reshape(x.shape[:-1])
 

@@ -83,8 +83,7 @@ def quantized_skeleton(checkpoint: Checkpoint, config: BitsAndBytesConfig, dtype
     if not any(is_quantized(module) for module in model.modules()):
         raise AdapterError(
             f"transformers quantises no linear of {type(model).__name__} (they are {', '.join(sorted(linears))}), "
-            "so loading it "
-            "with this quantisation gives the full-precision model and there is nothing to initialise"
+            "so loading it with this quantisation gives the full-precision model and there is nothing to initialise"
         )
     return model
 
@@ -120,8 +119,7 @@ def check_config(config: Any) -> LoraConfig:
     if config.use_dora:
         raise AdapterError(
             "use_dora=True: DoRA rescales every row of the adapted weight by its own norm, so factors that undo the "
-            "quantisation error "
-            "are not what its forward pass needs; use plain LoRA"
+            "quantisation error are not what its forward pass needs; use plain LoRA"
         )
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise AdapterError(
@@ -162,8 +160,7 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
             if rank > min(base.in_features, base.out_features):
                 raise AdapterError(
                     f"rank {rank} of {name} exceeds the smaller side of its {layer.out_features} x "
-                    f"{layer.in_features} weight: "
-                    f"lower r, or give it its own in rank_pattern"
+                    f"{layer.in_features} weight: lower r, or give it its own in rank_pattern"
                 )
             if scaling <= 0:
                 raise AdapterError(

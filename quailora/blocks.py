@@ -93,8 +93,9 @@ class StreamedModel:
         self._transforms = get_model_conversion_mapping(self.model)
         self._sources = self._map_checkpoint()
         self._verify()
-        for buffer in self.decoder.buffers():
-            buffer.data = buffer.data.to(device)
+        for module in self.decoder.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
 
     @contextmanager
     def resident(self, *names: str) -> Iterator[None]:
@@ -153,8 +154,7 @@ class StreamedModel:
         if missing:
             raise CheckpointError(
                 f"{self.checkpoint.name} does not fit {type(self.model).__name__}: {len(missing)} of {len(needed)} "
-                "tensors are "
-                f"missing, the first is {missing[0]}"
+                f"tensors are missing, the first is {missing[0]}"
             )
         for name in needed:
             entries = [self.checkpoint.tensors[key] for key in self._sources[name]]
@@ -218,8 +218,7 @@ def _find_blocks(model: PreTrainedModel, decoder: nn.Module) -> list[Block]:
     if blocks is None:
         raise CheckpointError(
             f"{type(model).__name__} has no list of {depth} decoder blocks, found lists of "
-            f"{sorted({len(m) for m in lists})}: "
-            "this architecture is not supported"
+            f"{sorted({len(m) for m in lists})}: this architecture is not supported"
         )
     names = {id(module): name for name, module in model.named_modules()}
     return [Block(names[id(module)], module) for module in blocks]

@@ -49,7 +49,8 @@ class Dtype(StrEnum):
 
 
 CheckpointArgument = Annotated[
-    str, typer.Argument(help="The full-precision model: a folder, or an id on the Hugging Face hub.")
+    str,
+    typer.Argument(metavar="CHECKPOINT", help="The full-precision model: a folder, or an id on the Hugging Face hub."),
 ]
 DataOption = Annotated[
     str, typer.Option(help="A text, JSON or JSONL file, or the name of a data set on the Hugging Face hub.")
@@ -196,7 +197,7 @@ def evaluate(
 @app.command()
 def merge(
     checkpoint: CheckpointArgument,
-    adapter: Annotated[Path, typer.Argument(help="The trained adapter's folder.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The trained adapter's folder.")],
     output: Annotated[Path, typer.Option(help="Where the dense checkpoint goes: a new or empty folder.")],
     initial: Annotated[
         Path | None, typer.Option(help="The adapter that training started from, if ADAPTER has no record of its base.")
@@ -221,8 +222,8 @@ def merge(
 
 @app.command()
 def convert(
-    initial: Annotated[Path, typer.Argument(help="The adapter that training started from.")],
-    trained: Annotated[Path, typer.Argument(help="The adapter after training.")],
+    initial: Annotated[Path, typer.Argument(metavar="INITIAL", help="The adapter that training started from.")],
+    trained: Annotated[Path, typer.Argument(metavar="TRAINED", help="The adapter after training.")],
     output: Annotated[Path, typer.Option(help="Where the new adapter goes: a new or empty folder.")],
     rank: Annotated[
         int | None, typer.Option(help="Truncate to this rank. Default: keep all, at most 2 r.", min=1)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from json import JSONDecodeError
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,19 +20,21 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 
 import quailora
 from quailora import adapter as adapters
-from quailora.activations import Calls, collect
+from quailora.activations import Call, Calls, collect
 from quailora.adapter import Target
 from quailora.blocks import Block, StreamedModel, linear_weight
 from quailora.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration, load_calibration
 from quailora.checkpoint import Checkpoint
-from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError, SolverError
+from quailora.errors import AdapterError, CalibrationError, CheckpointError, MismatchError, QuailoraError, SolverError
 from quailora.gram import Gram
 from quailora.progress import Progress
 from quailora.quantized import Quantization, QuantizedWeight, quantization_of, quantize, read
 from quailora.report import LayerReport, Report, model_card, write_files
 from quailora.solvers import check_solver, solve
 
-DEFAULT_DAMPING = 1e-2
+DEFAULT_DAMPING = (
+    1e-4  # by benchmarks/damping.py: the least perplexity on held-out text, with much and with little data
+)
 RANK, ALPHA = 64, 16
 TOKENS_PER_BATCH = 8192
 
@@ -83,12 +86,16 @@ def run(
     outside = {t.name: "it stands outside the decoder's blocks" for t in targets if t.name not in inside}
     waiting = {target.name: target for target in targets if target.name in inside}
     batches = list(calibration.batches(batch_size or default_batch_size(calibration)))
-    with torch.no_grad():
+    states: list[Tensor] = []
+    calls: list[list[Call]] = []
+    # A caller's autocast must not reach the full-precision forward pass, nor H.
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         with stages("load"), model.resident(*model.outside_blocks()):
             recorder = Calls(model)
-            recorded = [recorder.record(batch) for batch in batches]
-        states, calls = [hidden.cpu() for hidden, _ in recorded], [of_batch for _, of_batch in recorded]
-        del recorded
+            for batch in batches:
+                hidden, of_batch = recorder.record(batch)
+                states.append(hidden.cpu())
+                calls.append(of_batch)
 
         for index, block in enumerate(progress.blocks(model.blocks)):
             if not waiting:
@@ -432,12 +439,16 @@ def read_calibration(
 
 
 def load_tokenizer(source: Checkpoint) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, None where it has none."""
+    """The checkpoint's tokenizer, None where it has none. Raises CheckpointError for one that cannot be read."""
     try:
         return AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError):
+    except (JSONDecodeError, LookupError, TypeError, AttributeError, ImportError) as error:
+        raise CheckpointError(
+            f"the tokenizer of {source.name} cannot be read: {' '.join(repr(error).split())[:300]}; fetch it again"
+        ) from error
+    except (OSError, ValueError):  # what transformers says where there is no file of a tokenizer
         return None
 
 
@@ -490,8 +501,7 @@ def _notes(stream: StreamedModel) -> list[str]:
     name, shape = fused[0]
     return [
         f"{len(fused)} fused expert weights (the first is {name}, {shape}) stay in full precision when bitsandbytes "
-        "loads this model: "
-        "there is no error of theirs to undo, and they are left alone"
+        "loads this model: there is no error of theirs to undo, and they are left alone"
     ]
 
 

@@ -52,8 +52,7 @@ def check_base(
         if config is None:
             raise AdapterError(
                 f"{adapter} has no {RECORD}, so the base it belongs to is not known: name the adapter that training "
-                "started from, "
-                "or the quantisation"
+                "started from, or the quantisation"
             )
         return config, checkpoint.dtype
     if base["fingerprint"] != checkpoint.fingerprint:
@@ -67,8 +66,7 @@ def check_base(
     if config is not None and (differences := recorded.differences(Quantization.from_config(config))):
         raise MismatchError(
             f"{adapter} was made for a base in {recorded.describe()}; asked for is another: "
-            f"{'; '.join(differences)}. On another base its "
-            "factors do harm"
+            f"{'; '.join(differences)}. On another base its factors do harm"
         )
     return recorded.to_config(), getattr(torch, base["dtype"])
 
@@ -181,8 +179,7 @@ def _check_mergeable(model: nn.Module, stored: set[str]) -> None:
         if adapted and f"{name}.weight" not in stored:
             raise AdapterError(
                 f"{name} is adapted, and the checkpoint does not store its weight as one tensor of its own (it is "
-                "tied or fused): "
-                "it cannot be merged into this checkpoint"
+                "tied or fused): it cannot be merged into this checkpoint"
             )
         if isinstance(module, LoraLayer) and any(module.lora_variant.values()):
             raise AdapterError(f"{name} uses a variant of LoRA whose product is not B A: it cannot be merged")

@@ -279,7 +279,9 @@ def _check_gram(h: Tensor) -> None:
     """Finite, symmetric, no negative diagonal, in two passes over H: comparing it with its transpose costs many."""
     rows, columns = h.sum(dim=1), h.sum(dim=0)
     if not (_finite(rows) and _finite(columns)):
-        raise SolverError("gram holds values that are not finite, or too large to add up")
+        raise SolverError(
+            "gram holds values that are not finite: inputs overflow in their dtype, or are too large to add up in fp32"
+        )
     diagonal = h.diagonal()
     if diagonal.min() < 0:
         raise SolverError(f"gram is no sum of x xᵀ: its diagonal goes down to {diagonal.min().item():.3g}")

@@ -1,11 +1,15 @@
 """Bad input: the error says what, how much and the way out, before anything is computed, and leaves nothing behind."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import peft.peft_model
 import pytest
 import tiny
 import torch
@@ -22,7 +26,7 @@ from quailora import pipeline
 from quailora.activations import Calls
 from quailora.adapter import new_folder
 from quailora.blocks import StreamedModel
-from quailora.checkpoint import SINGLE, Checkpoint
+from quailora.checkpoint import SINGLE
 from quailora.errors import (
     AdapterError,
     CalibrationError,
@@ -36,8 +40,11 @@ TOKENS = torch.randint(2, tiny.VOCABULARY, (4, 16), generator=torch.Generator().
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
 
-def lora(**settings: Any) -> LoraConfig:
-    return LoraConfig(**({"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings))
+def lora(init_lora_weights: bool | str = True, **settings: Any) -> LoraConfig:
+    defaults: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    config = LoraConfig(**(defaults | settings))
+    config.init_lora_weights = init_lora_weights  # type: ignore[assignment]  # PEFT asks LoftQ for scipy otherwise
+    return config
 
 
 @dataclass
@@ -95,7 +102,7 @@ def shards_with_one_missing(folder: Path) -> None:
     sorted(folder.glob("*.safetensors"))[1].unlink()
 
 
-MASKED = DataLoader([{"input_ids": row, "attention_mask": torch.zeros(16)} for row in TOKENS], batch_size=2)  # type: ignore[arg-type]
+ALL_MASKED: Any = [{"input_ids": row, "attention_mask": torch.zeros(16)} for row in TOKENS]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 KNOWN_AT_ONCE = {
@@ -106,11 +113,11 @@ KNOWN_AT_ONCE = {
         CheckpointError, ("model.layers.0.mlp.up_proj.weight", "I8", "full-precision"), as_integers
     ),
     "a wider configuration": Case(
-        CheckpointError, ("gate_proj.weight", "[128, 64]", "[192, 64]", "config.json"), set_config(intermediate_size=192)
+        CheckpointError,
+        ("gate_proj.weight", "[128, 64]", "[192, 64]", "config.json"),
+        set_config(intermediate_size=192),
     ),
-    "a deeper configuration": Case(
-        CheckpointError, ("9 of 29", "model.layers.2."), set_config(num_hidden_layers=3)
-    ),
+    "a deeper configuration": Case(CheckpointError, ("9 of 29", "model.layers.2."), set_config(num_hidden_layers=3)),
     "a configuration with a string for a number": Case(
         CheckpointError, ("config.json", "hidden_size", "big"), set_config(hidden_size="big")
     ),
@@ -125,9 +132,7 @@ KNOWN_AT_ONCE = {
         ("already quantised", "full-precision checkpoint"),
         set_config(quantization_config={"quant_method": "gptq", "bits": 4}),
     ),
-    "a rank above min(m, n)": Case(
-        AdapterError, ("rank 33", "k_proj", "32 x 64", "rank_pattern"), lora={"r": 33}
-    ),
+    "a rank above min(m, n)": Case(AdapterError, ("rank 33", "k_proj", "32 x 64", "rank_pattern"), lora={"r": 33}),
     "a rank above min(m, n) in rank_pattern": Case(
         AdapterError, ("rank 65", "model.layers.0.mlp.down_proj", "64 x 128"), lora={"rank_pattern": {"down_proj": 65}}
     ),
@@ -146,7 +151,9 @@ KNOWN_AT_ONCE = {
     "a regular expression that matches nothing": Case(
         AdapterError, (r"'.*\.q_prj'", "nearest: ", "q_proj"), lora={"target_modules": r".*\.q_prj"}
     ),
-    "no regular expression": Case(AdapterError, ("'*q_proj'", "regular expression"), lora={"target_modules": "*q_proj"}),
+    "no regular expression": Case(
+        AdapterError, ("'*q_proj'", "regular expression"), lora={"target_modules": "*q_proj"}
+    ),
     "targets that stay unquantised": Case(
         AdapterError, ("no quantised linear", "lm_head", "full precision"), lora={"target_modules": ["lm_head"]}
     ),
@@ -156,7 +163,7 @@ KNOWN_AT_ONCE = {
     "LoftQ": Case(
         AdapterError,
         ("init_lora_weights='loftq'", "True"),
-        lora={"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+        lora={"init_lora_weights": "loftq"},
     ),
     "repeated blocks": Case(AdapterError, ("layer_replication",), lora={"layer_replication": [(0, 2), (0, 2)]}),
     "no quantisation": Case(
@@ -173,9 +180,16 @@ KNOWN_AT_ONCE = {
     "negative damping": Case(SolverError, ("damping", ">= 0", "-1"), arguments={"damping": -1.0}),
     "a device that is not there": Case(QuailoraError, ("'cuda:99'", "cpu"), arguments={"device": "cuda:99"}),
     "a device of no known kind": Case(QuailoraError, ("'gpu'", "cpu"), arguments={"device": "gpu"}),
-    "no tokens after masking": Case(CalibrationError, ("no tokens", "masked"), data=MASKED),
+    "no tokens after masking": Case(CalibrationError, ("no tokens", "masked"), data=DataLoader(ALL_MASKED, batch_size=2)),
     "no tokens at all": Case(CalibrationError, ("no tokens", "empty"), data=[]),
     "text without a tokenizer": Case(CalibrationError, ("tokenizer",), data=["some text"]),
+    "text that tokenises to nothing": Case(CalibrationError, ("no tokens", "tokenises to nothing"), data=["", ""]),
+    "a damaged tokenizer": Case(
+        CheckpointError,
+        ("tokenizer of", "Unterminated string"),
+        lambda folder: (folder / "tokenizer.json").write_text('{"bad'),
+        data=["some text"],
+    ),
     "a missing file": Case(CalibrationError, ("'no/such/file.txt'",), data="no/such/file.txt"),
     "tokens beyond the vocabulary": Case(
         CalibrationError, ("token id 128", "vocabulary has 128", "tokenizer"), data=torch.full((2, 8), 128)
@@ -250,3 +264,139 @@ def test_what_can_be_known_at_once_is_said_before_anything_is_computed(wrong: st
 def test_numbers_that_are_not_finite_are_found_and_the_place_is_named(wrong: str, tmp_path: Path) -> None:
     message = fails(FOUND_ON_THE_WAY[wrong], tmp_path)
     assert [words for words in FOUND_ON_THE_WAY[wrong].words if words not in message] == [], message
+
+
+@pytest.mark.parametrize("solver", ["krilov", "alsx"])
+def test_an_unknown_solver_is_refused_before_anything_is_read(solver: str, tmp_path: Path) -> None:
+    with pytest.raises(SolverError, match=f"'{solver}'; did you mean"):
+        quailora.build_adapter(tmp_path / "no such model", None, None, tmp_path / "out", solver=solver)
+
+
+# The output folder
+
+
+def build(checkpoint: Path, output: Path) -> None:
+    quailora.build_adapter(checkpoint, lora(), TOKENS, output, progress=False)
+
+
+@pytest.mark.usefixtures("computes_nothing")
+def test_an_output_folder_with_something_in_it_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(QuailoraError, match=r"out is not empty: give another"):
+        build(tmp_path / "not even read", tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+    with pytest.raises(QuailoraError, match=r"mine is a file: the output is a folder"):
+        build(tmp_path / "not even read", tmp_path / "out" / "mine")
+
+
+def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_folder(tmp_path / "link") as partial:
+        (partial / "file").touch()
+        assert not list((tmp_path / "real").iterdir())
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "file").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_mount_point_is_refused_before_the_work_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters.os.path, "ismount", lambda path: path == tmp_path / "volume")
+    with pytest.raises(QuailoraError, match=r"volume is a mount point, .* give a folder within it"):
+        adapters.check_new_folder(tmp_path / "volume")
+
+
+@pytest.mark.usefixtures("computes_nothing")
+def test_a_parent_that_cannot_be_written_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny.checkpoint(tmp_path / "model")
+
+    def refuse(**kwargs: object) -> str:  # tests may run as root, whom no permission stops
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(kwargs["dir"]))
+
+    monkeypatch.setattr(adapters.tempfile, "mkdtemp", refuse)
+    with pytest.raises(QuailoraError, match="out cannot be made: Permission denied"):
+        build(checkpoint, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(QuailoraError, match="file/out cannot be made"):
+        build(checkpoint, tmp_path / "file" / "out")
+
+
+FULL = [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["ENOSPC", "EDQUOT", "safetensors"])
+def test_a_disk_that_fills_up_leaves_nothing(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny.checkpoint(tmp_path / "model")
+
+    def fill(tensors: dict[str, Tensor], filename: str, **kwargs: object) -> None:
+        Path(filename).write_bytes(b"the first half")
+        raise error
+
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", fill)
+    with pytest.raises(QuailoraError, match=r"the disk that holds .* is full: nothing was left under .*out"):
+        build(checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_bug_of_ours_or_ctrl_c_leaves_nothing_and_stays_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tiny.checkpoint(tmp_path / "model")
+    for error in (ZeroDivisionError, KeyboardInterrupt):
+        monkeypatch.setattr(pipeline, "model_card", mock.Mock(side_effect=error))
+        with pytest.raises(error):
+            build(checkpoint, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# In place
+
+
+def loaded(checkpoint: Path, config: BitsAndBytesConfig | None = NF4) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, quantization_config=config, device_map="cpu"
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("in place") / "model")
+
+
+@pytest.fixture
+def adapted(checkpoint: Path) -> PeftModel:
+    model = get_peft_model(loaded(checkpoint), lora())
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def refused(error: type[QuailoraError], words: str, model: Any, checkpoint: Path, **arguments: Any) -> None:
+    """`initialize` raises, and the adapter is what it was."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" in name}
+    with pytest.raises(error, match=words):
+        quailora.initialize(model, TOKENS, checkpoint=checkpoint, progress=False, **arguments)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.usefixtures("computes_nothing")
+def test_initialize_refuses_at_once_what_it_cannot_start(checkpoint: Path, adapted: PeftModel, tmp_path: Path) -> None:
+    refused(AdapterError, r"takes a PeftModel, got LlamaForCausalLM: .*get_peft_model", tiny.model(), checkpoint)
+    whole = get_peft_model(loaded(checkpoint, None), lora())
+    refused(AdapterError, "no quantised linear .* is the base loaded in 4 or 8 bits", whole, checkpoint)
+    refused(AdapterError, "no adapter 'other', only default", adapted, checkpoint, adapter="other")
+    refused(SolverError, "'krilov'; did you mean 'krylov'", adapted, checkpoint, solver="krilov")
+    refused(QuailoraError, "device 'gpu' cannot be used", adapted, checkpoint, device="gpu")
+    refused(CheckpointError, "no such model", adapted, tmp_path / "no such model")
+    wider = tiny.checkpoint(tmp_path / "wider", intermediate_size=192)
+    refused(MismatchError, r"mlp\.\w+ is \(128, 64\) in the loaded base and \(192, 64\) in", adapted, wider)
+    deeper = tiny.checkpoint(tmp_path / "deeper", num_hidden_layers=3)
+    refused(MismatchError, "the loaded base has 2 blocks, and .*deeper has 3", adapted, deeper)
+
+
+def test_initialize_refuses_a_checkpoint_with_other_weights(adapted: PeftModel, tmp_path: Path) -> None:
+    other = tiny.checkpoint(tmp_path / "other", seed=1)
+    refused(MismatchError, r"model\.layers\.0\.\S+ differs by \d+% .* the base was made from", adapted, other)

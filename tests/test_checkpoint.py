@@ -233,7 +233,7 @@ def test_a_download_that_was_cut_off_is_not_taken_for_a_model(tmp_path: Path, mo
         Checkpoint("someone/tiny")
     (tmp_path / "model" / INDEX).unlink()
     hub_cache(tmp_path / "model", "someone/weightless", tmp_path / "cache")
-    with pytest.raises(CheckpointError, match="neither .* if that can be reached"):
+    with pytest.raises(CheckpointError, match=r"neither .* if that can be reached"):
         Checkpoint("someone/weightless")
 
 

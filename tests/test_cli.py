@@ -1,0 +1,324 @@
+"""The command line: what reaches the library, what a person sees, and the exit status."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import tiny
+import torch
+import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import quailora
+from quailora import cli, pipeline
+from quailora.errors import CheckpointError
+
+QUAILORA = Path(sys.executable).parent / "quailora"
+LINES = [f"the {i} th line says that {i * i % 97} is what comes after {i}\n" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with a tokenizer, one token to a word."""
+    folder = tiny.checkpoint(tmp_path_factory.mktemp("cli") / "model")
+    words = sorted(set("".join(LINES).split()))
+    vocabulary = {word: number for number, word in enumerate(["<s>", "<pad>", "<unk>", *words])}
+    assert len(vocabulary) <= tiny.VOCABULARY
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(checkpoint: Path) -> Path:
+    file = checkpoint.parent / "corpus.txt"
+    file.write_text("".join(LINES))
+    return file
+
+
+def script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The console script in a process of its own; each costs seconds of imports."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "60"}
+    return subprocess.run([*map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+class Ran:
+    """`main` run in this process, as the console script calls it."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
+        """Exit status, standard output, standard error."""
+        self._monkeypatch.setattr(sys, "argv", ["quailora", *map(str, arguments)])
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        code = exit_.value.code
+        assert isinstance(code, int)
+        return code, *self._capsys.readouterr()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ran:
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # which main would set for good
+    monkeypatch.setenv("COLUMNS", "200")
+    return Ran(capsys, monkeypatch)
+
+
+# The normal path
+
+
+def test_init_eval_merge_and_convert(run: Ran, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    data = ("--data", corpus, "--samples", "8", "--sequence-length", "32")
+    for output, alpha in ((first, "16"), (second, "32")):
+        code, out, err = run("init", checkpoint, *data, "--output", output, "--rank", "4", "--alpha", alpha)
+        assert (code, err) == (0, "")
+        assert f"adapter, report.md and model card: {output}\n" in out
+    assert {file.name for file in first.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors"),
+        *("quailora.json", "report.json", "report.md", "README.md"),
+    }
+
+    code, out, err = run("eval", checkpoint, "--adapter", first, *data, "--json", tmp_path / "scores.json")
+    assert (code, err) == (0, "")
+    assert re.search(r"full precision.*quantised.*quantised \+ adapter", out, flags=re.DOTALL)
+    assert json.loads((tmp_path / "scores.json").read_text())
+
+    code, out, err = run("merge", checkpoint, first, "--output", tmp_path / "dense")
+    assert (code, err, out) == (0, "", f"dense checkpoint: {tmp_path / 'dense'}\n")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+
+    code, out, err = run("convert", first, second, "--output", tmp_path / "converted", "--rank", "2")
+    assert (code, err) == (0, "")
+    assert out == f"adapter for the full-precision weights: {tmp_path / 'converted'}\n"
+    assert json.loads((tmp_path / "converted" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_options_reach_build_adapter(
+    run: Ran, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = mock.Mock()
+    build.return_value.summary.return_value = "done"
+    monkeypatch.setattr(pipeline, "build_adapter", build)
+
+    def call(*options: str) -> tuple[Any, Any, dict[str, Any]]:
+        code, _, err = run("init", checkpoint, "--data", "some.jsonl", "--output", tmp_path / "out", *options)
+        assert (code, err) == (0, "")
+        (source, config, data, output), keywords = build.call_args
+        assert (source.name, data, output) == (str(checkpoint), "some.jsonl", tmp_path / "out")
+        return config, keywords.pop("quantization"), keywords
+
+    config, quantization, keywords = call()
+    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (64, 16, False, 0)
+    assert (config.target_modules, config.task_type) == ("all-linear", "CAUSAL_LM")
+    assert quantization.to_diff_dict() == pipeline.default_quantization(torch.float32).to_diff_dict()
+    assert keywords == {
+        "solver": "krylov",
+        "iterations": None,
+        "damping": pipeline.DEFAULT_DAMPING,
+        "samples": 2000,
+        "sequence_length": 2048,
+        "split": "train",
+        "column": None,
+        "batch_size": None,
+        "device": None,
+        "seed": 0,
+        "progress": True,
+    }
+
+    config, quantization, keywords = call(
+        *("--rank", "8", "--alpha", "2.5", "--rslora", "--dropout", "0.1", "--target-modules", "q_proj, v_proj,"),
+        *("--quant", "fp4", "--no-double-quant", "--compute-dtype", "float16"),
+        *("--solver", "als", "--iterations", "7", "--damping", "0", "--samples", "3", "--sequence-length", "5"),
+        *("--split", "validation", "--column", "body", "--batch-size", "2", "--device", "cpu", "--seed", "9"),
+        "--no-progress",
+    )
+    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (8, 2.5, True, 0.1)
+    assert config.target_modules == {"q_proj", "v_proj"}
+    assert (quantization.bnb_4bit_quant_type, quantization.bnb_4bit_use_double_quant) == ("fp4", False)
+    assert quantization.bnb_4bit_compute_dtype == torch.float16
+    assert keywords == {
+        "solver": "als",
+        "iterations": 7,
+        "damping": 0.0,
+        "samples": 3,
+        "sequence_length": 5,
+        "split": "validation",
+        "column": "body",
+        "batch_size": 2,
+        "device": "cpu",
+        "seed": 9,
+        "progress": False,
+    }
+
+    config, quantization, _ = call("--quant", "int8", "--target-modules", r"model\.layers\.\d+\.mlp\..*")
+    assert quantization.load_in_8bit and config.target_modules == r"model\.layers\.\d+\.mlp\..*"
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("all-linear", "all-linear"),
+        ("q_proj", ["q_proj"]),
+        ("q_proj,layers.0.mlp.up_proj", ["q_proj", "layers.0.mlp.up_proj"]),
+        (".*q_proj", ".*q_proj"),
+        ("(q|k)_proj", "(q|k)_proj"),
+    ],
+)
+def test_target_modules_are_names_or_one_regular_expression(text: str, targets: str | list[str]) -> None:
+    assert cli._target_modules(text) == targets
+
+
+def test_doctor_names_the_backend_of_every_operation(run: Ran) -> None:
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    for operation, service in quailora.backends(torch.device("cpu")).items():
+        assert re.search(rf"\b{operation}\b.*\b{service.backend}\b", out), operation
+    for package in ("quailora", "torch", "transformers", "peft", "bitsandbytes"):
+        assert re.search(rf"\b{package} \d+\.\d+", out), package
+
+
+# Errors
+
+
+def one_line(run: Ran, *arguments: str | Path) -> str:
+    """The message of a command that must end with one line of error."""
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    return err
+
+
+def test_what_a_user_can_mend_is_one_line(run: Ran, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    init = ("init", checkpoint, "--data", corpus, "--output", tmp_path / "out")
+    assert "'/no/such'" in one_line(run, "init", "/no/such", "--data", corpus, "--output", tmp_path / "out")
+    assert "unknown solver 'krilov'" in one_line(run, *init, "--solver", "krilov")
+    assert "nearest: q_proj" in one_line(run, *init, "--rank", "4", "--target-modules", "q_prj")
+    assert "regular expression" in one_line(run, *init, "--rank", "4", "--target-modules", "*proj")
+    assert "lower r" in one_line(run, *init, "--rank", "1000")
+    assert "'tpu9'" in one_line(run, *init, "--rank", "4", "--device", "tpu9")
+    assert "no file 'gone.txt'" in one_line(run, "init", checkpoint, "--rank", "4", "--data", "gone.txt", *init[4:])
+    assert not (tmp_path / "out").exists()
+    assert "not empty" in one_line(run, *init[:-1], checkpoint)
+
+    out = ("--output", tmp_path / "out")
+    assert "adapter_config.json" in one_line(run, "eval", checkpoint, "--data", corpus, "--adapter", tmp_path)
+    assert "no folder" in one_line(run, "eval", checkpoint, "--data", corpus, "--json", tmp_path / "no" / "file")
+    assert str(tmp_path) in one_line(run, "merge", checkpoint, tmp_path, *out)
+    assert str(tmp_path) in one_line(run, "convert", tmp_path, tmp_path, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_message_is_shown_as_it_is(run: Ran, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    odd = "/no/[bold]such[/bold]/:warning:/" + "folder " * 30 + "\\[x]"
+    assert odd in one_line(run, "convert", odd, odd, "--output", "out")
+    monkeypatch.setattr(quailora, "convert", mock.Mock(side_effect=CheckpointError("two\n  lines [/]")))
+    assert one_line(run, "convert", "a", "b", "--output", "out") == "error: two lines [/]\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quailora, "convert", mock.Mock(side_effect=ZeroDivisionError("ours")))
+    monkeypatch.setattr(sys, "argv", ["quailora", "convert", "a", "b", "--output", "out"])
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        cli.main()
+
+
+def test_ctrl_c_exits_with_130(run: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quailora, "convert", mock.Mock(side_effect=KeyboardInterrupt))
+    code, _, err = run("convert", "a", "b", "--output", "out")
+    assert code == 130 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["init"], "CHECKPOINT"),
+        (["init", "model"], "Missing option '--data'"),
+        (["init", "model", "--data", "d", "--output", "o", "--rank", "0"], "'--rank'"),
+        (
+            ["init", "model", "--data", "d", "--output", "o", "--quant", "nf5"],
+            "'nf5' is not one of 'nf4', 'fp4', 'int8'",
+        ),
+        (["init", "model", "--data", "d", "--output", "o", "--no-such"], "No such option: --no-such"),
+        (["inti"], "No such command 'inti'"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_what_is_wrong(run: Ran, arguments: list[str], words: str) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert words in err and "Traceback" not in err
+
+
+# Help
+
+
+def test_version_and_help(run: Ran) -> None:
+    assert run("--version") == (0, f"{quailora.__version__}\n", "")
+    code, out, _ = run("--help")
+    assert code == 0
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert list(commands) == ["init", "eval", "merge", "convert", "doctor"]
+    for name, command in commands.items():
+        assert re.search(rf"^  {name} +\w+", out, flags=re.MULTILINE), name
+        code, shown, _ = run(name, "--help")
+        assert code == 0
+        for parameter in command.params:
+            assert parameter.help, (name, parameter.name)
+            assert (parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]) in shown
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['quailora', 'init', '--help']\n"
+        "from quailora import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: print({'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules))"
+    )
+    shown = script(sys.executable, "-c", code)
+    assert shown.returncode == 0 and ast.literal_eval(shown.stdout.splitlines()[-1].replace("set()", "[]")) == []
+
+
+# The console script itself
+
+
+def test_the_script_says_nothing_but_its_own_words(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    options = ("--data", corpus, "--samples", "4", "--sequence-length", "32", "--rank", "4")
+    made = script(QUAILORA, "init", checkpoint, *options, "--output", tmp_path / "adapter")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert made.stdout.endswith(f"adapter, report.md and model card: {tmp_path / 'adapter'}\n")
+
+
+def test_the_module_runs_as_the_script_does() -> None:
+    run = script(sys.executable, "-m", "quailora.cli", "convert", "/no/such", "/no/such", "--output", "out")
+    assert run.returncode == 1
+    assert re.fullmatch(r"error: /no/such [^\n]+\n", run.stderr), run.stderr
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="takes `unshare` to mount a file system of its own")
+def test_a_full_disk_is_one_line_and_leaves_nothing(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = f"mount -t tmpfs -o size=16k tmpfs {disk}"  # the adapter takes more
+    namespace = ("unshare", "--map-root-user", "--mount", "sh", "-c")
+    if script(*namespace, mounted).returncode:
+        pytest.skip("no file system may be mounted here, not even in a namespace")
+    options = f"--data {corpus} --samples 4 --sequence-length 32 --rank 4"
+    init = f"{QUAILORA} init {checkpoint} {options} --output {disk}/adapter"
+    run = script(*namespace, f"{mounted} && {init}; code=$?; ls -A {disk}; exit $code")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert re.fullmatch(rf"error: the disk that holds {disk} is full: nothing was left [^\n]+\n", run.stderr), (
+        run.stderr
+    )
