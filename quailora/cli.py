@@ -171,8 +171,6 @@ def evaluate(
     from quailora.checkpoint import Checkpoint
     from quailora.evaluate import compare
 
-    if json is not None and not json.parent.is_dir():
-        raise QuailoraError(f"{json} cannot be written: there is no folder {json.parent}")
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     quantization = None
     if quant is not None or adapter is None:
@@ -186,7 +184,7 @@ def evaluate(
         calibration,
         initial=initial,
         quantization=quantization,
-        device=device,
+        device=pipeline.default_device(device),
         batch_size=batch_size or pipeline.default_batch_size(calibration),
     )
     Console().print(comparison.table())

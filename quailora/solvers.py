@@ -360,8 +360,9 @@ def _finish(problem: _Problem, solution: _Solution, initial: float) -> LoraFacto
     return LoraFactors(
         A=left,
         B=right,
-        objective=objective,
-        initial=initial,
+        # Summed in fp32, a singular H is positive semi-definite only up to rounding: what is left may come out below 0.
+        objective=max(0.0, objective),
+        initial=max(0.0, initial),
         trace=tuple(solution.trace),
         error_norm=problem.error_norm,
         residual_norm=math.sqrt(residual_square),

@@ -180,7 +180,9 @@ KNOWN_AT_ONCE = {
     "negative damping": Case(SolverError, ("damping", ">= 0", "-1"), arguments={"damping": -1.0}),
     "a device that is not there": Case(QuailoraError, ("'cuda:99'", "cpu"), arguments={"device": "cuda:99"}),
     "a device of no known kind": Case(QuailoraError, ("'gpu'", "cpu"), arguments={"device": "gpu"}),
-    "no tokens after masking": Case(CalibrationError, ("no tokens", "masked"), data=DataLoader(ALL_MASKED, batch_size=2)),
+    "no tokens after masking": Case(
+        CalibrationError, ("no tokens", "masked"), data=DataLoader(ALL_MASKED, batch_size=2)
+    ),
     "no tokens at all": Case(CalibrationError, ("no tokens", "empty"), data=[]),
     "text without a tokenizer": Case(CalibrationError, ("tokenizer",), data=["some text"]),
     "text that tokenises to nothing": Case(CalibrationError, ("no tokens", "tokenises to nothing"), data=["", ""]),
