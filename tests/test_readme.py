@@ -80,13 +80,14 @@ def test_every_make_target_exists() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_every_link_leads_somewhere(document: Path) -> None:
-    text = document.read_text()
-    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        elif not target.startswith("https://"):
-            assert (document.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if not target.startswith("https://"):
+            path, _, heading = target.partition("#")
+            file = document.parent / path if path else document
+            assert file.exists(), target
+            if heading:
+                headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE)
+                assert heading in {words.lower().replace(" ", "-") for words in headings}, target
 
 
 def test_configurations_are_yaml_whose_numbers_are_numbers() -> None:
