@@ -25,7 +25,7 @@ from quailora.calibration import Batch, Calibration
 from quailora.checkpoint import Checkpoint
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
 from quailora.quantized import METHODS, Quantization
-from quailora.report import to_json, write_files
+from quailora.report import read_record, to_json, write_files
 from quailora.serving import base_of, check_base
 
 # How many logits are in fp32 at once: 256 MiB for each of the few tensors that the scores take.
@@ -171,9 +171,11 @@ def compare(
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     batches = list(calibration.batches(batch_size))
-    loaded_in = source.dtype
+    loaded_in, what = source.dtype, "adapter"
     if adapter is not None:
         folder = Path(adapter)
+        if read_record(folder) is not None:  # beside the adapter itself only before training
+            what = "QuAILoRA"
         if not (folder / "adapter_config.json").is_file():
             raise AdapterError(f"{folder} is no adapter: it has no adapter_config.json")
         base = base_of(folder, Path(initial) if initial else None)
@@ -201,7 +203,7 @@ def compare(
     return Comparison(
         of_full.scores("full precision"),
         of_quantised.scores(method),
-        of_adapted.scores(f"{method} + adapter") if adapted is not None else None,
+        of_adapted.scores(f"{method} + {what}") if adapted is not None else None,
         of_full.tokens,
     )
 

@@ -1,4 +1,4 @@
-"""Every decoder family against an oracle that holds the whole model: hooks on every linear, dense E, eigenvectors in fp64."""
+"""Every decoder family against an oracle: the whole model in memory, hooks on every linear, dense E, fp64."""
 
 from pathlib import Path
 

@@ -50,9 +50,7 @@ def build(folder: Path, output: Path, config: LoraConfig | None = None, **option
 
 
 def load_base(folder: Path, quantization: BitsAndBytesConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=quantization, device_map="cpu"
-    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization, device_map="cpu")
 
 
 def products(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""After training: merging into Q, converting for the full-precision weights, and refusing what does not belong together."""
+"""After training: merge into Q, convert for the full-precision weights, refuse what does not belong together."""
 
 import json
 from pathlib import Path
@@ -154,11 +154,11 @@ def test_another_base_is_refused_by_eval_merge_and_initialize(tmp_path: Path) ->
 
     with pytest.raises(MismatchError, match="fingerprint"):
         quailora.merge(other, tmp_path / "adapter", tmp_path / "dense")
-    with pytest.raises(MismatchError, match="NF4.*FP4"):
+    with pytest.raises(MismatchError, match=r"NF4.*FP4"):
         quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense", quantization=fp4)
     with pytest.raises(MismatchError, match="fingerprint"):
         compare(other, tmp_path / "adapter", pipeline.DATA)
-    with pytest.raises(MismatchError, match="NF4.*FP4"):
+    with pytest.raises(MismatchError, match=r"NF4.*FP4"):
         compare(folder, tmp_path / "adapter", pipeline.DATA, quantization=fp4)
     model = get_peft_model(pipeline.load_base(folder, pipeline.four_bits()), pipeline.lora())
     with pytest.raises(MismatchError, match="not a quantisation of this checkpoint"):
