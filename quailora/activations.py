@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quailora.blocks import Block, StreamedModel
 from quailora.calibration import Batch
-from quailora.errors import CalibrationError
+from quailora.errors import CalibrationError, CheckpointError
 from quailora.gram import Gram
 
 
@@ -26,7 +26,8 @@ class Call:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's hidden states out, for its hidden states in, both (b, t, d)."""
-        out = block(hidden, *self.args, **self.kwargs)
+        args, kwargs = (_map_tensors(part, lambda x: x.to(hidden.device)) for part in (self.args, self.kwargs))
+        out = block(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
 
@@ -35,7 +36,10 @@ class Calls:
 
     The model's own forward pass runs over its embeddings with every block replaced by one that hands the hidden states
     on, so masks and position embeddings are made by the model itself and no model family needs code of its own. Equal
-    tensors are kept once: batches of one length share theirs.
+    tensors are kept once, on the host: batches of one length share theirs, and the device holds those of one batch.
+
+    Raises:
+        CheckpointError: the decoder is no plain chain of its blocks.
     """
 
     def __init__(self, model: StreamedModel) -> None:
@@ -54,11 +58,15 @@ class Calls:
         def bypass(block: Block, *args: Any, **kwargs: Any) -> Any:
             hidden, call = _split(args, kwargs)
             first.append(hidden)
-            calls.append(Call(self._shared(call.args), self._shared(call.kwargs)))
+            if hidden is not first[0] or block is not self._model.blocks[len(calls) % len(self._model.blocks)]:
+                raise CheckpointError(_NOT_A_CHAIN)
+            calls.append(Call(_map_tensors(call.args, self._shared), _map_tensors(call.kwargs, self._shared)))
             return (hidden, None) if self._tuples[type(block.module)] else hidden
 
         with _replaced_forward(self._model.blocks, bypass):
             self._run(batch.input_ids)
+        if len(calls) != len(self._model.blocks):
+            raise CheckpointError(_NOT_A_CHAIN)
         return first[0], calls
 
     def _learn_outputs(self, batch: Batch) -> None:
@@ -86,19 +94,31 @@ class Calls:
         # No attention mask: batches are padded on the right, where causal attention never looks.
         self._model.decoder(input_ids=input_ids.to(self._model.device), use_cache=False)
 
-    def _shared(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            known = self._pool.setdefault((value.shape, value.dtype), [])
-            for tensor in known:
-                if tensor is value or torch.equal(tensor, value):
-                    return tensor
-            known.append(value)
-            return value
-        if isinstance(value, tuple | list):
-            return type(value)(self._shared(item) for item in value)
-        if isinstance(value, dict):
-            return {key: self._shared(item) for key, item in value.items()}
+    def _shared(self, value: Tensor) -> Tensor:
+        value = value.cpu()
+        known = self._pool.setdefault((value.shape, value.dtype), [])
+        for tensor in known:
+            if torch.equal(tensor, value):
+                return tensor
+        known.append(value)
         return value
+
+
+_NOT_A_CHAIN = (
+    "this model's decoder does more than hand the hidden states from each block to the next, once: its blocks cannot "
+    "be run one at a time"
+)
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure of tuples, lists and dicts with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map_tensors(item, change) for item in value)
+    if type(value) is dict:
+        return {key: _map_tensors(item, change) for key, item in value.items()}
+    return value
 
 
 class _Seen(Exception):
@@ -140,7 +160,7 @@ class Collector:
 
     grams: dict[str, Gram] = field(default_factory=dict)
     _inputs: dict[str, _Input] = field(default_factory=dict)
-    _seen: list[tuple[Tensor, _Input]] = field(default_factory=list)
+    _seen: list[tuple[Tensor, int, _Input]] = field(default_factory=list)
     _keep: Tensor | None = None
 
     @contextmanager
@@ -156,10 +176,10 @@ class Collector:
     def receive(self, name: str, x: Tensor) -> None:
         shared = self._inputs.get(name)
         if shared is None:
-            shared = next((entry for seen, entry in self._seen if _same(seen, x)), None)
+            shared = next((entry for seen, edits, entry in self._seen if _same(seen, edits, x)), None)
             shared = shared or _Input(name, Gram(x.shape[-1], device=x.device))
             self._inputs[name], self.grams[name] = shared, shared.gram
-            self._seen.append((x, shared))
+            self._seen.append((x, x._version, shared))
         if shared.leader == name:
             shared.gram.update(x, self._mask(x, name))
 
@@ -169,7 +189,7 @@ class Collector:
         if x.shape[:-1].numel() != self._keep.numel():
             raise CalibrationError(
                 f"{name} receives {tuple(x.shape)} in a batch of {tuple(self._keep.shape)} tokens: which of its "
-                "rows are padding cannot be told; use sequences of one length"
+                "rows are padding cannot be told; use batch_size=1 (--batch-size 1)"
             )
         return self._keep.reshape(x.shape[:-1])
 
@@ -192,7 +212,7 @@ def collect(linears: dict[str, nn.Module]) -> Iterator[Collector]:
         yield collector
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors, both alive, are the same numbers in the same place."""
-    same_view = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-    return a is b or (same_view and a.data_ptr() == b.data_ptr() and a._version == b._version)
+def _same(seen: Tensor, edits: int, x: Tensor) -> bool:
+    """Whether `x` is, in memory, the numbers that `seen` was after so many in-place edits. Both tensors are alive."""
+    same_view = seen.shape == x.shape and seen.stride() == x.stride() and seen.dtype == x.dtype
+    return same_view and seen.data_ptr() == x.data_ptr() and x._version == edits

@@ -146,7 +146,7 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
             continue
         base = layer.get_base_layer()
         if isinstance(layer, ParamWrapper):
-            left[f"{name}.{layer.parameter_name}"] = (
+            left[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = (
                 "fused expert weights (3-D): bitsandbytes keeps them in full precision"
             )
         elif adapter in layer.lora_variant:
@@ -160,7 +160,8 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
             if rank > min(base.in_features, base.out_features):
                 raise AdapterError(
                     f"rank {rank} of {name} exceeds the smaller side of its {layer.out_features} x "
-                    f"{layer.in_features} weight: lower r, or give it its own in rank_pattern"
+                    f"{layer.in_features} weight: lower r, give it its own in rank_pattern, or leave it out with "
+                    "exclude_modules"
                 )
             if scaling <= 0:
                 raise AdapterError(

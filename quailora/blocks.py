@@ -91,6 +91,7 @@ class StreamedModel:
         self.decoder: nn.Module = self.model.get_decoder()
         self.blocks = _find_blocks(self.model, self.decoder)
         self._transforms = get_model_conversion_mapping(self.model)
+        self._converted: set[str] = set()
         self._sources = self._map_checkpoint()
         self._verify()
         for module in self.decoder.modules():
@@ -101,7 +102,7 @@ class StreamedModel:
     def resident(self, *names: str) -> Iterator[None]:
         """Within it the modules of these names (or parameters, by their full names) have their weights, on `device`."""
         try:
-            self._load([name for name in self._parameters() if name.startswith(tuple(names))])
+            self._load([name for name in self._state() if name.startswith(tuple(names))])
             yield
         finally:
             for name, parameter in self._parameters().items():
@@ -109,19 +110,24 @@ class StreamedModel:
                     self._set(name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
     def outside_blocks(self) -> list[str]:
-        """The decoder's parameters that belong to no block: embeddings, final norm, projections between them."""
+        """What of the decoder's state belongs to no block: embeddings, final norm, projections between them."""
         prefixes = tuple(f"{block.name}." for block in self.blocks)
-        inside = {id(parameter) for parameter in self.decoder.parameters()}
-        return [n for n, p in self._parameters().items() if id(p) in inside and not n.startswith(prefixes)]
+        inside = {id(tensor) for tensor in self.decoder.state_dict(keep_vars=True).values()}
+        return [n for n, tensor in self._state().items() if id(tensor) in inside and not n.startswith(prefixes)]
 
     def source(self, parameter: str) -> str | None:
         """The checkpoint's name for a parameter of the model that is stored as it is; None where it is made of
         several."""
         keys = self._sources.get(parameter, [])
-        return keys[0] if len(keys) == 1 else None
+        return keys[0] if len(keys) == 1 and parameter not in self._converted else None
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters(remove_duplicate=False))
+
+    def _state(self) -> dict[str, Tensor]:
+        """All that a checkpoint may store: parameters, and buffers such as the biases of a router. Buffers are small:
+        once loaded they stay."""
+        return self.model.state_dict(keep_vars=True)
 
     def _map_checkpoint(self) -> dict[str, list[str]]:
         """Parameter of the model -> tensors of the checkpoint that it is made of, by transformers' own renaming
@@ -139,6 +145,7 @@ class StreamedModel:
             if pattern is not None:
                 targets = by_pattern[pattern].target_patterns
                 names = [name.replace(targets[0], target) for target in targets]
+                self._converted.update(names)
             for name in names:
                 sources.setdefault(name, []).append(key)
         for target, source in self.model.all_tied_weights_keys.items():
@@ -149,7 +156,8 @@ class StreamedModel:
 
     def _verify(self) -> None:
         parameters = self._parameters()
-        needed = [*self.outside_blocks(), *(n for n in parameters for b in self.blocks if n.startswith(f"{b.name}."))]
+        used = [*self.outside_blocks(), *(n for n in parameters for b in self.blocks if n.startswith(f"{b.name}."))]
+        needed = [name for name in used if name in parameters]
         missing = [name for name in needed if name not in self._sources]
         if missing:
             raise CheckpointError(
@@ -181,14 +189,14 @@ class StreamedModel:
         with no_progress_bar():
             info, _ = convert_and_load_state_dict_in_model(self.model, self.checkpoint.slices(keys), config)
         self._move_tied(names)
-        parameters = self._parameters()
-        unloaded = [name for name in names if parameters[name].device.type == "meta"]
+        parameters = {name: p for name, p in self._parameters().items() if name in names}
+        unloaded = [name for name, parameter in parameters.items() if parameter.device.type == "meta"]
         if unloaded or info.mismatched_keys or info.conversion_errors:
             first = unloaded or sorted(map(str, info.mismatched_keys)) or sorted(info.conversion_errors)
             raise CheckpointError(f"{self.checkpoint.name}: transformers could not load {first[0]}")
-        for name in names:
-            parameters[name].requires_grad_(False)
-            if not all(extreme.isfinite() for extreme in parameters[name].aminmax()):  # NaN is both extremes
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(False)
+            if not all(extreme.isfinite() for extreme in parameter.aminmax()):  # NaN is both extremes
                 raise CheckpointError(
                     f"{name} of {self.checkpoint.name} holds NaN or infinite values as {self.dtype}: the file is "
                     "damaged, or its values are too large for that dtype"

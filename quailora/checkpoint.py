@@ -108,14 +108,6 @@ class Checkpoint:
         """One tensor, read now, in the dtype of the file."""
         return self.slices([name])[name][...]
 
-    def other_files(self) -> list[Path]:
-        """What stands beside the weights in a local folder (configuration, tokenizer): plain files, no weights, no
-        code."""
-        if self._folder is None:
-            return []
-        kinds = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-        return [path for path in sorted(self._folder.iterdir()) if path.suffix in kinds and path.name != INDEX]
-
     def _read_config(self) -> PretrainedConfig:
         try:
             config = AutoConfig.from_pretrained(

@@ -57,7 +57,10 @@ DataOption = Annotated[
 ]
 ColumnOption = Annotated[str | None, typer.Option(help="The field of the records to use, where it is not a usual one.")]
 SplitOption = Annotated[str, typer.Option(help="Which split of a data set from the hub.")]
-LengthOption = Annotated[int, typer.Option(help="Tokens in one sequence.", min=1)]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(help="Tokens in one sequence. Default: 2048, or as many as the model has positions.", min=1),
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where to compute, such as cuda:0 or cpu. Default: CUDA if there is one.")
 ]
@@ -96,7 +99,7 @@ def init(
         float | None, typer.Option(help="Share of the mean of H's diagonal that is added to it.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
-    sequence_length: LengthOption = 2048,
+    sequence_length: LengthOption = None,
     column: ColumnOption = None,
     split: SplitOption = "train",
     batch_size: BatchOption = None,
@@ -156,7 +159,7 @@ def evaluate(
     double_quant: DoubleOption = True,
     compute_dtype: ComputeOption = None,
     samples: Annotated[int, typer.Option(help="Sequences to measure on.", min=1)] = 64,
-    sequence_length: LengthOption = 2048,
+    sequence_length: LengthOption = None,
     column: ColumnOption = None,
     split: SplitOption = "test",
     batch_size: BatchOption = None,

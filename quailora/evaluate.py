@@ -24,6 +24,7 @@ from quailora.blocks import no_progress_bar
 from quailora.calibration import Batch, Calibration
 from quailora.checkpoint import Checkpoint
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
+from quailora.pipeline import default_device
 from quailora.quantized import METHODS, Quantization
 from quailora.report import read_record, to_json, write_files
 from quailora.serving import base_of, check_base
@@ -182,7 +183,7 @@ def compare(
         quantization, loaded_in = check_base(base, source, quantization, folder)
     elif quantization is None:
         raise AdapterError("without an adapter nothing says how the base is quantised: pass `quantization`")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = default_device(device)
     dtype = dtype or loaded_in
     method = METHODS[Quantization.from_config(quantization).method]
     full = _load(source, where, dtype)
@@ -334,6 +335,8 @@ def _with_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT still calls what transformers has deprecated.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            # It warns where the adapter on disk lacks what its configuration names: half of it would be scored.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, str(adapter))
-    except (ValueError, RuntimeError) as error:  # no such module, another shape
+    except (ValueError, RuntimeError, UserWarning) as error:  # no such module, another shape, missing tensors
         raise MismatchError(f"{adapter} does not fit {type(model).__name__}: {error}") from error

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from quailora import ops
 from quailora.errors import CalibrationError
+from quailora.precision import exact_products
 
 
 class Gram:
@@ -40,7 +41,7 @@ class Gram:
                     f"expected a mask {tuple(x.shape[:-1])} for inputs {tuple(x.shape)}, got {tuple(mask.shape)}"
                 )
             mask = mask.to(x.device, torch.bool)
-        with torch.autocast(x.device.type, enabled=False):  # a hook may run inside the model's autocast; H is fp32
+        with exact_products(x.device):  # a hook may run inside the model's autocast
             ops.gram_(self._h, x, mask)
         # Left on the device: reading it here would make the host wait for every layer of the forward pass.
         self._tokens = self._tokens + (x.shape[:-1].numel() if mask is None else mask.sum())

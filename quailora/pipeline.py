@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 from collections.abc import Callable, Iterator
@@ -30,11 +31,10 @@ from quailora.gram import Gram
 from quailora.progress import Progress
 from quailora.quantized import Quantization, QuantizedWeight, quantization_of, quantize, read
 from quailora.report import LayerReport, Report, model_card, write_files
-from quailora.solvers import check_solver, solve
+from quailora.solvers import LoraFactors, check_solver, solve
 
-DEFAULT_DAMPING = (
-    1e-4  # by benchmarks/damping.py: the least perplexity on held-out text, with much and with little data
-)
+# By benchmarks/damping.py: the least perplexity on held-out text, with much and with little data. See docs/using.md.
+DEFAULT_DAMPING = 1e-4
 RANK, ALPHA = 64, 16
 TOKENS_PER_BATCH = 8192
 
@@ -72,14 +72,16 @@ def run(
     targets: list[Target],
     calibration: Calibration,
     quantized_weight: Callable[[Target, Tensor], QuantizedWeight],
+    accept: Callable[[Target, LoraFactors], None],
     settings: Settings,
     progress: Progress,
     stages: Stages,
     batch_size: int | None = None,
 ) -> tuple[list[LayerReport], dict[str, str]]:
-    """Assign factors to every target; the rows of the report, and the targets that could not be reached with why.
+    """Solve for every target; the rows of the report, and the targets that could not be reached with why.
 
     quantized_weight: gives the Q of a target, for its full-precision weight (m, n).
+    accept: takes the factors of a target.
     """
     layers: list[LayerReport] = []
     inside = {name for block in model.blocks for name in block.linears()}
@@ -100,7 +102,7 @@ def run(
         for index, block in enumerate(progress.blocks(model.blocks)):
             if not waiting:
                 break
-            with _resident(model, block, stages):
+            with _resident(model, block, stages), _memory_errors(model.device):
                 linears = {name: linear for name, linear in block.linears().items() if name in waiting}
                 with stages("forward"), collect(linears) as collector:
                     for number, batch in enumerate(batches):
@@ -109,55 +111,62 @@ def run(
                             hidden = calls[number][index].run(block.module, states[number].to(model.device))
                         states[number] = hidden.cpu()
                 for name, gram in collector.grams.items():
+                    if gram.tokens == 0:
+                        continue
                     target = waiting.pop(name)
-                    layers.append(
-                        _initialize_linear(
-                            target, linear_weight(linears[name]), gram, quantized_weight, settings, stages
-                        )
-                    )
+                    weight = linear_weight(linears[name])
+                    start = perf_counter()
+                    with stages("quantise"):
+                        quantized = quantized_weight(target, weight)
+                    with stages("solve"):
+                        factors = _solve(target, weight, quantized, gram, settings)
+                        accept(target, factors)
+                    layers.append(_row(target, factors, gram.tokens, perf_counter() - start))
                     progress.layer(layers[-1])
     return layers, outside | dict.fromkeys(waiting, "no calibration token reached it")
 
 
-def _initialize_linear(
-    target: Target,
-    weight: Tensor,
-    gram: Gram,
-    quantized_weight: Callable[[Target, Tensor], QuantizedWeight],
-    settings: Settings,
-    stages: Stages,
-) -> LayerReport:
-    start = perf_counter()
-    with stages("quantise"):
-        quantized = quantized_weight(target, weight)
-    with stages("solve"):
-        try:
-            factors = solve(
-                weight,
-                quantized,
-                gram,
-                target.rank,
-                solver=settings.solver,
-                iterations=settings.iterations,
-                damping=settings.damping,
-                seed=settings.seed,
-            )
-        except SolverError as error:
-            raise SolverError(f"{target.name}: {error}") from error
-        target.assign(factors, settings.seed)
+def _solve(target: Target, weight: Tensor, quantized: QuantizedWeight, gram: Gram, settings: Settings) -> LoraFactors:
+    try:
+        return solve(
+            weight,
+            quantized,
+            gram,
+            target.rank,
+            solver=settings.solver,
+            iterations=settings.iterations,
+            damping=settings.damping,
+            seed=settings.seed,
+        )
+    except SolverError as error:
+        raise SolverError(f"{target.name}: {error}") from error
+
+
+def _row(target: Target, factors: LoraFactors, tokens: int, seconds: float) -> LayerReport:
     return LayerReport(
         name=target.name,
-        outputs=weight.shape[0],
-        inputs=weight.shape[1],
+        outputs=len(factors.A),
+        inputs=len(factors.B),
         rank=target.rank,
-        tokens=gram.tokens,
+        tokens=tokens,
         weight_error=factors.error_norm,
         weight_error_after=factors.residual_norm,
-        output_error=math.sqrt(2 * factors.initial / gram.tokens),
-        output_error_after=math.sqrt(2 * factors.objective / gram.tokens),
+        output_error=math.sqrt(2 * factors.initial / tokens),
+        output_error_after=math.sqrt(2 * factors.objective / tokens),
         jitter=factors.jitter,
-        seconds=perf_counter() - start,
+        seconds=seconds,
     )
+
+
+@contextmanager
+def _memory_errors(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise QuailoraError(
+            f"{device} is out of memory: lower batch_size (--batch-size 1) or sequence_length (--sequence-length). "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 @contextmanager
@@ -183,7 +192,7 @@ def build_adapter(
     iterations: int | None = None,
     damping: float = DEFAULT_DAMPING,
     samples: int = SAMPLES,
-    sequence_length: int = SEQUENCE_LENGTH,
+    sequence_length: int | None = None,
     split: str = "train",
     column: str | None = None,
     batch_size: int | None = None,
@@ -225,7 +234,9 @@ def build_adapter(
     settings = Settings(solver, iterations, damping, seed)
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     dtype = dtype or source.dtype
-    config = lora_config or LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = copy.deepcopy(lora_config) or LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     adapters.check_config(config)
     quantization = quantization or default_quantization(dtype)
     form = Quantization.from_config(quantization)
@@ -251,7 +262,15 @@ def build_adapter(
     stages = Stages()
     with Progress(len(stream.blocks), enabled=progress) as bar, adapters.new_folder(output) as folder:
         layers, unreached = run(
-            stream, targets, data, lambda target, weight: quantize(weight, form), settings, bar, stages, batch_size
+            stream,
+            targets,
+            data,
+            lambda target, weight: quantize(weight, form),
+            lambda target, factors: target.assign(factors, seed),
+            settings,
+            bar,
+            stages,
+            batch_size,
         )
         _check_some(layers, unreached)
         with stages("write"):
@@ -274,7 +293,7 @@ def initialize(
     iterations: int | None = None,
     damping: float = DEFAULT_DAMPING,
     samples: int = SAMPLES,
-    sequence_length: int = SEQUENCE_LENGTH,
+    sequence_length: int | None = None,
     split: str = "train",
     column: str | None = None,
     batch_size: int | None = None,
@@ -287,7 +306,8 @@ def initialize(
 
     Q is read from the loaded model, so a base that came from an already quantised checkpoint will do; W comes from
     `checkpoint`, block by block. Modules that cannot be initialised keep the LoRA default and are named in the report.
-    `Report.save(folder)` puts the record of the base beside an adapter you save.
+    The model is changed only once all factors are found: an error leaves it as it was. `Report.save(folder)` puts the
+    record of the base beside an adapter you save.
 
     Args:
         peft_model: `get_peft_model(base, LoraConfig(...))`.
@@ -325,20 +345,29 @@ def initialize(
         column=column,
     )
 
+    base_config: Any = peft_model.get_base_model().config
+    dtype = base_config.dtype or source.dtype
+
     def held(target: Target, weight: Tensor) -> QuantizedWeight:
         quantized = read(target.base)
-        _check_belongs(target, weight, quantized)
+        _check_belongs(target, weight, quantized, dtype)
         return quantized
+
+    found: list[tuple[Target, LoraFactors]] = []
+
+    def keep(target: Target, factors: LoraFactors) -> None:
+        found.append((target, replace(factors, A=factors.A.cpu(), B=factors.B.cpu())))
 
     stages = Stages()
     with Progress(len(stream.blocks), enabled=progress) as bar:
-        layers, unreached = run(stream, targets, data, held, settings, bar, stages, batch_size)
+        layers, unreached = run(stream, targets, data, held, keep, settings, bar, stages, batch_size)
     _check_some(layers, unreached)
-    base_config: Any = peft_model.get_base_model().config
+    for target, factors in found:
+        target.assign(factors, seed)
     whole = getattr(base_config, "quantization_config", None)
     skipped = Quantization.from_config(whole).skip_modules if isinstance(whole, BitsAndBytesConfig) else None
     form = replace(quantization_of(targets[0].base), skip_modules=skipped)
-    record = make_record(source, base_config.dtype or source.dtype, form, settings, data, config)
+    record = make_record(source, dtype, form, settings, data, config)
     return Report(layers, left | unreached, _notes(stream), record, stages.seconds)
 
 
@@ -410,14 +439,17 @@ def read_calibration(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     samples: int = SAMPLES,
-    sequence_length: int = SEQUENCE_LENGTH,
+    sequence_length: int | None = None,
     seed: int = 0,
     split: str = "train",
     column: str | None = None,
 ) -> Calibration:
-    """`load_calibration` with the checkpoint's own tokenizer and limits. Raises CalibrationError for sequences it has
-    no positions for."""
+    """`load_calibration` with the checkpoint's own tokenizer and limits; by default sequences are as long as the model
+    has positions, 2048 at most. Raises CalibrationError for sequences it has no positions for."""
     text = source.config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if sequence_length is None:
+        sequence_length = min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH)
     if tokenizer is None and not isinstance(data, Calibration | Tensor):
         tokenizer = load_tokenizer(source)
     loaded = load_calibration(
@@ -430,7 +462,6 @@ def read_calibration(
         column=column,
         vocab_size=text.vocab_size,
     )
-    positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and loaded.longest > positions:
         raise CalibrationError(
             f"sequences of {loaded.longest} tokens, and the model has {positions} positions: lower sequence_length"
@@ -441,7 +472,7 @@ def read_calibration(
 def load_tokenizer(source: Checkpoint) -> PreTrainedTokenizerBase | None:
     """The checkpoint's tokenizer, None where it has none. Raises CheckpointError for one that cannot be read."""
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (JSONDecodeError, LookupError, TypeError, AttributeError, ImportError) as error:
@@ -450,6 +481,10 @@ def load_tokenizer(source: Checkpoint) -> PreTrainedTokenizerBase | None:
         ) from error
     except (OSError, ValueError):  # what transformers says where there is no file of a tokenizer
         return None
+    return tokenizer if len(tokenizer) else None  # transformers makes an empty one where a kind is known but no file
+
+
+_GIVE_THE_SAME = "give the full-precision checkpoint that the base was made from"
 
 
 def _check_shapes(model: PeftModel, targets: list[Target], stream: StreamedModel) -> None:
@@ -459,27 +494,26 @@ def _check_shapes(model: PeftModel, targets: list[Target], stream: StreamedModel
     if depth != len(stream.blocks):
         raise MismatchError(
             f"the loaded base has {depth} blocks, and {stream.checkpoint.name} has {len(stream.blocks)}: "
-            "give the full-precision checkpoint that the base was made from"
+            f"{_GIVE_THE_SAME}"
         )
     linears = {name: linear for block in stream.blocks for name, linear in block.linears().items()}
     for target in targets:
         held = (target.base.out_features, target.base.in_features)
         if target.name in linears and held != (shape := tuple(linear_weight(linears[target.name]).shape)):
             raise MismatchError(
-                f"{target.name} is {held} in the loaded base and {shape} in {stream.checkpoint.name}: "
-                "give the full-precision checkpoint that the base was made from"
+                f"{target.name} is {held} in the loaded base and {shape} in {stream.checkpoint.name}: {_GIVE_THE_SAME}"
             )
 
 
-def _check_belongs(target: Target, weight: Tensor, quantized: QuantizedWeight) -> None:
-    """4 bits cost about a tenth of a weight; two different models differ by more than the weight itself."""
-    q = quantized.dequantize().to(weight.device, torch.float32)
-    share = float((weight.float() - q).norm() / weight.float().norm().clamp_min(1e-30))
-    if share > 0.5:
+def _check_belongs(target: Target, weight: Tensor, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
+    """The codes of the loaded base are those of the checkpoint's own weight, but for ties that devices round apart. A
+    fine-tune of the same model, and a base model against its instruct version, differ in many."""
+    expected = quantize(weight.to(dtype), quantization_of(target.base)).codes
+    same = float((expected == quantized.codes.to(expected.device)).float().mean())
+    if same < 0.99:
         raise MismatchError(
-            f"the loaded base is not a quantisation of this checkpoint: {target.name} differs by {share:.0%} of its "
-            "norm, where "
-            "4-bit quantisation costs about 10%; give the full-precision checkpoint that the base was made from"
+            f"the loaded base is not a quantisation of this checkpoint: {same:.1%} of the codes of {target.name} are "
+            f"those of its weight; {_GIVE_THE_SAME}"
         )
 
 

@@ -26,11 +26,12 @@ def gram_(h: Tensor, x: Tensor, keep: Tensor | None = None) -> None:
 
     h:     (n, n) fp32. Above the diagonal it holds nothing of use until `mirror_(h)`.
     x:     (..., n), bf16, fp16 or fp32; products and sums are fp32.
-    keep:  (...) bool, the tokens to count; the others are never read, so padding may hold anything, NaN included.
+    keep:  (...) bool, the tokens to count; the others do not enter, so padding may hold anything, NaN included.
     """
     tokens = x.reshape(-1, x.shape[-1])
     if keep is not None:
-        tokens = tokens[keep.reshape(-1)]
+        # Not tokens[keep]: on a GPU the host would wait, to learn how many there are.
+        tokens = torch.where(keep.reshape(-1, 1), tokens, 0)
     tokens = tokens.float()
     for start in range(0, h.shape[0], _PANEL):
         stop = start + _PANEL
@@ -70,7 +71,7 @@ def gram_energy(h: Tensor, rows: Tensor) -> Tensor:
 def error(weight: Tensor, quantized: Tensor | Dequantizable) -> Tensor:
     """E = W - Q, (m, n) fp32, from a floating-point `weight` and a dense or packed `quantized` of the same shape."""
     values = quantized if isinstance(quantized, Tensor) else quantized.dequantize()
-    return weight.float() - values.float()
+    return weight.float() - values.to(weight.device, torch.float32)
 
 
 def error_product(error: Tensor, right: Tensor) -> Tensor:

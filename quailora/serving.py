@@ -68,7 +68,10 @@ def check_base(
             f"{adapter} was made for a base in {recorded.describe()}; asked for is another: "
             f"{'; '.join(differences)}. On another base its factors do harm"
         )
-    return recorded.to_config(), getattr(torch, base["dtype"])
+    dtype = getattr(torch, str(base["dtype"]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise AdapterError(f"dtype {base['dtype']!r} in the {RECORD} of {adapter} is no dtype of torch")
+    return recorded.to_config(), dtype
 
 
 def merge(
@@ -210,6 +213,9 @@ def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *,
         raise AdapterError(
             f"{before} and {after} adapt different modules, {sorted(different)[0]} for one: they do not belong together"
         )
+    embedding = next((key for key in new.tensors if ".lora_embedding_" in key), None)
+    if embedding is not None:
+        raise AdapterError(f"{after} has {embedding}: only what linears learned can be converted")
     tensors = {key: value for key, value in new.tensors.items() if ".lora_A." not in key and ".lora_B." not in key}
     ranks = {}
     for module in new.modules:
@@ -241,6 +247,8 @@ def _compressed(left: Tensor, right: Tensor, rank: int | None) -> tuple[Tensor, 
 
 def read_config(folder: Path) -> LoraConfig:
     """The LoRA configuration of an adapter folder. Raises AdapterError where there is none."""
+    if not (folder / "adapter_config.json").is_file():  # or PEFT would look for it on the hub
+        raise AdapterError(f"{folder} {'holds no adapter_config.json' if folder.is_dir() else 'does not exist'}")
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError) as error:
@@ -264,6 +272,9 @@ class _Adapter:
         )
         if not self.modules:
             raise AdapterError(f"{folder} adapts no linear")
+        biased = next((key for key in self.tensors if key.endswith(".lora_B.bias")), None)
+        if biased is not None:
+            raise AdapterError(f"{folder} has {biased} (lora_bias=True): only W' = Q + scaling B A is written, no bias")
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """(r, n) and (m, r) whose product in reverse order is scaling B A."""

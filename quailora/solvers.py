@@ -22,6 +22,7 @@ from torch import Tensor
 from quailora import ops
 from quailora.errors import SolverError
 from quailora.gram import Gram
+from quailora.precision import exact_products
 from quailora.reference import Dequantizable
 
 # Eigenvalues of S below this part of the largest are the square of fp32 rounding. (Rounding itself would be too much:
@@ -119,8 +120,7 @@ def solve(
     """
     check_solver(solver, iterations, damping)
     run, default_iterations = _SOLVERS[solver]
-    # Fine-tuning code may call this under autograd or autocast; neither may reach these products.
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad(), exact_products(weight.device):
         h = gram.matrix() if isinstance(gram, Gram) else gram.detach().float()
         _check_shapes(weight, quantized, h, rank)
         _check_gram(h)

@@ -132,7 +132,7 @@ def test_options_reach_build_adapter(
         "iterations": None,
         "damping": pipeline.DEFAULT_DAMPING,
         "samples": 2000,
-        "sequence_length": 2048,
+        "sequence_length": None,
         "split": "train",
         "column": None,
         "batch_size": None,

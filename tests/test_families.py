@@ -1,6 +1,7 @@
 """Every decoder family against an oracle: the whole model in memory, hooks on every linear, dense E, fp64."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -9,12 +10,14 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.falcon import modeling_falcon
+from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.pytorch_utils import Conv1D
 
 import quailora
+from quailora.activations import collect
 from quailora.blocks import linear_weight
 from quailora.calibration import Calibration
-from quailora.errors import AdapterError
+from quailora.errors import AdapterError, CheckpointError
 from quailora.quantized import is_quantized, read
 from quailora.report import Report
 
@@ -26,6 +29,8 @@ NF4 = BitsAndBytesConfig(
     bnb_4bit_compute_dtype=torch.float32,
 )
 MIXTURES = ("mixtral", "qwen3_moe")
+BUFFERED = "deepseek_v3"
+ATTENTION_OF_DEEPSEEK = ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"]
 
 
 @torch.no_grad()
@@ -84,7 +89,7 @@ def compare_with_oracle(report: Report, best: dict[str, tuple[float, float]]) ->
         assert layer.output_error_after**2 * layer.tokens / 2 == pytest.approx(after, rel=1e-3), layer.name
 
 
-@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name not in MIXTURES])
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name not in (*MIXTURES, BUFFERED)])
 def test_every_linear_reaches_the_optimum_of_the_whole_model(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,3 +126,39 @@ def test_linears_outside_the_blocks_are_named(tmp_path: Path) -> None:
     report = build(folder, tiny.sequences(), tmp_path / "adapter")
     assert "outside the decoder's blocks" in report.left["model.decoder.project_in"]
     assert len(report.layers) == 12
+
+
+def test_what_a_checkpoint_stores_in_buffers_is_loaded(tmp_path: Path) -> None:
+    """DeepSeek-V3's router adds a stored bias to its scores; left at zero, later blocks would see other inputs."""
+    model = tiny.model("deepseek_v3")
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.linspace(-1, 1, len(buffer)))
+    model.save_pretrained(tmp_path / "model")
+    report = build(tmp_path / "model", tiny.sequences(), tmp_path / "adapter", targets=ATTENTION_OF_DEEPSEEK)
+    best = oracle(tmp_path / "model", tiny.sequences())
+    targeted = {name: found for name, found in best.items() if name.rpartition(".")[2] in ATTENTION_OF_DEEPSEEK}
+    compare_with_oracle(report, targeted)
+
+
+def test_a_decoder_that_is_no_chain_of_its_blocks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    once = LlamaModel.forward
+
+    def twice(self: LlamaModel, input_ids: Tensor, **options: Any) -> Any:
+        once(self, input_ids=input_ids, **options)
+        return once(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", twice)
+    with pytest.raises(CheckpointError, match="one at a time"):
+        build(folder, tiny.sequences(), tmp_path / "adapter")
+
+
+def test_an_input_that_was_changed_in_place_is_another_input() -> None:
+    first, second = nn.Linear(4, 2), nn.Linear(4, 2)
+    x = torch.ones(3, 4)
+    with collect({"first": first, "second": second}) as collector, collector.batch(None), torch.no_grad():
+        first(x)
+        second(x.mul_(3))
+    assert collector.grams["first"] is not collector.grams["second"]
+    assert torch.equal(collector.grams["second"].matrix(), 9 * collector.grams["first"].matrix())

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import quailora
+import quailora.pipeline
+from quailora.adapter import find_targets
 from quailora.calibration import Calibration
+from quailora.errors import MismatchError, QuailoraError
+from quailora.precision import exact_products
 from quailora.quantized import is_quantized, read
 from quailora.report import Report
 
@@ -278,3 +282,73 @@ def test_a_dead_channel_and_fewer_tokens_than_inputs_are_no_problem(tmp_path: Pa
             folder, lora(r=16), few, tmp_path / solver, quantization=four_bits(), solver=solver, progress=False
         )
         assert all(row.output_error_after <= row.output_error * (1 + 1e-6) for row in report.layers)
+
+
+def test_a_relative_of_the_base_is_refused_and_the_model_left_as_it_was(tmp_path: Path) -> None:
+    """A fine-tune: weights 2 % away, of which 4 bits keep most codes but not nearly all."""
+    folder, related = tiny.checkpoint(tmp_path / "model"), tiny.model()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in related.parameters():
+        parameter.data += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    related.save_pretrained(tmp_path / "related")
+    model = get_peft_model(load_base(folder, four_bits()), lora())
+    before = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
+    with pytest.raises(MismatchError, match="of the codes of"):
+        quailora.initialize(model, DATA, checkpoint=tmp_path / "related", progress=False)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_pairs_with_nothing_to_approximate_can_still_learn(tmp_path: Path) -> None:
+    """At zero on both sides a pair has no gradient: it starts as LoRA's own do."""
+    model = get_peft_model(load_base(tiny.checkpoint(tmp_path / "model"), four_bits()), lora(r=4))
+    target = find_targets(model)[0][0]
+    weight = torch.outer(torch.ones(target.base.out_features), torch.ones(target.base.in_features))
+    factors = quailora.solve(weight, torch.zeros_like(weight), torch.eye(weight.shape[1]), 4)
+    assert factors.effective_rank == 1
+    target.assign(factors)
+    down, up = target.layer.lora_A["default"].weight, target.layer.lora_B["default"].weight
+    assert (up[:, 1:] == 0).all()
+    assert (down[1:].abs().amax(1) > 0).all()
+    assert torch.allclose(products(model)[target.name], weight.double(), atol=1e-5)
+
+
+def test_the_configuration_that_was_given_is_left_alone(tmp_path: Path) -> None:
+    config = lora()
+    before = config.to_dict()
+    build(tiny.checkpoint(tmp_path / "model"), tmp_path / "adapter", config)
+    assert config.to_dict() == before
+
+
+def test_by_default_sequences_are_as_long_as_the_model_has_positions(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", "gpt2")
+    stream = torch.randint(2, tiny.VOCABULARY, (200,), generator=torch.Generator().manual_seed(0))
+    report = quailora.build_adapter(folder, lora(), stream, tmp_path / "adapter", samples=2, progress=False)
+    assert report.record["calibration"]["sequence_length"] == 64
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(quailora.pipeline, "solve", full)
+    with pytest.raises(QuailoraError, match="batch_size"):
+        build(tiny.checkpoint(tmp_path / "model"), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_callers_precision_settings_neither_reach_h_and_e_nor_get_lost(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    build(folder, tmp_path / "plain")
+    try:
+        torch.set_float32_matmul_precision("medium")  # bf16 products on a CPU that has them, TF32 on a GPU
+        with exact_products(torch.device("cpu")):
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == "medium"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            build(folder, tmp_path / "autocast")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    plain, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "autocast"))
+    # The forward pass of the blocks is the caller's to make less precise; what is added up from it is not.
+    assert all((plain[name] - other[name]).norm() < 0.05 * plain[name].norm() for name in plain)

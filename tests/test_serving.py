@@ -188,3 +188,23 @@ def test_a_damaged_record_is_an_error_not_an_absent_one(tmp_path: Path) -> None:
     (tmp_path / "adapter" / RECORD).write_text(json.dumps({"base": {}}))
     with pytest.raises(QuailoraError, match=RECORD):
         quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_bias": True, "target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
+def test_what_cannot_be_converted_is_refused_by_name(changes: dict[str, object], tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", "qwen2", tie_word_embeddings=False)
+    pipeline.build(folder, tmp_path / "adapter", pipeline.lora(**changes))
+    with pytest.raises(AdapterError, match=r"lora_B\.bias|lora_embedding"):
+        quailora.convert(tmp_path / "adapter", tmp_path / "adapter", tmp_path / "converted")
+    if "lora_bias" in changes:
+        with pytest.raises(AdapterError, match="lora_bias"):
+            quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense")
+    assert not (tmp_path / "converted").exists()
+    assert not (tmp_path / "dense").exists()
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_a_hub(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="does not exist"):
+        quailora.convert("someone/start", "someone/trained", tmp_path / "converted")

@@ -39,6 +39,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "falcon": _BASE | {"new_decoder_architecture": False, "multi_query": True, "alibi": False},
     "mixtral": _GATED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": _GATED
+    | {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "num_hidden_layers": 3,
+    },
     "qwen3_moe": _GATED
     | {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
 }
