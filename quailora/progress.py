@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TypeVar
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from quailora.report import LayerReport
+from quailora.report import LayerReport, error_left
 
 T = TypeVar("T")
 
@@ -34,7 +33,7 @@ class Progress:
             disable=not (enabled and console.is_terminal),
         )
         self._task = self._bar.add_task("QuAILoRA", total=total, error="")
-        self._logs: list[float] = []
+        self._layers: list[LayerReport] = []
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -52,9 +51,6 @@ class Progress:
             self._bar.advance(self._task)
 
     def layer(self, layer: LayerReport) -> None:
-        """Take a layer's result into the error shown: the geometric mean of what is left of each layer's output
-        error."""
-        if layer.output_error > 0 and layer.output_error_after > 0:
-            self._logs.append(math.log(layer.output_error_after / layer.output_error))
-            left = math.exp(sum(self._logs) / len(self._logs))
-            self._bar.update(self._task, error=f"output error left {left:.1%}")
+        """Take a layer's result into the error shown."""
+        self._layers.append(layer)
+        self._bar.update(self._task, error=f"output error left {error_left(self._layers):.1%}")
