@@ -101,9 +101,12 @@ def adapted_skeleton(base: PreTrainedModel, config: LoraConfig, checkpoint: Chec
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers for a property that is about to be renamed.
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
-            return get_peft_model(base, config, low_cpu_mem_usage=True)
+            model = get_peft_model(base, config, low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"PEFT refuses this LoRA configuration: {error}") from error
+    if isinstance(config.target_modules, set):  # written as it comes, a set would change the file from run to run
+        config.target_modules = sorted(config.target_modules)
+    return model
 
 
 def check_config(config: Any) -> LoraConfig:

@@ -84,7 +84,7 @@ def init(
     data: DataOption,
     output: Annotated[Path, typer.Option(help="Where the adapter goes: a new or empty folder.")],
     rank: Annotated[int, typer.Option(help="LoRA's r.", min=1)] = 64,
-    alpha: Annotated[float, typer.Option(help="LoRA's alpha; the starting product does not depend on it.")] = 16,
+    alpha: Annotated[int, typer.Option(help="LoRA's alpha; the starting product does not depend on it.", min=1)] = 16,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(r).")] = False,
     dropout: Annotated[float, typer.Option(help="LoRA's dropout in training.", min=0, max=1)] = 0.0,
     target_modules: Annotated[
@@ -118,7 +118,7 @@ def init(
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         use_rslora=rslora,
         lora_dropout=dropout,
         target_modules=_target_modules(target_modules),

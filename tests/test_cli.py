@@ -142,13 +142,13 @@ def test_options_reach_build_adapter(
     }
 
     config, quantization, keywords = call(
-        *("--rank", "8", "--alpha", "2.5", "--rslora", "--dropout", "0.1", "--target-modules", "q_proj, v_proj,"),
+        *("--rank", "8", "--alpha", "3", "--rslora", "--dropout", "0.1", "--target-modules", "q_proj, v_proj,"),
         *("--quant", "fp4", "--no-double-quant", "--compute-dtype", "float16"),
         *("--solver", "als", "--iterations", "7", "--damping", "0", "--samples", "3", "--sequence-length", "5"),
         *("--split", "validation", "--column", "body", "--batch-size", "2", "--device", "cpu", "--seed", "9"),
         "--no-progress",
     )
-    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (8, 2.5, True, 0.1)
+    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (8, 3, True, 0.1)
     assert config.target_modules == {"q_proj", "v_proj"}
     assert (quantization.bnb_4bit_quant_type, quantization.bnb_4bit_use_double_quant) == ("fp4", False)
     assert quantization.bnb_4bit_compute_dtype == torch.float16
