@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 import quailora
 import quailora.pipeline
 from quailora.adapter import find_targets
+from quailora.blocks import StreamedModel
 from quailora.calibration import Calibration
 from quailora.errors import MismatchError, QuailoraError
 from quailora.precision import exact_products
@@ -354,3 +355,21 @@ def test_the_callers_precision_settings_neither_reach_h_and_e_nor_get_lost(tmp_p
     plain, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "autocast"))
     # The forward pass of the blocks is the caller's to make less precise; what is added up from it is not.
     assert all((plain[name] - other[name]).norm() < 0.05 * plain[name].norm() for name in plain)
+
+
+def test_at_most_one_block_is_in_memory_and_neither_model_is_ever_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    load = StreamedModel._load
+
+    def spy(stream: StreamedModel, names: list[str]) -> None:
+        load(stream, names)
+        blocks = sum(any(not p.is_meta for p in block.module.parameters()) for block in stream.blocks)
+        outside = sum(not p.is_meta for p in dict(stream.model.named_parameters()).values()) > 0 and blocks == 0
+        seen.append((blocks, int(outside)))
+
+    monkeypatch.setattr(StreamedModel, "_load", spy)
+    build(tiny.checkpoint(tmp_path / "model", num_hidden_layers=5), tmp_path / "adapter")
+    # The embeddings, then block 0 beside them (to see what a block returns), then every block by itself.
+    assert seen == [(0, 1), (1, 0), *[(1, 0)] * 5]
