@@ -1,0 +1,33 @@
+"""One shipped configuration of a Triton kernel, described so that it can be compiled and executed without a GPU.
+
+Every file of kernels exports `variants() -> Iterator[Variant]`: all the configurations its launch code may choose.
+The tests walk over them: each is compiled for every target, and run on the CPU in its compiled form.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A kernel with everything that its compiled form depends on, and how it is launched.
+
+    `signature` and `constexprs` together name every argument of the kernel once. Types are Triton's: "*bf16", "i32",
+    "fp32". `attrs` names the arguments that are always divisible by 16 (for a pointer: its address in bytes). Triton
+    needs it for 16-byte loads, and a false one reads out of bounds. `grid` takes all arguments by name, constexprs
+    included, and returns one to three numbers of programs, as in a launch.
+    """
+
+    name: str  # unique in its file, fit for a test's name: "error_products-bf16-r64"
+    kernel: triton.JITFunction
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    attrs: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    uses_tensor_cores: bool
+    grid: Callable[[Mapping[str, Any]], tuple[int, ...]]
+    uses_wide_loads: bool = True  # 16 bytes at a time from global memory; not where rows are ragged

@@ -1,0 +1,200 @@
+"""E P and Eᵀ A, kernel against fp64, run by Triton's interpreter."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import interpreter
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rounding import assert_product
+from torch import Tensor
+
+from quailora import reference
+from quailora.kernels import error_products
+from quailora.kernels.error_products import (
+    Codes,
+    error_product,
+    error_product_t,
+    grouped_error_product,
+    grouped_error_product_t,
+)
+from quailora.kernels.precision import PRECISIONS
+from quailora.quantized import EightBit, FourBit, Quantization, QuantizedWeight, quantize
+
+interpreter.install()
+
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+METHODS = ["nf4", "fp4", "int8", "dense"]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(
+    m: int, n: int, method: str = "nf4", dtype: torch.dtype = torch.bfloat16, *, double: bool = True,
+    blocksize: int = 64, compute: torch.dtype | None = None, seed: int = 0,
+) -> tuple[Tensor, QuantizedWeight | None]:  # fmt: skip
+    """A weight and its quantised form, rows and columns of all sizes; "dense" has none and is E itself."""
+    weight = (0.02 * random(m, n, seed=seed) * torch.exp(random(m, 1, seed=seed + 1))).to(dtype)
+    if method == "dense":
+        return weight, None
+    if method == "int8":
+        return weight, quantize(weight, Quantization("int8"))
+    record = Quantization(method, double=double, blocksize=blocksize, compute_dtype=compute or dtype)
+    return weight, quantize(weight, record)
+
+
+def kernel_operand(weight: Tensor, quantized: QuantizedWeight | None) -> tuple[Tensor, Codes | None]:
+    return weight, None if quantized is None else Codes.of(quantized)
+
+
+def exact_error(weight: Tensor, quantized: QuantizedWeight | None) -> Tensor:
+    return weight.float() if quantized is None else reference.error(weight, quantized)
+
+
+def check(weight: Tensor, quantized: QuantizedWeight | None, rank: int, precision: str = "ieee") -> None:
+    error, operand = exact_error(weight, quantized), kernel_operand(weight, quantized)
+    m, n = weight.shape
+    right, left = random(n, rank, seed=2), random(m, rank, seed=3)
+    assert_product(error_product(*operand, right, precision=precision), error, right, precision)
+    assert_product(error_product_t(*operand, left, precision=precision), error.T, left, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_dtype_and_precision(method: str, dtype: torch.dtype, precision: str) -> None:
+    check(*linear(70, 96, method, dtype), rank=8, precision=precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_whole_tiles(method: str, precision: str) -> None:  # the form without masks
+    check(*linear(128, 128, method), rank=16, precision=precision)
+
+
+@pytest.mark.parametrize("compute", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_q_is_rounded_to_the_compute_dtype(dtype: torch.dtype, compute: torch.dtype) -> None:
+    check(*linear(33, 64, dtype=dtype, compute=compute), rank=4)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    m=st.integers(1, 150),
+    n=st.integers(1, 150),
+    rank=st.integers(1, 40),
+    method=st.sampled_from(METHODS),
+    blocksize=st.sampled_from([32, 64, 256]),
+    double=st.booleans(),
+)
+def test_any_shape(m: int, n: int, rank: int, method: str, blocksize: int, double: bool) -> None:
+    check(*linear(m, n, method, blocksize=blocksize, double=double), rank=rank)
+
+
+@pytest.mark.parametrize("n", [65, 80, 96])  # blocks of 64 that straddle rows, in steps of 1, 16 and 32 elements
+@pytest.mark.parametrize("product", [error_product, error_product_t])
+def test_each_block_has_its_own_absmax(product: Callable[..., Tensor], n: int) -> None:
+    # Every element has the same code, of value 1, and the absmax of block i is i + 1: so Q spells out the blocks.
+    m, r = 20, 16
+    blocks = -(-m * n // 64)
+    quantized = FourBit(
+        torch.full((-(-m * n // 2),), 0xFF, dtype=torch.uint8),
+        torch.arange(1.0, blocks + 1),
+        64, "nf4", (m, n), torch.float32,
+    )  # fmt: skip
+    error = -(torch.arange(m * n) // 64 + 1.0).view(m, n)
+    thin = torch.eye(n)[:, :r] if product is error_product else torch.eye(m)[:, :r]
+    expected = error[:, :r] if product is error_product else error[:r].T
+    assert torch.equal(product(torch.zeros(m, n), Codes.of(quantized), thin, precision="ieee"), expected)
+
+
+@pytest.mark.parametrize("n", [64, 63])  # a row begins with a whole byte, and with half of one
+def test_the_high_nibble_comes_first(n: int) -> None:
+    codes = torch.full((-(-3 * n // 2),), 0xF7, dtype=torch.uint8)  # NF4: 15 is 1.0, 7 is 0.0
+    quantized = FourBit(codes, torch.ones(-(-3 * n // 64)), 64, "nf4", (3, n), torch.float32)
+    error = error_product(torch.zeros(3, n), Codes.of(quantized), torch.eye(n), precision="ieee")
+    assert torch.equal(error, -((torch.arange(3 * n) + 1) % 2).float().view(3, n))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_beyond_the_edges_is_read(method: str) -> None:
+    # What lies around the matrices in memory is NaN (or codes of -128 and of 0xFF): one of it read would show.
+    def embedded(x: Tensor) -> Tensor:
+        filling = float("nan") if x.is_floating_point() else 0xFF if x.dtype == torch.uint8 else -128
+        memory = torch.full((x.numel() + 512,), filling, dtype=x.dtype)
+        memory[256 : 256 + x.numel()] = x.flatten()
+        return memory[256 : 256 + x.numel()].view(x.shape)
+
+    weight, quantized = linear(67, 72, method, double=False)
+    error = exact_error(weight, quantized)
+    if quantized is not None:
+        quantized = replace(quantized, codes=embedded(quantized.codes), absmax=embedded(quantized.absmax))
+    right, left = embedded(random(72, 5)), embedded(random(67, 5))
+    operand = kernel_operand(embedded(weight), quantized)
+    assert_product(error_product(*operand, right, precision="ieee"), error, right, "ieee")
+    assert_product(error_product_t(*operand, left, precision="ieee"), error.T, left, "ieee")
+
+
+@pytest.mark.parametrize("rank", [1, 16, 64, 128, 256])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_rank_has_a_configuration(rank: int, precision: str) -> None:
+    check(*linear(40, 96), rank=rank, precision=precision)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("members", [2, 3, 4])  # 4 take two launches
+def test_each_linear_of_a_group_has_its_own_everything(method: str, members: int) -> None:
+    sizes = [(130, 8), (32, 20), (1, 1), (64, 16)][:members]
+    linears = [linear(m, 96, method, seed=m) for m, _ in sizes]
+    operands = [kernel_operand(*each) for each in linears]
+    rights = [random(96, rank, seed=rank) for _, rank in sizes]
+    lefts = [random(m, rank, seed=rank) for m, rank in sizes]
+    products = grouped_error_product(operands, rights, precision="ieee")
+    transposed = grouped_error_product_t(operands, lefts, precision="ieee")
+    for each, right, left, product, product_t in zip(linears, rights, lefts, products, transposed, strict=True):
+        assert_product(product, exact_error(*each), right, "ieee")
+        assert_product(product_t, exact_error(*each).T, left, "ieee")
+
+
+@pytest.mark.parametrize("programs", [1, 3, 128])
+def test_the_walk_may_be_split_in_any_way_and_repeats_its_bits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(error_products, "_PROGRAMS", programs)
+    weight, quantized = linear(200, 320)
+    check(weight, quantized, rank=16)
+    operand, right = kernel_operand(weight, quantized), random(320, 16)
+    assert torch.equal(error_product(*operand, right), error_product(*operand, right))
+
+
+def test_views_and_other_layouts_are_taken_as_they_are_meant() -> None:
+    weight, quantized = linear(48, 64)
+    operand, right = kernel_operand(weight, quantized), random(16, 64).T
+    assert torch.equal(error_product(*operand, right), error_product(*operand, right.contiguous()))
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    # 2³¹ + 2¹⁷ elements, of which only the last tile is touched: the rest is address space, never memory.
+    m, n, r = 2**14 + 1, 2**17, 16
+    weight = torch.empty(m, n, dtype=torch.bfloat16)
+    weight[-1, -64:] = torch.arange(64.0)
+    right = torch.empty(n, r)
+    right[-64:] = torch.eye(64, r)
+    partial = torch.zeros(n // 64, m, r)
+    constants = error_products._constants(None, n, r, False, "ieee")
+    ones = [weight, weight, weight]
+    last = (-(-m // constants["KEPT"]) - 1, n // 64 - 1)
+    with interpreter.only(*last):
+        error_products._error_product_kernel[(last[0] + 1, n // 64)](
+            *ones, *ones, *ones, right, right, right, m, 0, 0, r, 0, 0, partial, partial, n, n // 2,
+            EVEN=False, **constants,
+        )  # fmt: skip
+    assert torch.equal(partial[-1, -1], torch.arange(16.0))
+
+
+def test_int8_scales_belong_to_rows() -> None:
+    quantized = EightBit(torch.full((5, 7), 127, dtype=torch.int8), torch.arange(1.0, 6.0))
+    error = error_product(torch.zeros(5, 7), Codes.of(quantized), torch.eye(7), precision="ieee")
+    assert torch.equal(error, -torch.arange(1.0, 6.0)[:, None].expand(5, 7))
