@@ -6,7 +6,7 @@ import copy
 import math
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from json import JSONDecodeError
@@ -91,7 +91,7 @@ def run(
     states: list[Tensor] = []
     calls: list[list[Call]] = []
     # A caller's autocast must not reach the full-precision forward pass, nor H.
-    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False), _memory_errors(model.device):
         with stages("load"), model.resident(*model.outside_blocks()):
             recorder = Calls(model)
             for batch in batches:
@@ -102,7 +102,7 @@ def run(
         for index, block in enumerate(progress.blocks(model.blocks)):
             if not waiting:
                 break
-            with _resident(model, block, stages), _memory_errors(model.device):
+            with _resident(model, block, stages):
                 linears = {name: linear for name, linear in block.linears().items() if name in waiting}
                 with stages("forward"), collect(linears) as collector:
                     for number, batch in enumerate(batches):
@@ -171,13 +171,10 @@ def _memory_errors(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _resident(model: StreamedModel, block: Block, stages: Stages) -> Iterator[None]:
-    resident = model.resident(f"{block.name}.")
-    with stages("load"):
-        resident.__enter__()
-    try:
+    with ExitStack() as stack:
+        with stages("load"):
+            stack.enter_context(model.resident(f"{block.name}."))
         yield
-    finally:
-        resident.__exit__(None, None, None)
 
 
 def build_adapter(

@@ -329,11 +329,14 @@ def test_by_default_sequences_are_as_long_as_the_model_has_positions(tmp_path: P
     assert report.record["calibration"]["sequence_length"] == 64
 
 
-def test_out_of_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", [(quailora.pipeline, "solve"), (StreamedModel, "_load")], ids=["solve", "load"])
+def test_out_of_memory_says_what_to_lower(
+    where: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(quailora.pipeline, "solve", full)
+    monkeypatch.setattr(*where, full)
     with pytest.raises(QuailoraError, match="batch_size"):
         build(tiny.checkpoint(tmp_path / "model"), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
