@@ -8,6 +8,7 @@ REQUIRED := $(shell sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)
 INSTALLED := .venv/installed
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all check clean
@@ -36,10 +37,11 @@ clean: ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	@$(PYTHON) -c 'import re, sys; low, high = [tuple(map(int, v.split("."))) for v in re.findall("[0-9]+[.][0-9]+", "$(REQUIRED)")]; sys.exit(not low <= sys.version_info[:2] < high)' 2>/dev/null \
 	  || { echo 'quailora needs Python $(REQUIRED), and $(PYTHON) is not one: make PYTHON=python3.12 ...' >&2; exit 1; }
 	@echo 'Installing quailora and its dependencies into .venv (some minutes, the first time)'
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@QUAILORA_EXT=0 $(PIP) --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --no-build-isolation --no-deps --editable .  # the compiled extension, against the torch that is now there
 	@touch $@

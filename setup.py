@@ -1,9 +1,130 @@
-"""The packages, and (in time) the C++ extension; everything else about the distribution is in pyproject.toml."""
+"""The packages, and the compiled extension `quailora._C` where it can be built; all else is in pyproject.toml.
+
+The extension is built against the torch that is installed here, which pip hides from a build unless it is told
+`--no-build-isolation`. torch is no build requirement on purpose: pip would fetch one of its own, of several gigabytes
+and perhaps of another release, and an extension works with the release that it was built against.
+
+QUAILORA_EXT=0 leaves the extension out, QUAILORA_EXT=1 makes it an error if it cannot be built. By default the package
+is then installed without, and works: `quailora.backends()` says what serves instead.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from setuptools import setup
+from setuptools.errors import CompileError
+
+WANTED = os.environ.get("QUAILORA_EXT", "")
+if WANTED not in ("", "0", "1"):
+    raise SystemExit(f"quailora: QUAILORA_EXT is {WANTED!r}; it may be 0, 1 or unset")
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+SYSTEM = Path("/usr/local")
+
+
+def leave_out(reason: str) -> None:
+    """Go on without the extension, and say so; or stop, if it was asked for."""
+    if WANTED == "1":
+        raise SystemExit(f"quailora: QUAILORA_EXT=1, but the compiled extension cannot be built: {reason}")
+    line = "*" * 80
+    note = "It will work, and collect its statistics more slowly. QUAILORA_EXT=1 makes this an error."
+    print(f"{line}\nquailora is installed WITHOUT its compiled extension: {reason}\n{note}\n{line}", file=sys.stderr)
+
+
+def toolkits() -> Iterator[Path]:
+    """Folders that may hold a CUDA toolkit, those first that were named on purpose."""
+    if "CUDA_HOME" in os.environ:
+        yield Path(os.environ["CUDA_HOME"])
+    if nvcc := shutil.which("nvcc"):
+        yield Path(nvcc).resolve().parent.parent
+    yield from sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*"), reverse=True)
+    yield from sorted(SYSTEM.glob("cuda*"), reverse=True)
+
+
+def toolkit_version(folder: Path) -> str | None:
+    """The release of the toolkit in `folder`, such as 13.0; None unless it has compiler, headers and library.
+
+    The nvcc on the search path may be a script that calls the real one, with no toolkit around it; toolkits from PyPI
+    may have no library that a linker finds.
+    """
+    nvcc = folder / "bin" / "nvcc"
+    others = [*folder.glob("include/cuda_runtime.h"), *folder.glob("lib*/libcudart.so")]
+    if not nvcc.exists() or len(others) < 2:
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found.group(1) if found else None
+
+
+def find_toolkit(cuda: str) -> Path | None:
+    """The first toolkit of the major version of `cuda`: the runtime's interface is the same within one."""
+    major = cuda.split(".")[0]
+    return next((folder for folder in toolkits() if (toolkit_version(folder) or "").split(".")[0] == major), None)
+
+
+def sources(*patterns: str) -> list[str]:
+    """Relative to the root, as a source distribution needs them."""
+    return sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in CSRC.glob(pattern))
+
+
+def extension() -> dict[str, Any]:
+    """The arguments of `setup` that build `quailora._C`; none if it is to be left out."""
+    if WANTED == "0":
+        return {}
+    if not CSRC.exists():
+        leave_out(f"its sources are not in {ROOT}")
+        return {}
+    try:
+        import torch
+    except ImportError:
+        leave_out("torch is not seen by the build; with torch installed, `pip install --no-build-isolation` shows it")
+        return {}
+
+    toolkit = None
+    if torch.version.cuda:
+        toolkit = find_toolkit(torch.version.cuda)
+        if toolkit:
+            os.environ["CUDA_HOME"] = str(toolkit)  # read when torch.utils.cpp_extension is imported
+            # Code of 9.0 as PTX is what later processors compile for themselves.
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        else:
+            print(f"quailora: no CUDA {torch.version.cuda} toolkit found, building for CPUs only", file=sys.stderr)
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    class Build(BuildExtension):
+        def build_extension(self, ext: Any) -> None:
+            try:
+                super().build_extension(ext)
+            except (CompileError, RuntimeError) as error:  # the latter is what torch raises if ninja fails
+                leave_out(str(error))
+                raise CompileError(str(error)) from error  # which setuptools passes over: the extension is optional
+
+    # torch's loop over threads stands in its headers, and is one thread where the compiler is not told of OpenMP. The
+    # runtime is then the one that torch has loaded.
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    flags = ["/O2"] if os.name == "nt" else ["-O3", "-g0", *openmp]
+    build: Any = CUDAExtension if toolkit else CppExtension
+    module = build(
+        name="quailora._C",
+        sources=sources("extension.cpp", "cpu/*.cpp", *(["gram_cuda.cpp", "cuda/*.cu"] if toolkit else [])),
+        depends=sources("*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh"),
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+        extra_link_args=openmp,
+        optional=WANTED != "1",
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+
 
 setup(
     packages=["quailora", "quailora.kernels"],
     # A top-level import package named `kernels` would shadow the Hugging Face package that transformers imports.
     package_dir={"quailora.kernels": "kernels"},
+    **extension(),
 )

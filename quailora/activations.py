@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +152,7 @@ class _Input:
 
     leader: str
     gram: Gram
+    lasting: bool = False  # nothing edits it in place once the linears have had it
 
 
 @dataclass
@@ -162,6 +163,14 @@ class Collector:
     _inputs: dict[str, _Input] = field(default_factory=dict)
     _seen: list[tuple[Tensor, int, _Input]] = field(default_factory=list)
     _keep: Tensor | None = None
+    _side: torch.cuda.Stream | None = None
+
+    def groups(self) -> list[tuple[Gram, list[str]]]:
+        """Each H, and the linears that it is the H of."""
+        names: dict[int, list[str]] = {}
+        for name, gram in self.grams.items():
+            names.setdefault(id(gram), []).append(name)
+        return [(self.grams[group[0]], group) for group in names.values()]
 
     @contextmanager
     def batch(self, keep: Tensor | None) -> Iterator[None]:
@@ -170,6 +179,8 @@ class Collector:
         try:
             yield
         finally:
+            for x, edits, entry in self._seen:
+                entry.lasting = x._version == edits
             # The tensors are held only this long: identity means nothing once they are gone.
             self._seen.clear()
 
@@ -181,7 +192,26 @@ class Collector:
             self._inputs[name], self.grams[name] = shared, shared.gram
             self._seen.append((x, x._version, shared))
         if shared.leader == name:
-            shared.gram.update(x, self._mask(x, name))
+            mask = self._mask(x, name)
+            with self._beside(x.device, x, mask) if shared.lasting and x.is_cuda else nullcontext():
+                shared.gram.update(x, mask)
+
+    @contextmanager
+    def _beside(self, device: torch.device, *read: Tensor | None) -> Iterator[None]:
+        """On a stream of its own, so that the block goes on meanwhile. What it reads must not be edited any more."""
+        if self._side is None:
+            self._side = torch.cuda.Stream(device)
+        self._side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._side):
+            yield
+        for tensor in read:
+            if tensor is not None:
+                tensor.record_stream(self._side)  # or its memory would be given away while it is still read
+
+    def join(self) -> None:
+        """Let the current stream wait for what is added up beside it."""
+        if self._side is not None:
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
 
     def _mask(self, x: Tensor, name: str) -> Tensor | None:
         if self._keep is None:
@@ -199,7 +229,8 @@ def collect(linears: dict[str, nn.Module]) -> Iterator[Collector]:
     """Hooks on the linears of a block that add up one H per distinct input; removed whatever happens.
 
     Linears share an H when they receive the same tensor (q, k and v; gate and up), found in the first batch by the
-    tensor itself. A linear that no token reaches has no entry in `grams`.
+    tensor itself. A linear that no token reaches has no entry in `grams`. On CUDA, from the second batch on, H is
+    added up on a stream of its own; the `grams` are complete, for the stream that is current, after the `with`.
     """
     collector = Collector()
     with ExitStack() as hooks:
@@ -209,6 +240,7 @@ def collect(linears: dict[str, nn.Module]) -> Iterator[Collector]:
                 collector.receive(name, args[0] if args else kwargs["input"])
 
             hooks.callback(module.register_forward_pre_hook(receive, with_kwargs=True).remove)
+        hooks.callback(collector.join)
         yield collector
 
 

@@ -41,6 +41,8 @@ class Gram:
                     f"expected a mask {tuple(x.shape[:-1])} for inputs {tuple(x.shape)}, got {tuple(mask.shape)}"
                 )
             mask = mask.to(x.device, torch.bool)
+        if x.dtype == torch.float64:
+            x = x.float()
         with exact_products(x.device):  # a hook may run inside the model's autocast
             ops.gram_(self._h, x, mask)
         # Left on the device: reading it here would make the host wait for every layer of the forward pass.

@@ -26,12 +26,11 @@ from quailora.adapter import Target
 from quailora.blocks import Block, StreamedModel, linear_weight
 from quailora.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration, load_calibration
 from quailora.checkpoint import Checkpoint
-from quailora.errors import AdapterError, CalibrationError, CheckpointError, MismatchError, QuailoraError, SolverError
-from quailora.gram import Gram
+from quailora.errors import AdapterError, CalibrationError, CheckpointError, MismatchError, QuailoraError
 from quailora.progress import Progress
 from quailora.quantized import Quantization, QuantizedWeight, quantization_of, quantize, read
 from quailora.report import LayerReport, Report, model_card, write_files
-from quailora.solvers import LoraFactors, check_solver, solve
+from quailora.solvers import Linear, LoraFactors, check_solver, solve_group
 
 # By benchmarks/damping.py: the least perplexity on held-out text, with much and with little data. See docs/using.md.
 DEFAULT_DAMPING = 1e-4
@@ -110,36 +109,34 @@ def run(
                         with collector.batch(keep):
                             hidden = calls[number][index].run(block.module, states[number].to(model.device))
                         states[number] = hidden.cpu()
-                for name, gram in collector.grams.items():
+                for gram, names in collector.groups():
                     if gram.tokens == 0:
                         continue
-                    target = waiting.pop(name)
-                    weight = linear_weight(linears[name])
+                    group = [waiting.pop(name) for name in names]
+                    weights = [linear_weight(linears[name]) for name in names]
                     start = perf_counter()
                     with stages("quantise"):
-                        quantized = quantized_weight(target, weight)
+                        quantized = [quantized_weight(*each) for each in zip(group, weights, strict=True)]
                     with stages("solve"):
-                        factors = _solve(target, weight, quantized, gram, settings)
-                        accept(target, factors)
-                    layers.append(_row(target, factors, gram.tokens, perf_counter() - start))
-                    progress.layer(layers[-1])
+                        factors = solve_group(
+                            [
+                                Linear(weight, q, target.rank, target.name)
+                                for target, weight, q in zip(group, weights, quantized, strict=True)
+                            ],
+                            gram,
+                            solver=settings.solver,
+                            iterations=settings.iterations,
+                            damping=settings.damping,
+                            seed=settings.seed,
+                            overwrite_weights=True,  # the block has run
+                        )
+                        for target, found in zip(group, factors, strict=True):
+                            accept(target, found)
+                    seconds = (perf_counter() - start) / sum(weight.numel() for weight in weights)
+                    for target, weight, found in zip(group, weights, factors, strict=True):
+                        layers.append(_row(target, found, gram.tokens, seconds * weight.numel()))
+                        progress.layer(layers[-1])
     return layers, outside | dict.fromkeys(waiting, "no calibration token reached it")
-
-
-def _solve(target: Target, weight: Tensor, quantized: QuantizedWeight, gram: Gram, settings: Settings) -> LoraFactors:
-    try:
-        return solve(
-            weight,
-            quantized,
-            gram,
-            target.rank,
-            solver=settings.solver,
-            iterations=settings.iterations,
-            damping=settings.damping,
-            seed=settings.seed,
-        )
-    except SolverError as error:
-        raise SolverError(f"{target.name}: {error}") from error
 
 
 def _row(target: Target, factors: LoraFactors, tokens: int, seconds: float) -> LayerReport:

@@ -1,9 +1,12 @@
-"""What the caller has set for his own products must not reach ours."""
+"""How precise products are: what a kernel may be asked for, and what the caller has set, which must not reach ours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+# Of products on a GPU, from the finest to the coarsest: see kernels/precision.py.
+PRECISIONS = ("ieee", "bf16x3", "tf32", "bf16")
 
 _BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 

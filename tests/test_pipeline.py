@@ -329,7 +329,7 @@ def test_by_default_sequences_are_as_long_as_the_model_has_positions(tmp_path: P
     assert report.record["calibration"]["sequence_length"] == 64
 
 
-@pytest.mark.parametrize("where", [(quailora.pipeline, "solve"), (StreamedModel, "_load")], ids=["solve", "load"])
+@pytest.mark.parametrize("where", [(quailora.pipeline, "solve_group"), (StreamedModel, "_load")], ids=["solve", "load"])
 def test_out_of_memory_says_what_to_lower(
     where: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

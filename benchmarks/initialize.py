@@ -1,0 +1,135 @@
+"""What an initialisation costs beside a bare forward pass over the same batches, and where the time goes.
+
+    python benchmarks/initialize.py TEXT [--samples 64] [--sequence-length 512] [--rounds 3] [--model PATH]
+
+The two alternate in one process: `quailora.build_adapter`, reading the checkpoint and writing the adapter included; and
+the decoder of the model, loaded beforehand by transformers. The floor of the ratio is the forward pass with one
+triangle of every distinct H added up at the same speed. Medians.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from smollm2 import fetch
+from timing import alternate
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import quailora
+from quailora.blocks import StreamedModel, linear_weight
+from quailora.checkpoint import Checkpoint
+from quailora.gram import Gram
+from quailora.pipeline import ALPHA, RANK, default_batch_size, default_device, read_calibration
+
+STAGES = ("load", "forward", "H", "quantise", "solve", "write")
+
+
+@contextmanager
+def timed_gram(seconds: list[float]) -> Iterator[None]:
+    """Within it, the time spent in `Gram.update` is added up in seconds[0]."""
+    plain = Gram.update
+
+    def update(self: Gram, x: Tensor, mask: Tensor | None = None) -> None:
+        start = perf_counter()
+        plain(self, x, mask)
+        seconds[0] += perf_counter() - start
+
+    Gram.update = update  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Gram.update = plain  # type: ignore[method-assign]
+
+
+def floor(checkpoint: Checkpoint) -> float:
+    """(FLOPs of the linears + FLOPs of one triangle of every distinct H) / FLOPs of the linears, attention left out.
+
+    A linear makes 2 m n FLOPs a token, a triangle n².
+    """
+    stream = StreamedModel(checkpoint, torch.device("cpu"), checkpoint.dtype)
+    linears = triangles = 0
+    for block in stream.blocks:
+        inputs = {}
+        for name, linear in block.linears().items():
+            m, n = linear_weight(linear).shape
+            linears += 2 * m * n
+            # q, k and v share an input, gate and up do: told by their names, for this count only.
+            stem = name.rpartition(".")[2]
+            inputs[
+                "qkv" if stem in ("q_proj", "k_proj", "v_proj") else "mlp" if stem in ("gate_proj", "up_proj") else stem
+            ] = n
+        triangles += sum(n * n for n in inputs.values())
+    return 1 + triangles / linears
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", help="a file to take the calibration tokens from")
+    parser.add_argument("--model", help="a checkpoint; without one, smollm2.py provides it")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="where to keep the figures")
+    arguments = parser.parse_args()
+
+    checkpoint = Checkpoint(arguments.model or fetch())
+    device = default_device(None)
+    data = read_calibration(
+        checkpoint, arguments.text, samples=arguments.samples, sequence_length=arguments.sequence_length
+    )
+    batches = list(data.batches(default_batch_size(data)))
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=checkpoint.dtype, device_map=device)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    stages: list[dict[str, float]] = []
+
+    @torch.no_grad()
+    def forward() -> None:
+        for batch in batches:
+            model.base_model(batch.input_ids.to(device), use_cache=False)
+
+    def initialise() -> None:
+        gram = [0.0]
+        with tempfile.TemporaryDirectory() as folder, timed_gram(gram):
+            report = quailora.build_adapter(checkpoint, config, data, Path(folder) / "adapter", progress=False)
+        found = dict(report.stages)
+        found["forward"] -= gram[0]
+        stages.append(found | {"H": gram[0]})
+
+    timings = alternate({"forward": forward, "initialise": initialise}, rounds=arguments.rounds)
+    bare = timings["forward"].median
+    ratio = timings["initialise"].over(timings["forward"])
+    shares = {stage: median(run[stage] for run in stages[1:]) / bare for stage in STAGES}
+    print(f"{checkpoint.name}, {checkpoint.dtype}, {arguments.samples} x {data.longest} tokens, {device}")
+    print(f"H by {quailora.backends(device)['gram_'].backend}, {torch.get_num_threads()} threads\n")
+    print("| stage | of the bare forward pass |\n| --- | ---: |")
+    for stage, share in shares.items():
+        print(f"| {stage} | {share:.2f} |")
+    print(f"| **total** | **{ratio:.2f}** (floor {floor(checkpoint):.2f}; bare forward pass {bare:.1f} s) |")
+    if arguments.json:
+        record = {
+            "tokens": arguments.samples * data.longest,
+            "forward_seconds": timings["forward"].seconds,
+            "initialise_seconds": timings["initialise"].seconds,
+            "ratio": ratio,
+            "shares": shares,
+            "backend_of_H": quailora.backends(device)["gram_"].backend,
+            "threads": torch.get_num_threads(),
+            "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+// torch.ops.quailora.gram_, and its kernels for CPU and meta tensors. csrc/gram_cuda.cpp adds the one for CUDA.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "check.h"
+#include "cpu/gram.h"
+
+namespace quailora {
+namespace {
+
+// Units go to whichever thread is free: tiles on the diagonal are half the work of the others. In a thread that is a
+// worker of torch's own, parallel_for makes one call, and that thread does all of them.
+void on_torch_threads(int64_t units, const std::function<void(int64_t)>& unit) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(units, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next++) < units;) unit(i);
+  });
+}
+
+// Where the rows of x (..., n) begin, in values after its first one; of those that `keep` (...) admits.
+std::vector<int64_t> row_offsets(const at::Tensor& x, const std::optional<at::Tensor>& keep) {
+  std::vector<int64_t> offsets{0};
+  for (int64_t d = 0; d < x.dim() - 1; ++d) {
+    std::vector<int64_t> inner;
+    inner.reserve(offsets.size() * x.size(d));
+    for (const int64_t offset : offsets)
+      for (int64_t i = 0; i < x.size(d); ++i) inner.push_back(offset + i * x.stride(d));
+    offsets = std::move(inner);
+  }
+  if (!keep) return offsets;
+  const at::Tensor flat = keep->contiguous();
+  const bool* admitted = flat.const_data_ptr<bool>();
+  size_t kept = 0;
+  for (size_t i = 0; i < offsets.size(); ++i)
+    if (admitted[i]) offsets[kept++] = offsets[i];
+  offsets.resize(kept);
+  return offsets;
+}
+
+Dtype dtype_of(const at::Tensor& x) {
+  if (x.scalar_type() == at::kBFloat16) return Dtype::bfloat16;
+  return x.scalar_type() == at::kHalf ? Dtype::float16 : Dtype::float32;
+}
+
+void gram_cpu(const at::Tensor& h, const at::Tensor& x, const std::optional<at::Tensor>& keep) {
+  check_gram(h, x, keep);
+  const at::Tensor rows = x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous();
+  const auto offsets = row_offsets(rows, keep);
+  const Tokens tokens{rows.const_data_ptr(), dtype_of(rows), rows.size(-1), offsets.data(),
+                      static_cast<int64_t>(offsets.size())};
+  add_gram(tokens, chosen_path(), on_torch_threads, h.mutable_data_ptr<float>(), h.stride(0));
+}
+
+TORCH_LIBRARY(quailora, m) { m.def("gram_(Tensor(a!) h, Tensor x, Tensor? keep=None) -> ()"); }
+TORCH_LIBRARY_IMPL(quailora, CPU, m) { m.impl("gram_", gram_cpu); }
+TORCH_LIBRARY_IMPL(quailora, Meta, m) { m.impl("gram_", check_gram); }
+
+}  // namespace
+}  // namespace quailora
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Importing it declares torch.ops.quailora.gram_.";
+  m.def("cpu_path", [] { return quailora::name(quailora::chosen_path()); },
+        "The path that CPU tensors take: the best here, or what QUAILORA_CPU_PATH names. ValueError if it is none.");
+  m.def("cpu_paths", &quailora::paths_here, "The paths this processor runs, the best first, models for tests last.");
+}
