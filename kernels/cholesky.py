@@ -40,6 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quailora.kernels.settings import FP_FUSION
 from quailora.kernels.variants import Variant
 
 # The least that tl.dot takes on every target: the part that goes column by column is as small as can be.
@@ -206,7 +207,8 @@ def factor(systems: Tensor, least: Tensor, refused: float) -> tuple[Tensor, Tens
     inverse = systems.new_zeros(batch, padded, padded)
     info = torch.empty(batch, dtype=torch.int32, device=systems.device)
     factor_kernel[(batch,)](
-        systems, least, lower, inverse, info, refused, r, padded, *systems.stride(), **_factor_settings(r)
+        systems, least, lower, inverse, info, refused, r, padded, *systems.stride(),
+        **_factor_settings(r), enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return inverse[:, :r, :r], info
 
@@ -235,7 +237,7 @@ def product(left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:
         left, right, out if base is None else base, out, m, n, k, splits, split,
         *left.stride(), *right.stride(), *(right if base is None else base).stride(),
         HAS_BASE=base is not None, TILE=tile, STEP=_STEP,
-        num_warps=_WARPS[tile], num_stages=_STAGES,
+        num_warps=_WARPS[tile], num_stages=_STAGES, enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out[:, 0] if splits == 1 else out.sum(dim=1)
 
@@ -259,7 +261,8 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
     return x.reshape(right_hand_sides.shape), info.reshape(systems.shape[:-2])
 
 
-def variants() -> Iterator[Variant]:
+def variants(target: str) -> Iterator[Variant]:
+    """The same for every target: all is fp32, and small."""
     for r in (16, 64):  # the two settings there are; r itself is no constant of the kernel
         settings = _factor_settings(r)
         pointers = ("systems", "least", "lower", "inverse")

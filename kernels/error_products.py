@@ -1,8 +1,9 @@
-"""E P and Eᵀ A, E = W - Q, straight from the weight W and the packed Q: E is never in memory.
+"""E P and Eᵀ A, E = W - Q, straight from the weight W and the packed Q, with E never in memory; and E itself.
 
 Equivalent to
     error_product(weight, codes, right)     (weight.float() - Q.float()) @ right       (m, n) (n, r) -> (m, r)
     error_product_t(weight, codes, left)    (weight.float() - Q.float()).T @ left      (n, m) (m, r) -> (n, r)
+    error(weight, codes)                     weight.float() - Q.float()                (m, n)
 with Q the values of the forward pass, rounded to its compute dtype.
 
     m, n, r    outputs, inputs, rank; any, r up to 256
@@ -23,15 +24,19 @@ the product in registers and walks along the other side of E, INNER at a time:
         |                |                   |                |
         +----------------+                   +----------------+
 
-4096 rows in tiles of 128 are 32 programs, too few for a GPU, so the walk is split among several. Each writes a partial
+4096 rows in tiles of 256 are 16 programs, too few for a GPU, so the walk is split among several. Each writes a partial
 product of its own and torch adds them in a fixed order: the same bits every run, which atomics would not give.
 
-Bytes per element of E, from bf16 and b = 64: W 2, codes 0.5, absmax 0.06. FLOPs per element: 2 r.
-P is read once for every tile of KEPT rows: 4 r / KEPT bytes more per element of E, from L2.
+Bytes per element of E, from bf16 and b = 64: W 2, codes 0.5, absmax 0.06 (0.12 where a step is shorter than b).
+P is read once for every tile of KEPT rows: 4 r / KEPT more, from L2. The partial products, written, read and added,
+are 8 r splits / n more: at 4096 x 4096 and r = 64, with 8 splits, 1 each; all in all 4.7. FLOPs per element: 2 r.
+
+A `weight` without codes is E itself, such as the one that `error` has written in bf16 over W: 2 bytes per element.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial as bind
 from itertools import product
 from typing import Any
 
@@ -41,14 +46,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quailora.kernels.precision import PRECISIONS, dot
+from quailora.kernels.settings import FP_FUSION, Problem, Setting, chosen, shared_bytes, target_of
 from quailora.kernels.variants import Variant
 
 # The linears of one launch: q, k and v share an input, gate and up do. (MLA and others have no more.)
 _GROUP = 3
 
-# Programs to split the work into at least, if it can be: as many as an H100 has multiprocessors (132), nearly; an
-# A100 (108) runs two at a time on each. It is not asked of the device, so that a split, and its rounding, is the same
-# everywhere. More programs would cost more partial products than they gain.
+# Programs to split the work into at least, if it can be: one for each multiprocessor of an H100 (132) or A100 (108),
+# nearly. It is not asked of the device, so that a split, and its rounding, is the same on every GPU of a target. More
+# programs would cost more partial products than they gain.
 _PROGRAMS = 128
 
 
@@ -155,6 +161,43 @@ def _look_up(table, bytes):
     return high, low
 
 
+@triton.jit(do_not_specialize=["start"])  # one compiled form for all panels of a matrix
+def _error_kernel(
+    weight_ptr,
+    codes_ptr,
+    absmax_ptr,
+    table_ptr,
+    out_ptr,
+    start,
+    stop,
+    n,
+    pairs_per_row,
+    BITS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    GRANULE: tl.constexpr,
+    PAIRED: tl.constexpr,
+    Q_DTYPE: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """out, (stop - start, n) = E[start:stop], in its own dtype.
+
+    `out` may be weight[start:stop]: what a program stores depends on the very elements that it overwrites, so they have
+    been read; and no other program reads them.
+    """
+    rows = start + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS
+    table = tl.load(table_ptr + tl.arange(0, 256)) if BITS == 4 else 0
+    error = _error_tile(
+        weight_ptr, codes_ptr, absmax_ptr, table, rows, column, stop, n, pairs_per_row,
+        BITS, BLOCKSIZE, GRANULE, PAIRED, Q_DTYPE, EVEN, COLUMNS,
+    )  # fmt: skip
+    columns = column + tl.arange(0, COLUMNS)
+    out_ptrs = out_ptr + (rows - start).to(tl.int64)[:, None] * n + columns[None, :]
+    tl.store(out_ptrs, error.to(out_ptr.dtype.element_ty), mask=(rows < stop)[:, None] & (columns < n)[None, :])
+
+
 @triton.jit
 def _error_product_kernel(
     weight_0,
@@ -253,6 +296,29 @@ def _error_product_kernel(
     tl.store(partial_ptrs, sum, mask=(kept < kept_size)[:, None] & (ranks < r)[None, :])
 
 
+def error(
+    weight: Tensor, codes: Codes | None, *, out: Tensor | None = None, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """Rows start..stop of E, (stop - start, n): a new fp32 matrix, or `out` (contiguous), rounded to its dtype.
+
+    `out` may be those rows of `weight` itself, so that E takes the place of W. In bf16 that loses nothing where W and Q
+    are bf16 and within a factor of two of each other, as nearly all elements are. The products then take E as a
+    `weight` without codes.
+    """
+    m, n = weight.shape
+    rows = (m if stop is None else stop) - start
+    if out is None:
+        out = torch.empty(rows, n, dtype=torch.float32, device=weight.device)
+    assert out.is_contiguous() and out.shape == (rows, n), f"expected contiguous ({rows}, {n}), got {tuple(out.shape)}"
+    setting = _ERROR_SETTING
+    _error_kernel[_error_grid(rows, n)](
+        weight.contiguous(), *_packed(weight, codes), _table(codes, weight), out, start, start + rows, n, n // 2,
+        EVEN=rows % setting["ROWS"] == n % setting["COLUMNS"] == 0,
+        **_constants(codes, n, setting["COLUMNS"]), **setting, enable_fp_fusion=FP_FUSION,
+    )  # fmt: skip
+    return out
+
+
 def error_product(weight: Tensor, codes: Codes | None, right: Tensor, *, precision: str = "tf32") -> Tensor:
     """E P: (m, n) times (n, r) fp32 -> (m, r) fp32. Without codes, `weight` is E itself."""
     return grouped_error_product([(weight, codes)], [right], precision=precision)[0]
@@ -292,124 +358,284 @@ def _in_groups(
 
 
 def _launch(
-    errors: Sequence[tuple[Tensor, Codes | None]], thins: Sequence[Tensor], transposed: bool, precision: str
+    errors: Sequence[tuple[Tensor, Codes | None]],
+    thins: Sequence[Tensor],
+    transposed: bool,
+    precision: str,
+    setting: Setting | None = None,
 ) -> list[Tensor]:
     weights = [weight.contiguous() for weight, _ in errors]
     thins = [thin.contiguous() for thin in thins]
-    heights, n = [weight.shape[0] for weight in weights], weights[0].shape[1]
+    heights, n, device = [weight.shape[0] for weight in weights], weights[0].shape[1], weights[0].device
     ranks = [thin.shape[1] for thin in thins]
-    kept = [n] * len(errors) if transposed else heights
-    constants = _constants(errors[0][1], n, max(ranks), transposed, precision)
-    inner = heights if transposed else [n]
-    even = all(size % constants["KEPT"] == 0 for size in kept) and all(size % constants["INNER"] == 0 for size in inner)
-    tiles = sum(triton.cdiv(size, constants["KEPT"]) for size in kept)
-    steps = triton.cdiv(max(inner), constants["INNER"])
-    split = min(triton.cdiv(_PROGRAMS, tiles), steps)
+    kept, inner = ([n] * len(errors), heights) if transposed else (heights, [n])
+    codes = errors[0][1]
+    case = _Case.of(weights[0].dtype, codes, heights, n, ranks, transposed, precision)
+    if setting is None:
+        setting = chosen(case.problem, case.settings(target_of(device)), device)
+    tiles, split = _grid(setting, kept, inner)
     sizes = [size * rank for size, rank in zip(kept, ranks, strict=True)]
-    partial = torch.empty(split, sum(sizes), dtype=torch.float32, device=weights[0].device)
-    packed = [(weight, weight) if codes is None else (codes.codes, codes.absmax) for weight, codes in errors]
-    table = errors[0][1].table if errors[0][1] is not None else None
+    partial = torch.empty(split, sum(sizes), dtype=torch.float32, device=device)
+    packed = [_packed(*error) for error in errors]
     _error_product_kernel[(tiles, split)](
-        *_padded(weights, weights[0]),
-        *_padded([codes for codes, _ in packed], packed[0][0]),
-        *_padded([absmax for _, absmax in packed], packed[0][1]),
-        *_padded(thins, thins[0]),
-        *_padded(heights, 0),
-        *_padded(ranks, 0),
-        table if table is not None else partial,  # not read unless there are 4-bit codes
+        *_filled(weights, weights[0]),
+        *_filled([codes for codes, _ in packed], packed[0][0]),
+        *_filled([absmax for _, absmax in packed], packed[0][1]),
+        *_filled(thins, thins[0]),
+        *_filled(heights, 0),
+        *_filled(ranks, 0),
+        _table(codes, partial),
         partial,
         n,
         n // 2,
-        EVEN=even and all(rank == constants["RANK"] for rank in ranks),
-        **constants,
-        **_resources(constants, weights[0].element_size()),
+        **case.constants(codes, n, setting),
+        **setting,
+        enable_fp_fusion=FP_FUSION,
     )
     total = partial.sum(dim=0) if split > 1 else partial[0]
     return [flat.view(size, rank) for flat, size, rank in zip(total.split(sizes), kept, ranks, strict=True)]
 
 
-def _padded(values: Sequence[Any], filling: Any) -> list[Any]:
+def _filled(values: Sequence[Any], filling: Any) -> list[Any]:
     return [*values, *[filling] * (_GROUP - len(values))]
 
 
+def _packed(weight: Tensor, codes: Codes | None) -> tuple[Tensor, Tensor]:
+    return (weight, weight) if codes is None else (codes.codes, codes.absmax)
+
+
+def _table(codes: Codes | None, filling: Tensor) -> Tensor:
+    return filling if codes is None or codes.table is None else codes.table  # read only where there are 4-bit codes
+
+
+def _error_grid(rows: int, n: int) -> tuple[int, int]:
+    return triton.cdiv(rows, _ERROR_SETTING["ROWS"]), triton.cdiv(n, _ERROR_SETTING["COLUMNS"])
+
+
+def _grid(setting: Setting, kept: Sequence[int], inner: Sequence[int]) -> tuple[int, int]:
+    """Tiles of the products, and how many programs share the walk of each."""
+    tiles = sum(triton.cdiv(size, setting["KEPT"]) for size in kept)
+    return tiles, min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(max(inner), setting["INNER"]))
+
+
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def _constants(codes: Codes | None, n: int, rank: int, transposed: bool, precision: str) -> dict[str, Any]:
-    """The compile-time arguments but for EVEN."""
-    assert precision in PRECISIONS, precision
-    padded = max(16, triton.next_power_of_2(rank))  # the tensor cores take no less than 16
-    # 128 × 64 of E: few re-reads of P, and with 8 warps the product and a step's factors fit the registers. bf16x3
-    # holds its factors twice, and ieee all that a step multiplies, at once: they take less.
-    kept = 64 if precision == "ieee" or padded > (64 if precision == "bf16x3" else 128) else 128
-    inner = {"ieee": min(64, 4096 // padded), "bf16x3": 32, "tf32": 64 if transposed else 32}.get(precision, 64)
-    bits = 0 if codes is None else 8 if codes.blocksize is None else 4
+def _bits(codes: Codes | None) -> int:
+    return 0 if codes is None else 8 if codes.blocksize is None else 4
+
+
+def _constants(codes: Codes | None, n: int, columns: int) -> dict[str, Any]:
+    """What `_error_tile` must know of W and Q, for tiles of so many columns."""
     blocksize = codes.blocksize if codes is not None and codes.blocksize is not None else 1
-    if bits == 4 and n % 16:  # an absmax and a pointer for every few elements: more registers
-        kept, inner = 64, max(16, inner // 2)
-    columns = kept if transposed else inner
     return {
-        "TRANSPOSED": transposed,
-        "BITS": bits,
+        "BITS": _bits(codes),
         "BLOCKSIZE": blocksize,
         "GRANULE": min(blocksize, columns, n & -n),  # the greatest common divisor: all but n are powers of two
         "PAIRED": n % 2 == 0,
         "Q_DTYPE": _TRITON_DTYPES[codes.dtype] if codes is not None else tl.float32,
-        "PRECISION": precision,
-        "RANK": padded,
-        "KEPT": kept,
-        "INNER": inner,
     }
 
 
-def _resources(constants: Mapping[str, Any], weight_bytes: int) -> dict[str, int]:
-    # As many stages as fit the 99 KiB of shared memory that sm_86, sm_89 and sm_120 have.
-    small = constants["PRECISION"] == "bf16" and constants["RANK"] <= 64 and weight_bytes <= 2
-    return {"num_warps": 8, "num_stages": 3 if small and constants["KEPT"] == 128 else 2}
+# Of the kernel that writes E: 16 elements to a thread, for the pointers of ragged rows to fit its registers; still, the
+# look-up table is less than a tenth of what a program reads and writes.
+_ERROR_SETTING: Setting = {"ROWS": 16, "COLUMNS": 256, "num_warps": 8, "num_stages": 1}
+
+# Sums that a program keeps at most; 8 warps have room for three times as many numbers beside them. bf16x3 holds its
+# factors twice, and ieee all that a step multiplies, at once: they keep less.
+_SUMS = {"ieee": 64 * 64, "bf16x3": 64 * 128, "tf32": 64 * 256, "bf16": 64 * 256}
+
+_LARGEST_TILE = 256
 
 
-def variants() -> Iterator[Variant]:
-    """Every setting of an NF4 weight in bf16; for other kinds, dtypes and ragged shapes those of rank 64."""
-    for rank, precision, transposed in product((16, 64, 128, 256), PRECISIONS, (False, True)):
-        yield _variant("nf4", "bf16", rank, precision, transposed)
-    for precision, transposed in product(PRECISIONS, (False, True)):
-        yield _variant("nf4", "bf16", 64, precision, transposed, n=4095)
-    kinds = [("nf4", "fp16"), ("nf4", "fp32"), ("int8", "bf16"), ("dense", "bf16")]
-    for (kind, dtype), precision, transposed in product(kinds, ("tf32", "bf16"), (False, True)):
-        yield _variant(kind, dtype, 64, precision, transposed)
+@dataclass(frozen=True)
+class _Case:
+    """All that the settings of a product depend on, but for the GPU."""
+
+    kind: str  # "4bit", "int8", "dense"
+    dtype: torch.dtype  # of W
+    rank: int  # the largest, padded: what tensor cores take
+    precision: str
+    transposed: bool
+    form: str  # "even": tiles reach over no edge; "masked": some do; "ragged": rows are not aligned to 16 elements
+
+    @classmethod
+    def of(
+        cls,
+        dtype: torch.dtype,
+        codes: Codes | None,
+        heights: Sequence[int],
+        n: int,
+        ranks: Sequence[int],
+        transposed: bool,
+        precision: str,
+    ) -> "_Case":
+        assert precision in PRECISIONS, precision
+        padded = max(16, triton.next_power_of_2(max(ranks)))
+        even = all(size % _LARGEST_TILE == 0 for size in (n, *heights)) and all(rank == padded for rank in ranks)
+        form = "even" if even else "masked" if n % 16 == 0 else "ragged"
+        kind = {0: "dense", 4: "4bit", 8: "int8"}[_bits(codes)]
+        return cls(kind, dtype, padded, precision, transposed, form)
+
+    @property
+    def name(self) -> str:
+        words = (self.kind, _DTYPES[self.dtype], f"r{self.rank}", self.precision, "t" if self.transposed else "n")
+        return "-".join(words if self.form == "even" else (*words, self.form))
+
+    @property
+    def problem(self) -> str:
+        return f"error_product-{self.name}"
+
+    def settings(self, target: str) -> list[Setting]:
+        """The default; and for the commonest case what else may be faster."""
+        # As many rows as registers allow, for the fewest re-reads of P; steps as short as tensor cores like them, so
+        # that two of them fit the shared memory of every target. Masks take registers too.
+        room = _SUMS[self.precision]
+        kept = min(128 if self.precision == "ieee" else _LARGEST_TILE, max(64, room // self.rank))
+        inner = 32 if kept * self.rank <= room else 16
+        if self.form == "masked" and self.rank >= (128 if self.precision == "tf32" else 256):
+            inner = 16
+        if self.form == "ragged":  # a pointer for every element and an absmax for every few: more registers
+            kept, inner = (32 if self.precision == "ieee" and self.rank in (64, 128) else 64), 16
+        nvidia = target.startswith("sm_")
+        if self.kind == "int8" and not nvidia:  # 16 codes to a load, each unpacked and rounded in software
+            kept = min(kept, 128)
+        # Left alone, ptxas would rather spill a little than give a thread more than 128 registers (or 64, or 80). Such
+        # blocks come one to a multiprocessor anyway, so it may take all 255; but for ieee, whose unrolled loop it would
+        # reorder until even those overflow. AMD's compiler does neither.
+        limit = {"maxnreg": 255} if nvidia and self.precision != "ieee" else {}
+        settings = [{"KEPT": kept, "INNER": inner, "num_warps": 8, "num_stages": 2, **limit}]
+        common = (self.form, self.kind, self.dtype) == ("even", "4bit", torch.bfloat16)
+        if common and self.precision in ("tf32", "bf16") and kept == _LARGEST_TILE:
+            if nvidia:
+                half = 64 if shared_bytes(target) > 99 * 1024 else 32
+                settings += [
+                    # Two steps on their way while one is multiplied.
+                    {"KEPT": 256, "INNER": 32, "num_warps": 8, "num_stages": 3, **limit},
+                    # Half the sums, so that two blocks share a multiprocessor, if their shared memory fits it too.
+                    {"KEPT": 128, "INNER": half, "num_warps": 8, "num_stages": 2},
+                ]
+            else:
+                settings += [
+                    # Nothing is on its way while a step is multiplied, but more blocks run at a time.
+                    {"KEPT": 256, "INNER": 32, "num_warps": 8, "num_stages": 1},
+                    # A fifth fewer instructions, with half as many waves to hide latencies.
+                    {"KEPT": 256, "INNER": 32, "num_warps": 4, "num_stages": 2},
+                ]
+        return settings
+
+    def constants(self, codes: Codes | None, n: int, setting: Setting) -> dict[str, Any]:
+        """The compile-time arguments but for those of the setting."""
+        return {
+            "TRANSPOSED": self.transposed,
+            "PRECISION": self.precision,
+            "RANK": self.rank,
+            "EVEN": self.form == "even",
+            **_constants(codes, n, setting["KEPT" if self.transposed else "INNER"]),
+        }
 
 
-def _variant(kind: str, dtype: str, rank: int, precision: str, transposed: bool, n: int = 4096) -> Variant:
-    rounding = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+# (m, n) of projections in models of 7 to 8 billion parameters: square, to the MLP, and from it.
+_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+
+
+def problems(device: torch.device) -> Iterator[Problem]:
+    """What is worth timing, on synthetic weights: their values do not matter."""
+    for (m, n), rank, precision, transposed in product(_SHAPES, (16, 64), ("tf32", "bf16"), (False, True)):
+        weight = torch.randn(m, n, dtype=torch.bfloat16, device=device)
+        codes = Codes(
+            torch.randint(256, (m * n // 2,), dtype=torch.uint8, device=device),
+            torch.rand(m * n // 64, device=device),
+            64,
+            torch.bfloat16,
+            torch.randn(256, 2, device=device).view(torch.int64).view(256),
+        )
+        thin = torch.randn(m if transposed else n, rank, device=device)
+        case = _Case.of(weight.dtype, codes, [m], n, [rank], transposed, precision)
+        yield Problem(
+            case.problem,
+            case.settings(target_of(device)),
+            bind(_launch, [(weight, codes)], [thin], transposed, precision),
+        )
+
+
+def variants(target: str) -> Iterator[Variant]:
+    """Every setting of a 4-bit weight in bf16, in each form; for other kinds and dtypes those of ranks 64 and 256."""
+    for rank, precision, transposed, form in product((16, 32, 64, 128, 256), PRECISIONS, (False, True), _FORMS):
+        yield from _product_variants(target, _Case("4bit", torch.bfloat16, rank, precision, transposed, form))
+    others = [("4bit", torch.float16), ("4bit", torch.float32), ("int8", torch.bfloat16), ("dense", torch.bfloat16)]
+    for (kind, dtype), rank, precision, transposed in product(others, (64, 256), ("tf32", "bf16"), (False, True)):
+        yield from _product_variants(target, _Case(kind, dtype, rank, precision, transposed, "even"))
+    for kind, dtype in (("4bit", torch.bfloat16), *others):
+        for form in _FORMS:
+            yield _error_variant(kind, dtype, form)
+
+
+_FORMS = {"even": 4096, "masked": 4096, "ragged": 4095}  # with an n of each
+
+
+def _example(kind: str, dtype: torch.dtype) -> Codes | None:
     nothing = torch.empty(0)
-    codes = {"nf4": Codes(nothing, nothing, 64, rounding), "int8": Codes(nothing, nothing), "dense": None}[kind]
-    constants = _constants(codes, n, rank, transposed, precision)
-    constants["EVEN"] = even = n % 64 == 0
-    types = {
-        "weight": f"*{dtype}",
-        "codes": {"nf4": "*u8", "int8": "*i8", "dense": f"*{dtype}"}[kind],
-        "absmax": f"*{dtype}" if kind == "dense" else "*fp32",
-        "thin": "*fp32",
-        "m": "i32",
-        "r": "i32",
-    }
-    pointers = ["table_ptr", "partial_ptr", *(f"{name}_{i}" for name in list(types)[:4] for i in range(_GROUP))]
-    sizes = ["n", "pairs_per_row", *(f"{name}_{i}" for name in ("m", "r") for i in range(_GROUP))]
+    return {"4bit": Codes(nothing, nothing, 64, dtype), "int8": Codes(nothing, nothing), "dense": None}[kind]
+
+
+def _types(kind: str, dtype: torch.dtype) -> dict[str, str]:
+    weight = f"*{_DTYPES[dtype]}"
+    codes = {"4bit": "*u8", "int8": "*i8", "dense": weight}[kind]
+    return {"weight": weight, "codes": codes, "absmax": weight if kind == "dense" else "*fp32"}
+
+
+def _product_variants(target: str, case: _Case) -> Iterator[Variant]:
+    types = _types(case.kind, case.dtype) | {"thin": "*fp32", "m": "i32", "r": "i32"}
+    names = {name: [f"{name}_{i}" for i in range(_GROUP)] for name in types}
+    attrs = [
+        "table_ptr",
+        "partial_ptr",
+        *(name for key in ("weight", "codes", "absmax", "thin") for name in names[key]),
+    ]
+    attrs += [] if case.form == "ragged" else ["n", "pairs_per_row"]
+    attrs += [*names["m"], *names["r"]] if case.form == "even" else []
 
     def grid(call: Mapping[str, Any]) -> tuple[int, int]:
-        kept = [call["n"] if transposed and call[f"r_{i}"] else call[f"m_{i}"] for i in range(_GROUP)]
-        return sum(triton.cdiv(size, call["KEPT"]) for size in kept), 2
+        heights = [call[f"m_{i}"] for i in range(_GROUP) if call[f"r_{i}"]]
+        return _grid(call, *(([call["n"]] * len(heights), heights) if case.transposed else (heights, [call["n"]])))
 
-    shape = "t" if transposed else "n"
+    # The tensor cores of sm_90 take a left factor in tf32 from registers. Where W is one as it is loaded, with no codes
+    # to look up and to pair with, it is copied in the pieces that a thread holds: 8 bytes.
+    narrow = target == "sm_90" and case.precision == "tf32" and not case.transposed and case.kind != "4bit"
+    for number, setting in enumerate(case.settings(target)):
+        constants = case.constants(_example(case.kind, case.dtype), _FORMS[case.form], setting)
+        yield Variant(
+            name=f"{case.name}-{number}" if number else case.name,
+            kernel=_error_product_kernel,
+            signature={name: kind_of for key, kind_of in types.items() for name in names[key]}
+            | {"table_ptr": "*i64", "partial_ptr": "*fp32", "n": "i32", "pairs_per_row": "i32"},
+            constexprs=constants | {"KEPT": setting["KEPT"], "INNER": setting["INNER"]},
+            attrs=tuple(attrs),
+            num_warps=setting["num_warps"],
+            num_stages=setting["num_stages"],
+            maxnreg=setting.get("maxnreg"),
+            uses_tensor_cores=case.precision != "ieee",
+            grid=grid,
+            uses_wide_loads=case.form == "even" and not narrow,
+        )
+
+
+def _error_variant(kind: str, dtype: torch.dtype, form: str) -> Variant:
+    n, setting = _FORMS[form], _ERROR_SETTING
+    pointers = _types(kind, dtype) | {"table": "*i64", "out": f"*{_DTYPES[dtype]}"}
     return Variant(
-        name=f"{kind}-{dtype}-r{rank}-{precision}-{shape}{'' if even else '-ragged'}",
-        kernel=_error_product_kernel,
-        signature={f"{name}_{i}": kind_of for name, kind_of in types.items() for i in range(_GROUP)}
-        | {"table_ptr": "*i64", "partial_ptr": "*fp32", "n": "i32", "pairs_per_row": "i32"},
-        constexprs=constants,
-        attrs=(*pointers, *(sizes if even else ())),
-        **_resources(constants, rounding.itemsize),
-        uses_tensor_cores=precision != "ieee",
-        grid=grid,
-        uses_wide_loads=even,
+        name=f"error-{kind}-{_DTYPES[dtype]}-{form}",
+        kernel=_error_kernel,
+        signature={f"{name}_ptr": of for name, of in pointers.items()}
+        | dict.fromkeys(("start", "stop", "n", "pairs_per_row"), "i32"),
+        constexprs={"EVEN": form == "even", "ROWS": setting["ROWS"], "COLUMNS": setting["COLUMNS"]}
+        | _constants(_example(kind, dtype), n, setting["COLUMNS"]),
+        attrs=(*(f"{name}_ptr" for name in pointers), *(() if form == "ragged" else ("n", "pairs_per_row"))),
+        num_warps=setting["num_warps"],
+        num_stages=setting["num_stages"],
+        uses_tensor_cores=False,
+        grid=lambda call: _error_grid(call["stop"] - call["start"], call["n"]),
+        uses_wide_loads=form == "even",
     )

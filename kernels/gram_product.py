@@ -21,14 +21,16 @@ j = t - i mod the number of tiles. (Four rows of tiles; the numbers are steps.)
         i = 3  3  0  1  2      TILE, and no atomics: the same bits every run.
 
 Few tiles make few programs, so the walk is split among several, whose partial products torch adds in a fixed order;
-step t falls to the same split in all of them.
+step t falls to the same split in all of them. More than WIDTH columns take several programs, which come right after one
+another and so find the tile in L2 as well.
 
-Bytes per element of the triangle: 4 from memory, 8 from L2, and 8 k / TILE of P from L2. FLOPs per element: 4 k.
+Bytes per element of the triangle: 4 from memory, 8 from L2 for every WIDTH columns, and 8 k / TILE of P from L2. FLOPs
+per element: 4 k.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial as bind
 from itertools import product
-from typing import Any
 
 import torch
 import triton
@@ -36,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quailora.kernels.precision import PRECISIONS, dot
+from quailora.kernels.settings import FP_FUSION, Problem, Setting, chosen, shared_bytes, target_of
 from quailora.kernels.variants import Variant
 
 # As in error_products.py, though of half the size: two fit a multiprocessor, and partners in a step must run together.
@@ -54,14 +57,14 @@ def _gram_product_kernel(
     PRECISION: tl.constexpr,
 ):
     """partial[split], (splits, n, k): what the split's share of the steps adds up to. WIDTH columns to a program."""
-    i = tl.program_id(0)
-    split = tl.program_id(1)
-    tiles = tl.num_programs(0)
-    columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    i = tl.program_id(1)
+    tiles = tl.num_programs(1)
+    split = tl.program_id(2)
     within = tl.arange(0, TILE)
     rows = i * TILE + within
     sum = tl.zeros((TILE, WIDTH), tl.float32)
-    for step in range(split, tiles, tl.num_programs(1)):
+    for step in range(split, tiles, tl.num_programs(2)):
         j = (step + tiles - i) % tiles
         top = tl.maximum(i, j) * TILE + within
         left = tl.minimum(i, j) * TILE + within
@@ -85,44 +88,91 @@ def gram_product(h: Tensor, right: Tensor, *, precision: str = "ieee") -> Tensor
 def grouped_gram_product(h: Tensor, rights: Sequence[Tensor], *, precision: str = "ieee") -> list[Tensor]:
     """[H P₀, H P₁, ...] in one pass over H: each P (n, r) fp32, with ranks of their own."""
     right = torch.cat(list(rights), dim=1) if len(rights) > 1 else rights[0].contiguous()
-    n, k = right.shape
-    constants = _constants(n, k, precision)
-    tiles, chunks = triton.cdiv(n, constants["TILE"]), triton.cdiv(k, constants["WIDTH"])
-    split = min(triton.cdiv(_PROGRAMS, tiles), tiles)
-    partial = torch.empty(split, n, k, dtype=torch.float32, device=h.device)
-    _gram_product_kernel[(tiles, split, chunks)](
-        h.contiguous(), right, partial, n, k, **constants, **_resources(constants)
-    )
+    partials = _launch(h.contiguous(), right, precision)
     # Linear by linear, so that each product is contiguous.
-    return [part.sum(dim=0) for part in partial.split([each.shape[1] for each in rights], dim=2)]
+    return [part.sum(dim=0) for part in partials.split([each.shape[1] for each in rights], dim=2)]
 
 
-def _constants(n: int, k: int, precision: str) -> dict[str, Any]:
-    """The compile-time arguments."""
+def _launch(h: Tensor, right: Tensor, precision: str, setting: Setting | None = None) -> Tensor:
+    """The partial products, (splits, n, k)."""
+    n, k = right.shape
+    width = min(128, max(16, triton.next_power_of_2(k)))
+    if setting is None:
+        setting = chosen(_problem(n, width, precision), _settings(target_of(h.device), n, width, precision), h.device)
+    chunks, tiles, split = _grid(n, k, setting["TILE"], width)
+    partials = torch.empty(split, n, k, dtype=torch.float32, device=h.device)
+    _gram_product_kernel[(chunks, tiles, split)](
+        h, right, partials, n, k, WIDTH=width, PRECISION=precision, **setting, enable_fp_fusion=FP_FUSION
+    )
+    return partials
+
+
+def _grid(n: int, k: int, tile: int, width: int) -> tuple[int, int, int]:
+    """Chunks of the columns, rows of tiles, and how many programs share the walk of each."""
+    tiles = triton.cdiv(n, tile)
+    return triton.cdiv(k, width), tiles, min(triton.cdiv(_PROGRAMS, tiles), tiles)
+
+
+_SIZES = (4096, 14336)  # inputs of linears in models of 7 to 8 billion parameters
+
+
+def _problem(n: int, width: int, precision: str) -> str:
+    return f"gram_product-k{width}-{precision}{'' if n % 16 == 0 else '-ragged'}"
+
+
+def _settings(target: str, n: int, width: int, precision: str) -> list[Setting]:
+    """The default; and for the commonest cases what else may be faster."""
     assert precision in PRECISIONS, precision
-    # Tiles as wide as registers allow; bf16x3 holds its factors twice, and an n that is not
-    # aligned takes a pointer to every element. At most 128 columns at a time: with 256, two
-    # stages of P alone take more shared memory than an RTX 4090 has (99 KiB).
-    tile = 32 if precision == "bf16x3" or n % 16 else 64
-    return {"TILE": tile, "WIDTH": min(128, max(16, triton.next_power_of_2(k))), "PRECISION": precision}
+    nvidia = target.startswith("sm_")
+    # Tiles as wide as registers allow; bf16x3 holds its factors twice, ieee all that a step multiplies at once, and an
+    # n that is not aligned takes a pointer to every element. A wave of AMD's has twice the threads: small tiles would
+    # leave them with copies of each other.
+    large = precision == "bf16x3" or (precision == "ieee" and width == 128) or n % 16
+    tile = 32 if nvidia and large else 64
+    # From 32 columns on 4 warps would have to spill registers.
+    warps = 4 if width == 16 else 8
+    # Left alone, ptxas would rather spill a little than give a thread more than 64 registers for a small tile, or more
+    # than 128 for one of 128 columns.
+    limit = {"maxnreg": 255} if nvidia and (tile == 32 or width == 128) else {}
+    settings = [{"TILE": tile, "num_warps": warps, "num_stages": 2, **limit}]
+    if precision in ("ieee", "tf32") and n % 16 == 0 and width <= 64:
+        # On NVIDIA, two tiles on their way while one is multiplied; on AMD none, for more blocks at a time.
+        settings.append({"TILE": 64, "num_warps": warps, "num_stages": 3 if nvidia else 1})
+        if nvidia and precision == "tf32" and shared_bytes(target) > 160 * 1024:
+            settings.append({"TILE": 128, "num_warps": 8, "num_stages": 2})  # half the re-reads of P
+    return settings
 
 
-def _resources(constants: dict[str, Any]) -> dict[str, int]:
-    # From 64 columns on 4 warps would have to spill registers; a third stage of 128 columns does not fit 99 KiB.
-    return {"num_warps": 4 if constants["WIDTH"] == 16 else 8, "num_stages": 2}
-
-
-def variants() -> Iterator[Variant]:
-    for width, precision, even in product((16, 64, 128), PRECISIONS, (True, False)):
-        constants = _constants(4096 if even else 4095, width, precision)
-        yield Variant(
-            name=f"k{width}-{precision}{'' if even else '-ragged'}",
-            kernel=_gram_product_kernel,
-            signature={"h_ptr": "*fp32", "right_ptr": "*fp32", "partial_ptr": "*fp32", "n": "i32", "k": "i32"},
-            constexprs=constants,
-            attrs=("h_ptr", "right_ptr", "partial_ptr", *(("n", "k") if even else ())),
-            **_resources(constants),
-            uses_tensor_cores=precision != "ieee",
-            grid=lambda call: (triton.cdiv(call["n"], call["TILE"]), 2, triton.cdiv(call["k"], call["WIDTH"])),
-            uses_wide_loads=even,
+def problems(device: torch.device) -> Iterator[Problem]:
+    """What is worth timing, on a synthetic H: its values do not matter."""
+    for n, width, precision in product(_SIZES, (16, 64), ("ieee", "tf32")):
+        h, right = torch.randn(n, n, device=device), torch.randn(n, width, device=device)
+        yield Problem(
+            _problem(n, width, precision),
+            _settings(target_of(device), n, width, precision),
+            bind(_launch, h, right, precision),
         )
+
+
+def variants(target: str) -> Iterator[Variant]:
+    for width, precision, form in product((16, 32, 64, 128), PRECISIONS, ("even", "masked", "ragged")):
+        n = 4095 if form == "ragged" else 4096
+        for number, setting in enumerate(_settings(target, n, width, precision)):
+            yield Variant(
+                name=f"k{width}-{precision}-{form}{f'-{number}' if number else ''}".replace("-even", ""),
+                kernel=_gram_product_kernel,
+                signature={"h_ptr": "*fp32", "right_ptr": "*fp32", "partial_ptr": "*fp32", "n": "i32", "k": "i32"},
+                constexprs={"TILE": setting["TILE"], "WIDTH": width, "PRECISION": precision},
+                attrs=(
+                    "h_ptr",
+                    "right_ptr",
+                    "partial_ptr",
+                    *{"even": ("n", "k"), "masked": ("n",), "ragged": ()}[form],
+                ),
+                num_warps=setting["num_warps"],
+                num_stages=setting["num_stages"],
+                maxnreg=setting.get("maxnreg"),
+                uses_tensor_cores=precision != "ieee",
+                grid=lambda call: _grid(call["n"], call["k"], call["TILE"], call["WIDTH"]),
+                uses_wide_loads=form == "even",
+            )

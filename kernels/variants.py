@@ -1,7 +1,8 @@
 """One shipped configuration of a Triton kernel, described so that it can be compiled and executed without a GPU.
 
-Every file of kernels exports `variants() -> Iterator[Variant]`: all the configurations its launch code may choose.
-The tests walk over them: each is compiled for every target, and run on the CPU in its compiled form.
+Every file of kernels exports `variants(target) -> Iterator[Variant]`: all the configurations that its launch code may
+choose on a target of `settings.SHARED_BYTES`. The tests walk over them: each is compiled, and some of sm_80's are run
+on the CPU in their compiled form.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,4 +31,5 @@ class Variant:
     num_stages: int
     uses_tensor_cores: bool
     grid: Callable[[Mapping[str, Any]], tuple[int, ...]]
+    maxnreg: int | None = None  # registers a thread may have, on NVIDIA; else the compiler decides
     uses_wide_loads: bool = True  # 16 bytes at a time from global memory; not where rows are ragged

@@ -238,22 +238,92 @@ def convert(
 
 
 @app.command()
-def doctor() -> None:
-    """Versions, devices, and which backend serves each accelerated operation here."""
+def doctor(
+    every: Annotated[
+        bool, typer.Option("--all", help="Print every case, not only the worst of each operation.")
+    ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="First time the settings of the kernels on each GPU; keep the fastest.")
+    ] = False,
+) -> None:
+    """Versions and devices; which backend serves each operation here, and whether it computes what it should.
+
+    Ends with an error where an operation does not, so that one can rely on it in scripts.
+    """
     import platform
     from importlib.metadata import version
 
     import torch
 
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if tune:
+        _tune(gpus)
     typer.echo(f"quailora {quailora.__version__}, Python {platform.python_version()}, {platform.platform()}")
     typer.echo(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")))
-    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
-    for device in devices:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        table = Table("operation", "backend", "why not the others", title=f"{device}: {name}")
-        for operation, service in quailora.backends(device).items():
-            table.add_row(operation, service.backend, "; ".join(f"{k}: {v}" for k, v in service.others.items()))
-        Console(markup=False, emoji=False).print(table)
+    devices = [torch.device("cpu"), *gpus]
+    unsound = [operation for device in devices for operation in _examined(device, every)]
+    if unsound:
+        raise QuailoraError(
+            f"{', '.join(dict.fromkeys(unsound))}: not what the reference gives. Do not trust results of this "
+            "installation on that device; please report the tables above"
+        )
+
+
+def _tune(gpus: list[torch.device]) -> None:
+    tunable = [gpu for gpu in gpus if quailora.backends(gpu)["grouped_error_product"].backend == "triton"]
+    if not tunable:
+        reasons = quailora.backends(gpus[0] if gpus else "cpu")["grouped_error_product"].others
+        raise QuailoraError(f"there are no kernels to tune here: {reasons['triton']}; run doctor without --tune")
+    from quailora.kernels import settings, tuning
+
+    for gpu in tunable:
+        typer.echo(f"Timing kernels on {gpu}: about a minute")
+        try:
+            fastest = tuning.tune(gpu)
+        except OSError as error:
+            raise QuailoraError(
+                f"the timings cannot be kept: {error}; XDG_CACHE_HOME may name another folder"
+            ) from error
+        typer.echo(f"{len(fastest)} settings kept in {settings.timings_file(gpu)}")
+
+
+def _examined(device: torch.device, every: bool) -> list[str]:
+    """Print the tables of a device. Returns the operations that do not compute what they should."""
+    import torch
+
+    from quailora.doctor import Finding, copy_speed, examine
+
+    console = Console(markup=False, emoji=False)
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
+    services = Table("operation", "backend", "why not the others", title=f"{device}: {name}")
+    for operation, service in quailora.backends(device).items():
+        services.add_row(operation, service.backend, "; ".join(f"{k}: {v}" for k, v in service.others.items()))
+    console.print(services)
+
+    # On a GPU, larger than its caches, so that speeds are those of its memory.
+    findings = list(examine(device, size=4096 if on_gpu else 256, timed=on_gpu))
+    copy = copy_speed(device) if on_gpu else None
+    title = f"{device}: against the reference in fp64" + (f"; a copy moves {copy / 1e9:.0f} GB/s" if copy else "")
+    checks = Table("operation", "cases", "worst case", "error", "allowed", "GB/s", title=title)
+
+    def row(finding: Finding, cases: str) -> None:
+        speed = f"{finding.speed / 1e9:.0f}" if finding.speed else ""
+        error = finding.raised or f"{finding.error:.1e}"
+        checks.add_row(finding.operation, cases, finding.case, error, f"{finding.allowed:.0e}", speed)
+
+    for operation in dict.fromkeys(finding.operation for finding in findings):
+        of_one = [finding for finding in findings if finding.operation == operation]
+        sound = [finding for finding in of_one if finding.sound]
+        if every:
+            shown = of_one
+        else:  # and all that are not sound
+            shown = [max(sound, key=lambda finding: finding.error / finding.allowed)] if sound else []
+            shown += [finding for finding in of_one if not finding.sound]
+        for i, finding in enumerate(shown):
+            row(finding, f"{len(sound)} of {len(of_one)} sound" if i == 0 else "")
+    console.print(checks)
+    return [finding.operation for finding in findings if not finding.sound]
 
 
 @app.callback(invoke_without_command=True)

@@ -3,7 +3,9 @@
 What an operation computes is said, and specified, in `reference.py`.
 """
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quailora import reference
-from quailora.reference import Dequantizable
+from quailora import extension, reference
+from quailora.reference import Error, Packed
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,104 @@ class Service:
     others: dict[str, str]
 
 
+# ---- Triton
+
+# The widest thin matrix that the kernels take in one launch.
+_WIDEST = 256
+
+# bf16 on tensor cores, and asynchronous copies, are there from Ampere on.
+_LEAST_CAPABILITY = (8, 0)
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"its kernels are for CUDA and ROCm devices, not for {device.type}"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
+        return f"its kernels need sm_80 or later, and {device} is sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def _kernels(name: str) -> Any:
+    """A module of kernels: imported when first used, for not everyone has Triton."""
+    return importlib.import_module(f"quailora.kernels.{name}")
+
+
+def _triton_error_product(name: str) -> Callable[..., list[Tensor]]:
+    """The grouped product `name`, for thin matrices of any width."""
+
+    def run(errors: Sequence[Error], thins: Sequence[Tensor], *, precision: str) -> list[Tensor]:
+        product = getattr(_kernels("error_products"), name)
+        pieces: list[list[Tensor]] = [[] for _ in errors]
+        for start in range(0, max(thin.shape[1] for thin in thins), _WIDEST):
+            wide = [i for i, thin in enumerate(thins) if start < thin.shape[1]]
+            chunks = [thins[i][:, start : start + _WIDEST] for i in wide]
+            for i, piece in zip(wide, product([errors[i] for i in wide], chunks, precision=precision), strict=True):
+                pieces[i].append(piece)
+        return [torch.cat(piece, dim=1) if len(piece) > 1 else piece[0] for piece in pieces]
+
+    return run
+
+
+def _triton_packed(quantized: Packed) -> Any:
+    return _kernels("error_products").Codes.of(quantized)
+
+
+def _triton_error(
+    weight: Tensor, quantized: Any, *, out: Tensor | None = None, start: int = 0, stop: int | None = None
+) -> Tensor:
+    return _kernels("error_products").error(weight, quantized, out=out, start=start, stop=stop)
+
+
+def _triton_gram_product(h: Tensor, rights: Sequence[Tensor], *, precision: str) -> list[Tensor]:
+    return _kernels("gram_product").grouped_gram_product(h, rights, precision=precision)
+
+
+def _triton_cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, Tensor]:
+    solutions, info = _kernels("cholesky").cholesky_solve(systems.float(), right_hand_sides.float())
+    return solutions.to(systems.dtype), info
+
+
+def _triton_orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
+    orthonormalize = _kernels("orthonormalize").orthonormalize
+    done: list[Tensor] = [] if basis is None else [basis]
+    for chunk in y.split(_WIDEST, dim=1):
+        done.append(orthonormalize(chunk, torch.cat(done, dim=1) if done else None))
+    new = done if basis is None else done[1:]
+    return torch.cat(new, dim=1) if len(new) > 1 else new[0]
+
+
+def _triton(implementation: Callable[..., Any]) -> Backend:
+    return Backend("triton", implementation, _triton_obstacle)
+
+
+def _reference(implementation: Callable[..., Any]) -> Backend:
+    return Backend("reference", implementation)
+
+
+# ---- the registry
+
 # Operation -> its backends, the preferred one first.
 _BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "gram_": (Backend("reference", reference.gram_),),
-    "mirror_": (Backend("reference", reference.mirror_),),
-    "gram_product": (Backend("reference", reference.gram_product),),
-    "gram_energy": (Backend("reference", reference.gram_energy),),
-    "error": (Backend("reference", reference.error),),
-    "error_product": (Backend("reference", reference.error_product),),
-    "error_product_t": (Backend("reference", reference.error_product_t),),
-    "cholesky_solve": (Backend("reference", reference.cholesky_solve),),
-    "orthonormalize": (Backend("reference", reference.orthonormalize),),
+    "gram_": (Backend("extension", extension.gram_, extension.obstacle), _reference(reference.gram_)),
+    "mirror_": (_reference(reference.mirror_),),
+    "gram_energy": (_reference(reference.gram_energy),),
+    "grouped_gram_product": (_triton(_triton_gram_product), _reference(reference.grouped_gram_product)),
+    "packed": (_triton(_triton_packed), _reference(reference.packed)),
+    "error": (_triton(_triton_error), _reference(reference.error)),
+    "grouped_error_product": (
+        _triton(_triton_error_product("grouped_error_product")),
+        _reference(reference.grouped_error_product),
+    ),
+    "grouped_error_product_t": (
+        _triton(_triton_error_product("grouped_error_product_t")),
+        _reference(reference.grouped_error_product_t),
+    ),
+    "cholesky_solve": (_triton(_triton_cholesky_solve), _reference(reference.cholesky_solve)),
+    "orthonormalize": (_triton(_triton_orthonormalize), _reference(reference.orthonormalize)),
 }
 
 
@@ -69,73 +158,63 @@ def backends(device: torch.device | str | None = None) -> dict[str, Service]:
     return services
 
 
+def _call(operation: str, device: torch.device, *arguments: Any, **keywords: Any) -> Any:
+    # Triton launches on the device that is current, wherever the tensors are.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return _choose(operation, device).implementation(*arguments, **keywords)
+
+
 def gram_(h: Tensor, x: Tensor, keep: Tensor | None = None) -> None:
     """h += tril(xᵀ x) over the tokens that `keep` admits, in place."""
-    _choose("gram_", h.device).implementation(h, x, keep)
+    _call("gram_", h.device, h, x, keep)
 
 
 def mirror_(h: Tensor) -> None:
     """Copy the lower triangle of h to the upper one, in place."""
-    _choose("mirror_", h.device).implementation(h)
-
-
-def gram_product(h: Tensor, right: Tensor) -> Tensor:
-    """H P."""
-    return _choose("gram_product", h.device).implementation(h, right)
+    _call("mirror_", h.device, h)
 
 
 def gram_energy(h: Tensor, rows: Tensor) -> Tensor:
     """tr(R H Rᵀ), an fp64 scalar."""
-    return _choose("gram_energy", h.device).implementation(h, rows)
+    return _call("gram_energy", h.device, h, rows)
 
 
-def error(weight: Tensor, quantized: Tensor | Dequantizable) -> Tensor:
-    """E = W - Q, dense."""
-    return _choose("error", weight.device).implementation(weight, quantized)
-
-
-def error_product(error: Tensor, right: Tensor) -> Tensor:
-    """E P."""
-    return _choose("error_product", right.device).implementation(error, right)
-
-
-def error_product_t(error: Tensor, left: Tensor) -> Tensor:
-    """Eᵀ A."""
-    return _choose("error_product_t", left.device).implementation(error, left)
+def grouped_gram_product(h: Tensor, rights: Sequence[Tensor], *, precision: str = "ieee") -> list[Tensor]:
+    """[H P₀, H P₁, ...]."""
+    return _call("grouped_gram_product", h.device, h, rights, precision=precision)
 
 
 def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, Tensor]:
     """Solutions of positive definite systems, and `info` for each."""
-    return _choose("cholesky_solve", systems.device).implementation(systems, right_hand_sides)
+    return _call("cholesky_solve", systems.device, systems, right_hand_sides)
 
 
 def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
     """Orthonormal columns that span what y adds to the span of basis."""
-    return _choose("orthonormalize", y.device).implementation(y, basis)
+    return _call("orthonormalize", y.device, y, basis)
 
 
-class ErrorMatrix:
-    """E = W - Q as a solver sees it: an (m, n) operator on thin matrices. How its products are made is decided here.
+def packed(quantized: Packed) -> Any:
+    """A quantised weight as the operations on E take it."""
+    return _call("packed", quantized.codes.device, quantized)
 
-    `products` counts them: each is one pass over E, which is what a solve costs on a GPU.
-    """
 
-    def __init__(self, weight: Tensor, quantized: Tensor | Dequantizable) -> None:
-        self._error = error(weight, quantized)
-        self.shape = self._error.shape
-        self.device = self._error.device
-        self.products = 0
+def error(
+    weight: Tensor, quantized: Any, *, out: Tensor | None = None, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """Rows of E = W - Q, dense."""
+    return _call("error", weight.device, weight, quantized, out=out, start=start, stop=stop)
 
-    def times(self, right: Tensor) -> Tensor:
-        """E P: (n, k) -> (m, k)."""
-        self.products += 1
-        return error_product(self._error, right)
 
-    def transposed_times(self, left: Tensor) -> Tensor:
-        """Eᵀ A: (m, k) -> (n, k)."""
-        self.products += 1
-        return error_product_t(self._error, left)
+def grouped_error_product(
+    errors: Sequence[Error], rights: Sequence[Tensor], *, precision: str = "ieee"
+) -> list[Tensor]:
+    """[E₀ P₀, E₁ P₁, ...]."""
+    return _call("grouped_error_product", rights[0].device, errors, rights, precision=precision)
 
-    def dense(self) -> Tensor:
-        """E itself, (m, n) fp32: not to be written to."""
-        return self._error
+
+def grouped_error_product_t(
+    errors: Sequence[Error], lefts: Sequence[Tensor], *, precision: str = "ieee"
+) -> list[Tensor]:
+    """[E₀ᵀ A₀, E₁ᵀ A₁, ...]."""
+    return _call("grouped_error_product_t", lefts[0].device, errors, lefts, precision=precision)

@@ -4,7 +4,8 @@ Letters as in the paper (QuAILoRA, arXiv 2410.14713): W, Q, E = W - Q are (m, n)
 `ops.py` gives the same operations with the same signatures, each served by the fastest backend there is.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,16 @@ class Dequantizable(Protocol):
 
     def dequantize(self) -> Tensor:
         """The (m, n) values the deployed forward pass multiplies with."""
+
+
+class Packed(Dequantizable, Protocol):
+    """A weight of `quantized.py`, whose codes a kernel can read."""
+
+    codes: Tensor
+
+
+# E = W - Q of one linear as a product takes it: W and what `packed` made of its quantised weight, or E and None.
+Error = tuple[Tensor, Any]
 
 
 def gram_(h: Tensor, x: Tensor, keep: Tensor | None = None) -> None:
@@ -48,9 +59,11 @@ def mirror_(h: Tensor) -> None:
         diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
 
 
-def gram_product(h: Tensor, right: Tensor) -> Tensor:
-    """H P: symmetric (n, n) fp32 times (n, k) fp32."""
-    return h @ right
+def grouped_gram_product(h: Tensor, rights: Sequence[Tensor], *, precision: str = "ieee") -> list[Tensor]:
+    """[H P₀, H P₁, ...]: symmetric (n, n) fp32 times each (n, k) fp32, in one pass over H. Precise to fp32 always."""
+    if len(rights) == 1:
+        return [h @ rights[0]]
+    return list((h @ torch.cat(list(rights), dim=1)).split([right.shape[1] for right in rights], dim=1))
 
 
 def gram_energy(h: Tensor, rows: Tensor) -> Tensor:
@@ -68,20 +81,48 @@ def gram_energy(h: Tensor, rows: Tensor) -> Tensor:
     return energy
 
 
-def error(weight: Tensor, quantized: Tensor | Dequantizable) -> Tensor:
-    """E = W - Q, (m, n) fp32, from a floating-point `weight` and a dense or packed `quantized` of the same shape."""
+def packed(quantized: Packed) -> Packed:
+    """A quantised weight as the operations on E take it: here, as it is."""
+    return quantized
+
+
+def error(
+    weight: Tensor,
+    quantized: Tensor | Dequantizable,
+    *,
+    out: Tensor | None = None,
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """Rows `start` to `stop` of E = W - Q: (stop - start, n), new and fp32, or written to `out`, which may be `weight`.
+
+    weight: (m, n) of any floating-point dtype; quantized: dense or `packed`, of the same shape.
+    """
     values = quantized if isinstance(quantized, Tensor) else quantized.dequantize()
-    return weight.float() - values.to(weight.device, torch.float32)
+    rows = weight[start:stop].float() - values[start:stop].to(weight.device, torch.float32)
+    return rows if out is None else out.copy_(rows)
 
 
-def error_product(error: Tensor, right: Tensor) -> Tensor:
-    """E P: (m, n) fp32 times (n, k) fp32."""
-    return error @ right
+def grouped_error_product(
+    errors: Sequence[Error], rights: Sequence[Tensor], *, precision: str = "ieee"
+) -> list[Tensor]:
+    """[E₀ P₀, E₁ P₁, ...]: each E (m, n), all of one n, times its P (n, r) fp32 -> (m, r) fp32. Precise to fp32 always.
+
+    E is given as (weight, packed quantised weight), or as (E, None) of any floating-point dtype.
+    """
+    return [_dense(e) @ right for e, right in zip(errors, rights, strict=True)]
 
 
-def error_product_t(error: Tensor, left: Tensor) -> Tensor:
-    """Eᵀ A: the transpose of (m, n) fp32 times (m, k) fp32."""
-    return error.T @ left
+def grouped_error_product_t(
+    errors: Sequence[Error], lefts: Sequence[Tensor], *, precision: str = "ieee"
+) -> list[Tensor]:
+    """[E₀ᵀ A₀, E₁ᵀ A₁, ...], as `grouped_error_product`: each A (m, r) fp32 -> (n, r) fp32."""
+    return [_dense(e).T @ left for e, left in zip(errors, lefts, strict=True)]
+
+
+def _dense(e: Error) -> Tensor:
+    weight, quantized = e
+    return weight.float() if quantized is None else error(weight, quantized)
 
 
 def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,9 +136,10 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
 
 
 def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
-    """Orthonormal columns that span what `y` (m, k) adds to the span of `basis` (m, b), b <= m, itself orthonormal.
+    """Orthonormal columns that span what `y` (m, k) adds to the span of `basis` (m, b), of orthonormal columns or zero.
 
-    Returns (m, k') in the dtype of `y`; k' <= min(k, m - b) is the numerical rank of that addition, 0 if there is none.
+    Returns (m, k) in the dtype of `y`: of its columns k' <= min(k, m - b) are orthonormal, k' the numerical rank of
+    that addition, and the others zero. (How many they are is known to the device only.)
     Twice over, in fp64: take out the basis, then orthonormalise by the eigenvectors of the block's own Gram matrix
     (SVQB, Stathopoulos and Wu, SIAM J. Sci. Comput. 23(6), 2002). That stands any condition an fp32 block can have.
     """
@@ -107,9 +149,8 @@ def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
     # that direction lay in the basis all along ("twice is enough", Kahan).
     for shortest in (16 * torch.finfo(torch.float32).eps, 0.5):
         lengths = torch.linalg.vector_norm(q, dim=0)
-        q = q[:, lengths > 0] / lengths[lengths > 0]
+        q = q / torch.where(lengths > 0, lengths, 1.0)
         q = q - known @ (known.T @ q)
         squares, directions = torch.linalg.eigh(q.T @ q)
-        long = squares > shortest**2
-        q = q @ (directions[:, long] / squares[long].sqrt())
+        q = q @ (directions * torch.where(squares > shortest**2, squares.rsqrt(), 0.0))
     return q.to(y.dtype)

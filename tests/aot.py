@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from quailora.kernels.settings import FP_FUSION, SHARED_BYTES
 from quailora.kernels.variants import Variant
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -18,25 +19,18 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU. `shared_bytes`: what one block may have (CUDA Programming Guide, "Compute Capabilities"; CDNA 3)."""
+    """A GPU. `shared_bytes`: what one block may have."""
 
     name: str
     gpu: GPUTarget
     shared_bytes: int
 
 
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024),
-        Target("sm_86", GPUTarget("cuda", 86, 32), 99 * 1024),
-        Target("sm_89", GPUTarget("cuda", 89, 32), 99 * 1024),
-        Target("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024),
-        Target("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024),
-        Target("sm_120", GPUTarget("cuda", 120, 32), 99 * 1024),
-        Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024),
-    )
-}
+def _gpu(name: str) -> GPUTarget:
+    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[len("sm_") :]), 32)
+
+
+TARGETS = {name: Target(name, _gpu(name), shared_bytes) for name, shared_bytes in SHARED_BYTES.items()}
 
 
 @dataclass(frozen=True)
@@ -81,8 +75,10 @@ def compile_for(target: Target, variant: Variant) -> CompiledKernel:
     options = {
         "num_warps": variant.num_warps,
         "num_stages": variant.num_stages,
-        "enable_fp_fusion": True,  # the default of today's Triton, which warns that it will change
+        "enable_fp_fusion": FP_FUSION,
     }
+    if variant.maxnreg is not None:
+        options["maxnreg"] = variant.maxnreg
     return triton.compile(source, target=target.gpu, options=options)
 
 

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import quailora
-from quailora import cli, pipeline
-from quailora.errors import CheckpointError
+from quailora import cli, ops, pipeline
+from quailora.errors import CheckpointError, QuailoraError
 
 QUAILORA = Path(sys.executable).parent / "quailora"
 LINES = [f"the {i} th line says that {i * i % 97} is what comes after {i}\n" for i in range(40)]
@@ -191,6 +191,49 @@ def test_doctor_names_the_backend_of_every_operation(run: Ran) -> None:
         assert re.search(rf"\b{operation}\b.*\b{service.backend}\b", out), operation
     for package in ("quailora", "torch", "transformers", "peft", "bitsandbytes"):
         assert re.search(rf"\b{package} \d+\.\d+", out), package
+
+
+def test_doctor_ends_with_an_error_where_an_operation_is_wrong(run: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(h: torch.Tensor, rights: list[torch.Tensor], *, precision: str) -> list[torch.Tensor]:
+        return [1.0001 * (h @ right) for right in rights]
+
+    def broken(systems: torch.Tensor, right_hand_sides: torch.Tensor) -> None:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setitem(ops._BACKENDS, "grouped_gram_product", (ops.Backend("planted", wrong),))
+    monkeypatch.setitem(ops._BACKENDS, "cholesky_solve", (ops.Backend("broken", broken),))
+    ops._choose.cache_clear()
+    try:
+        code, out, err = run("doctor")
+    finally:
+        ops._choose.cache_clear()
+    assert code == 1
+    assert err.startswith("error: grouped_gram_product, cholesky_solve, solve: not what the reference gives")
+    assert "1.0e-04" in out and "no kernel image" in " ".join(out.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to tune")
+def test_doctor_says_why_there_is_nothing_to_tune(run: Ran) -> None:
+    assert "there are no kernels to tune here: its kernels are for CUDA" in one_line(run, "doctor", "--tune")
+
+
+def test_doctor_tunes_each_gpu(run: Ran, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tuning = pytest.importorskip("quailora.kernels.tuning", reason="Triton is not installed")
+    service = ops.Service("triton", {})
+    monkeypatch.setattr(quailora, "backends", lambda device: {"grouped_error_product": service})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    tuned: list[torch.device] = []
+    monkeypatch.setattr(tuning, "tune", lambda device: tuned.append(device) or {"problem": {}})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cli._tune([torch.device("cuda", 0), torch.device("cuda", 1)])
+    assert tuned == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+    def full(device: torch.device) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tuning, "tune", full)
+    with pytest.raises(QuailoraError, match="No space left on device; XDG_CACHE_HOME"):
+        cli._tune([torch.device("cuda", 0)])
 
 
 # Errors

@@ -1,11 +1,15 @@
 """The reference operations against plain fp64 algebra, and the dispatch that serves them."""
 
+import re
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
-from quailora import ops
-from quailora.ops import Backend, ErrorMatrix, backends
+from quailora import extension, ops, precision
+from quailora.error_matrices import ErrorMatrices
+from quailora.ops import Backend, backends
 
 # What fp32 products of these sizes lose to rounding, relative to their largest value, in whatever order they sum.
 FP32 = 1e-5
@@ -15,10 +19,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_orthonormal(q: Tensor) -> None:
-    gram = q.double().T @ q.double()
+def assert_orthonormal(q: Tensor, rank: int) -> None:
+    """`rank` columns are orthonormal, and the others zero."""
+    new = q.double()[:, q.any(dim=0)]
+    assert new.shape[1] == rank
     # Each entry is a sum of products of values rounded to fp32 (6e-8): 1e-6 leaves a factor of ten.
-    torch.testing.assert_close(gram, torch.eye(q.shape[1], dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(new.T @ new, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("features", [1, 7, 256, 300])  # below, at and above one panel of the triangle
@@ -51,26 +57,88 @@ def test_gram_energy_is_the_trace(features: int) -> None:
     torch.testing.assert_close(energy, expected, rtol=FP32, atol=0)
 
 
-def test_error_takes_dense_and_packed_weights_in_any_dtype() -> None:
-    class Packed:
-        def dequantize(self) -> Tensor:
-            return torch.ones(2, 3, dtype=torch.bfloat16)
+class Packed:
+    """A quantised weight that has codes, as those of `quantized.py` have."""
 
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.codes = torch.zeros(values.numel() // 2, dtype=torch.uint8)
+
+    def dequantize(self) -> Tensor:
+        return self.values
+
+
+def test_error_takes_dense_and_packed_weights_in_any_dtype() -> None:
     weight = torch.full((2, 3), 1.25, dtype=torch.float16)
-    for quantized in (Packed(), torch.ones(2, 3)):
+    for quantized in (Packed(torch.ones(2, 3, dtype=torch.bfloat16)), torch.ones(2, 3)):
         e = ops.error(weight, quantized)
         assert e.dtype == torch.float32
         assert torch.equal(e, torch.full((2, 3), 0.25))
 
 
-def test_products_with_the_error_are_right_and_counted() -> None:
-    weight, quantized = random(5, 7), random(5, 7, seed=1)
-    right, left = random(7, 2, seed=2), random(5, 2, seed=3)
-    matrix, dense = ErrorMatrix(weight, quantized), weight - quantized
-    torch.testing.assert_close(matrix.times(right), dense @ right)
-    torch.testing.assert_close(matrix.transposed_times(left), dense.T @ left)
-    assert (matrix.products, tuple(matrix.shape)) == (2, (5, 7))
-    assert torch.equal(matrix.dense(), dense)
+def test_error_by_rows_and_in_place() -> None:
+    weight, quantized = random(5, 6), Packed(random(5, 6, seed=1))
+    expected = weight - quantized.values
+    assert torch.equal(ops.error(weight, quantized, start=1, stop=3), expected[1:3])
+    assert ops.error(weight, quantized, out=weight) is weight
+    assert torch.equal(weight, expected)
+
+
+def test_grouped_products() -> None:
+    h, ranks = random(6, 6), (2, 3)
+    rights = [random(6, r, seed=r) for r in ranks]
+    for product, right in zip(ops.grouped_gram_product(h, rights), rights, strict=True):
+        torch.testing.assert_close(product, h @ right)
+    weights, packed = [random(4, 6), random(5, 6, seed=1)], Packed(random(5, 6, seed=2))
+    errors = [(weights[0].half(), None), (weights[1], packed)]  # E itself, and W with its Q
+    dense = [weights[0].half().float(), weights[1] - packed.values]
+    for product, e, right in zip(ops.grouped_error_product(errors, rights), dense, rights, strict=True):
+        torch.testing.assert_close(product, e @ right)
+    lefts = [random(4, 2), random(5, 3)]
+    for product, e, left in zip(ops.grouped_error_product_t(errors, lefts), dense, lefts, strict=True):
+        torch.testing.assert_close(product, e.T @ left)
+
+
+@pytest.mark.parametrize("form", ["dense", "cached", "fused"])
+def test_error_matrices_are_the_same_in_every_form(form: str) -> None:
+    weights = [random(1100, 7), random(5, 7, seed=1)]  # more rows than a panel has, and fewer
+    packed = [Packed(random(1100, 7, seed=2)), Packed(random(5, 7, seed=3))]
+    dense = [weight - q.values for weight, q in zip(weights, packed, strict=True)]
+    kept = [weight.clone() for weight in weights]
+    matrices = ErrorMatrices(weights, packed, [form, form])
+    assert matrices.shapes == [(1100, 7), (5, 7)]
+    rights, lefts = [random(7, 2), random(7, 3)], [random(1100, 2), random(5, 3)]
+    for product, e, right in zip(matrices.times(rights), dense, rights, strict=True):
+        torch.testing.assert_close(product, e @ right)
+    for product, e, left in zip(matrices.transposed_times(lefts), dense, lefts, strict=True):
+        torch.testing.assert_close(product, e.T @ left)
+    assert matrices.products == 4
+    some = matrices.only([1])
+    torch.testing.assert_close(some.times(rights[1:]), [dense[1] @ rights[1]])
+    assert (some.shapes, some.products, matrices.products) == ([(5, 7)], 1, 4)
+    for i, e in enumerate(dense):
+        assert torch.equal(matrices.dense(i), e)
+        assert torch.equal(torch.cat([panel for _, panel in matrices.panels(i)]), e)
+    overwritten = [not torch.equal(weight, before) for weight, before in zip(weights, kept, strict=True)]
+    assert overwritten == [form == "cached"] * 2
+
+
+def test_linears_of_other_kinds_are_not_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+
+    def product(errors: list, rights: list, *, precision: str) -> list[Tensor]:
+        launches.append((len(errors), precision))
+        return plain(errors, rights, precision=precision)
+
+    plain = ops.grouped_error_product
+    monkeypatch.setattr(ops, "grouped_error_product", product)
+    weights = [random(3, 4), random(3, 4).half(), random(2, 4)]
+    matrices = ErrorMatrices(weights, [Packed(torch.zeros_like(weight)) for weight in weights], ["fused"] * 3, "tf32")
+    rights = [random(4, 2, seed=seed) for seed in range(3)]
+    for product_, weight, right in zip(matrices.times(rights), weights, rights, strict=True):
+        torch.testing.assert_close(product_, weight.float() @ right)
+    matrices.times(rights, "bf16x3")
+    assert launches == [(2, "tf32"), (1, "tf32"), (2, "bf16x3"), (1, "bf16x3")]
 
 
 def test_cholesky_solve_is_batched_and_flags_the_indefinite() -> None:
@@ -88,7 +156,7 @@ def test_orthonormalize_spans_what_is_new() -> None:
     y = random(50, 5, seed=1)
     q = ops.orthonormalize(y, basis)
     assert q.shape == (50, 5)
-    assert_orthonormal(torch.cat([basis, q], dim=1))
+    assert_orthonormal(torch.cat([basis, q], dim=1), 11)
     both = torch.cat([basis, q], dim=1)
     torch.testing.assert_close(both @ (both.T @ y), y, rtol=FP32, atol=FP32)
 
@@ -100,8 +168,7 @@ def test_orthonormalize_stands_ill_conditioned_blocks(condition: float) -> None:
     right = torch.linalg.qr(random(8, 8, seed=1).double())[0]
     y = (left * torch.logspace(0, -torch.tensor(condition).log10().item(), 8) @ right.T).float()
     q = ops.orthonormalize(y)
-    assert q.shape[1] == 8
-    assert_orthonormal(q)
+    assert_orthonormal(q, 8)
 
 
 def test_orthonormalize_drops_what_has_no_length_left() -> None:
@@ -109,40 +176,77 @@ def test_orthonormalize_drops_what_has_no_length_left() -> None:
     new = random(40, 2, seed=1)
     y = torch.cat([basis @ random(3, 2, seed=2), new, new @ random(2, 3, seed=3), torch.zeros(40, 1)], dim=1)
     q = ops.orthonormalize(y, basis)
-    assert q.shape[1] == 2
-    assert_orthonormal(torch.cat([basis, q], dim=1))
+    assert q.shape == (40, 8)
+    assert_orthonormal(torch.cat([basis, q], dim=1), 3 + 2)
 
 
 def test_orthonormalize_keeps_small_columns_that_are_new() -> None:
     y = random(40, 3) * torch.tensor([1e10, 1.0, 1e-10])
     q = ops.orthonormalize(y)
-    assert q.shape[1] == 3
-    assert_orthonormal(q)
+    assert_orthonormal(q, 3)
 
 
 def test_orthonormalize_fills_the_space_and_no_more() -> None:
     basis = ops.orthonormalize(random(10, 7))
     q = ops.orthonormalize(random(10, 6, seed=1), basis)
-    assert q.shape[1] == 3
     full = torch.cat([basis, q], dim=1)
-    assert_orthonormal(full)
-    assert ops.orthonormalize(random(10, 2, seed=2), full).shape[1] == 0
-    assert ops.orthonormalize(torch.zeros(10, 2)).shape[1] == 0
+    assert_orthonormal(full, 10)
+    assert not ops.orthonormalize(random(10, 2, seed=2), full).any()
+    assert not ops.orthonormalize(torch.zeros(10, 2)).any()
 
 
 def test_backends_name_the_one_that_serves_and_why_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(service.backend == "reference" for service in backends("cpu").values())
+    services = backends("cpu")
+    assert all(service.backend == "reference" for name, service in services.items() if name != "gram_")
+    assert services["gram_"].backend == ("reference" if extension.obstacle(torch.device("cpu")) else "extension")
+    assert "not for cpu" in services["orthonormalize"].others["triton"]
     calls = []
-    fast = Backend("fast", lambda h, right: calls.append("fast"))
-    absent = Backend("absent", lambda h, right: calls.append("absent"), lambda device: f"not built for {device}")
-    candidates = (absent, fast, *ops._BACKENDS["gram_product"])
-    monkeypatch.setitem(ops._BACKENDS, "gram_product", candidates)
+    fast = Backend("fast", lambda h, rights, precision: calls.append("fast"))
+    absent = Backend("absent", lambda h, rights, precision: calls.append("absent"), lambda d: f"not built for {d}")
+    candidates = (absent, fast, *ops._BACKENDS["grouped_gram_product"][-1:])
+    monkeypatch.setitem(ops._BACKENDS, "grouped_gram_product", candidates)
     ops._choose.cache_clear()
     try:
-        service = backends("cpu")["gram_product"]
+        service = backends("cpu")["grouped_gram_product"]
         assert service.backend == "fast"
         assert service.others == {"absent": "not built for cpu", "reference": "fast is preferred"}
-        ops.gram_product(torch.eye(2), torch.eye(2))
+        ops.grouped_gram_product(torch.eye(2), [torch.eye(2)])
         assert calls == ["fast"]
     finally:
         ops._choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected", "why"), [((8, 0), "triton", None), ((7, 5), "reference", "sm_80 or later.* sm_75")]
+)
+def test_gpus_older_than_ampere_take_the_plain_path(
+    capability: tuple[int, int], expected: str, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    ops._choose.cache_clear()
+    try:
+        service = backends("cuda:0")["cholesky_solve"]
+    finally:
+        ops._choose.cache_clear()
+    assert service.backend == expected
+    if why is not None:
+        assert re.search(why, service.others["triton"])
+
+
+def test_without_triton_the_reference_serves_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)  # what an import then raises is ImportError
+    ops._choose.cache_clear()
+    try:
+        service = backends("cuda:0")["orthonormalize"]
+    finally:
+        ops._choose.cache_clear()
+    assert service.backend == "reference"
+    assert "Triton cannot be imported" in service.others["triton"]
+
+
+def test_kernels_and_the_package_agree_on_the_precisions() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from quailora.kernels import precision as kernels
+
+    assert kernels.PRECISIONS == precision.PRECISIONS

@@ -11,6 +11,12 @@ import ptx
 import pytest
 import torch
 from ptx.sample import product_variant
+from rounding import assert_product
+from test_counts import factor, linear, positive_definite, random, shipped
+
+from quailora import reference
+from quailora.kernels import cholesky, error_products, gram_product
+from quailora.kernels.error_products import Codes
 
 
 def kernel(body: str, threads: int = 32) -> str:
@@ -548,3 +554,57 @@ def test_a_false_promise_of_divisibility_is_refused() -> None:
         ptx.run(product_variant("fp32", "tf32"), arguments)
     with pytest.raises(ValueError, match="takes"):
         ptx.run(product_variant("fp32", "tf32"), {"a_ptr": a})
+
+
+# ---- shipped kernels at the edges: no access beyond them, not even of what a mask or a sum then takes away
+
+
+@pytest.mark.parametrize("shape", ["n", "t"])
+@pytest.mark.parametrize(("form", "n"), [("masked", 192), ("ragged", 75)])
+def test_error_products_keep_within_the_edges(form: str, n: int, shape: str) -> None:
+    variant = shipped(error_products, f"4bit-bf16-r16-tf32-{shape}-{form}")
+    m, r, splits = 37, 5, 2
+    weight, quantized = linear(m, n)
+    codes, error = Codes.of(quantized), reference.error(weight, quantized)
+    left = error.T if shape == "t" else error
+    kept, inner = left.shape
+    thin, partial = random(inner, r, seed=1), torch.full((splits, kept, r), torch.nan)
+    arguments = {"table_ptr": codes.table, "partial_ptr": partial, "n": n, "pairs_per_row": n // 2}
+    for i in range(3):
+        arguments |= {f"weight_{i}": weight, f"codes_{i}": codes.codes, f"absmax_{i}": codes.absmax, f"thin_{i}": thin}
+        arguments |= {f"m_{i}": m if i == 0 else 0, f"r_{i}": r if i == 0 else 0}
+    ptx.run(variant, arguments, grid=(-(-kept // variant.constexprs["KEPT"]), splits))
+    assert_product(partial.sum(dim=0), left, thin, "tf32")
+
+
+@pytest.mark.parametrize(("form", "n"), [("masked", 80), ("ragged", 75)])
+def test_a_gram_product_keeps_within_the_edges(form: str, n: int) -> None:
+    variant = shipped(gram_product, f"k16-tf32-{form}")
+    k, tiles = 5, -(-n // variant.constexprs["TILE"])
+    h, right, partial = random(n, n) + random(n, n).T, random(n, k, seed=1), torch.full((2, n, k), torch.nan)
+    lower = torch.where(torch.ones(n, n).tril().bool(), h, torch.nan)
+    arguments = {"h_ptr": lower, "right_ptr": right, "partial_ptr": partial, "n": n, "k": k}
+    ptx.run(variant, arguments, grid=(1, tiles, 2))
+    assert_product(partial.sum(dim=0), h, right, "tf32")
+
+
+def test_a_product_of_the_solves_keeps_within_the_edges() -> None:
+    m, n, k, split = 48, 48, 80, 64  # a tile and a half; two steps and a half
+    left, right, out = random(1, m, k), random(1, k, n, seed=1), torch.full((1, 2, m, n), torch.nan)
+    strides = {"left": (m * k, k), "right": (k * n, n), "base": (m * n, n)}
+    arguments = {"left": left, "right": right, "base": out, "out": out, "m": m, "n": n, "k": k}
+    arguments |= {"splits": 2, "split": split}
+    arguments |= {
+        f"{name}_{axis}": s for name, of in strides.items() for axis, s in zip(("batch", "row"), of, strict=True)
+    }
+    ptx.run(shipped(cholesky, "product-plain-new-32"), arguments)
+    assert_product(out[0].sum(dim=0), left[0], right[0], "ieee")
+
+
+def test_each_system_has_scratch_of_its_own() -> None:
+    """Which programs that run one after the other would not miss; here, to share it is a race."""
+    systems = positive_definite(2, 20)
+    inverse, info, _ = factor(systems)
+    expected = torch.linalg.inv(torch.linalg.cholesky(systems.double()))
+    assert info.tolist() == [0, 0]
+    assert (inverse - expected).norm() < 10 * torch.finfo(torch.float32).eps * expected.norm()  # the condition

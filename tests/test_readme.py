@@ -56,11 +56,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return checkpoint
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@pytest.mark.parametrize("document", [ROOT / "README.md", ROOT / "docs" / "using.md"], ids=lambda each: each.name)
 def test_the_code_runs_from_top_to_bottom(document: Path, workplace: Path) -> None:
     code = "".join(blocks(document, "python"))
     assert EXAMPLE in code
     exec(compile(code.replace(EXAMPLE, str(workplace)), document.name, "exec"), {})
+
+
+def test_no_other_document_has_code() -> None:
+    assert {document.name for document in DOCUMENTS if blocks(document, "python")} == {"README.md", "using.md"}
 
 
 def test_every_command_parses() -> None:

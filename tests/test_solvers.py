@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quailora import ops, solvers
+from quailora import solvers
+from quailora.error_matrices import ErrorMatrices
 from quailora.errors import CalibrationError, QuailoraError, SolverError
 from quailora.gram import Gram
-from quailora.solvers import LoraFactors, SolverWarning, solve
+from quailora.methods import METHODS
+from quailora.solvers import Linear, LoraFactors, SolverWarning, solve, solve_group
 
 CALIBRATED = ["krylov", "als", "eigh"]
 
@@ -155,9 +158,9 @@ def test_svd_is_the_truncated_svd(shape: tuple[int, int]) -> None:
     expected = (u[:, :6] * s[:6]) @ vt[:6]
     # Singular vectors move by rounding over the gap to the next value, here some 1e-2 of the largest.
     assert (product - expected).norm() <= 1e-4 * expected.norm()
-    assert factors.trace == (pytest.approx(s[6:].square().sum().item() / 2, rel=1e-5),)
+    assert factors.trace[-1] == pytest.approx(s[6:].square().sum().item() / 2, rel=1e-5)
     plain = solve(weight, quantized, torch.eye(shape[1]), 6, solver="eigh")
-    assert factors.trace[0] == pytest.approx(plain.objective, rel=1e-5)
+    assert factors.trace[-1] == pytest.approx(plain.objective, rel=1e-5)
     # als without iterations is this start.
     start = solve(weight, quantized, h, 6, solver="als", iterations=0)
     assert start.objective == pytest.approx(factors.objective, rel=1e-5)
@@ -179,14 +182,14 @@ def test_als_step_is_the_papers() -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_krylov_counts_its_products(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[ops.ErrorMatrix] = []
+    made: list[ErrorMatrices] = []
 
-    class Counted(ops.ErrorMatrix):
-        def __init__(self, *args: Tensor) -> None:
-            super().__init__(*args)
-            made.append(self)
+    def keep(self: ErrorMatrices, indices: Sequence[int]) -> ErrorMatrices:
+        made.append(only(self, indices))
+        return made[-1]
 
-    monkeypatch.setattr(ops, "ErrorMatrix", Counted)
+    only = ErrorMatrices.only
+    monkeypatch.setattr(ErrorMatrices, "only", keep)
     weight, quantized, h = problem(128, 96)
     solve(weight, quantized, h, 8, iterations=depth)
     assert [matrix.products for matrix in made] == [2 * depth + 2]
@@ -400,11 +403,49 @@ MOST = torch.linalg.svd(W - Q)[2][0]  # the input the error answers most
         ((W, Q, H, 4), {"damping": math.nan}, "damping .* got nan"),
         ((W, Q, H, 4), {"iterations": -1}, "krylov.* iterations=-1"),
         ((W, Q, H, 4), {"iterations": 3, "solver": "eigh"}, "'eigh' takes no iterations"),
+        ((W, Q, H, 4), {"precision": "fp8"}, "unknown precision 'fp8'; there are ieee, bf16x3, tf32, bf16"),
     ],
 )
 def test_bad_input_is_named(arguments: tuple, options: dict, message: str) -> None:
     with pytest.raises(SolverError, match=message):
         solve(*arguments, **options)
+
+
+@pytest.mark.parametrize("solver", [*CALIBRATED, "svd"])
+def test_a_group_is_solved_as_its_linears_alone(solver: str) -> None:
+    x = inputs(300, 48)
+    h = x.T @ x
+    pairs = [nf4_pair(64, 48), nf4_pair(40, 48, seed=1), (torch.ones(8, 48), torch.ones(8, 48))]  # the last: no error
+    linears = [Linear(*pair, rank) for pair, rank in zip(pairs, (8, 5, 3), strict=True)]
+    group = solve_group(linears, h, solver=solver, damping=1e-3)
+    for linear, of_group in zip(linears, group, strict=True):
+        alone = solve(linear.weight, linear.quantized, h, linear.rank, solver=solver, damping=1e-3)
+        assert_sound(of_group, linear.weight, linear.quantized, h)
+        assert of_group.A.shape == alone.A.shape
+        # One product with H for all of them adds up in another order than three do.
+        assert of_group.objective == pytest.approx(alone.objective, abs=FP32 * alone.initial)
+        start = objective(linear.weight - linear.quantized, damped(h, 1e-3), alone.A * 0, alone.B * 0)
+        assert of_group.trace[-1] == pytest.approx(alone.trace[-1], abs=FP32 * start)
+
+
+def test_of_a_group_the_culprit_is_named() -> None:
+    good, wrong = Linear(W, Q, 4, "block.q_proj"), Linear(W, bad(Q, math.inf), 4, "block.k_proj")
+    with pytest.raises(SolverError, match=r"^block.k_proj: quantized holds"):
+        solve_group([good, wrong], H)
+    with pytest.raises(SolverError, match=r"^block.k_proj: rank must be 1 to 16"):
+        solve_group([good, Linear(W, Q, 17, "block.k_proj")], H)
+    with pytest.raises(SolverError, match=r"^block.q_proj, block.k_proj: gram holds"):
+        solve_group([good, wrong], bad(H, math.nan))
+    x = inputs(5, 24)
+    with pytest.warns(SolverWarning, match=r"^block.q_proj: als met systems"):
+        solve_group([Linear(W, Q, 8, "block.q_proj")], x.T @ x, solver="als")
+
+
+def test_the_weight_is_left_alone_unless_it_may_be_overwritten() -> None:
+    before = W.clone()
+    for solver in METHODS:
+        solve(W, Q, H, 4, solver=solver)
+    assert torch.equal(W, before)
 
 
 def test_errors_are_ours() -> None:
@@ -417,5 +458,5 @@ def test_errors_are_ours() -> None:
 def test_no_warning_on_ordinary_problems() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for solver in solvers._SOLVERS:
+        for solver in METHODS:
             solve(W, Q, H, 4, solver=solver)

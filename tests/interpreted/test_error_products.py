@@ -73,7 +73,7 @@ def test_every_kind_dtype_and_precision(method: str, dtype: torch.dtype, precisi
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_whole_tiles(method: str, precision: str) -> None:  # the form without masks
-    check(*linear(128, 128, method), rank=16, precision=precision)
+    check(*linear(256, 256, method), rank=16, precision=precision)
 
 
 @pytest.mark.parametrize("compute", FLOATS, ids=str)
@@ -179,22 +179,118 @@ def test_offsets_beyond_two_to_the_31() -> None:
     # 2³¹ + 2¹⁷ elements, of which only the last tile is touched: the rest is address space, never memory.
     m, n, r = 2**14 + 1, 2**17, 16
     weight = torch.empty(m, n, dtype=torch.bfloat16)
-    weight[-1, -64:] = torch.arange(64.0)
+    weight[-1, -16:] = torch.arange(16.0)
     right = torch.empty(n, r)
-    right[-64:] = torch.eye(64, r)
-    partial = torch.zeros(n // 64, m, r)
-    constants = error_products._constants(None, n, r, False, "ieee")
+    right[-16:] = torch.eye(16)
+    case = error_products._Case("dense", torch.bfloat16, r, "ieee", transposed=False, form="masked")
+    [setting] = case.settings("sm_80")
+    steps = n // setting["INNER"]
+    partial = torch.empty(steps, m, r)
+    last = (-(-m // setting["KEPT"]) - 1, steps - 1)
     ones = [weight, weight, weight]
-    last = (-(-m // constants["KEPT"]) - 1, n // 64 - 1)
     with interpreter.only(*last):
-        error_products._error_product_kernel[(last[0] + 1, n // 64)](
+        error_products._error_product_kernel[(last[0] + 1, steps)](
             *ones, *ones, *ones, right, right, right, m, 0, 0, r, 0, 0, partial, partial, n, n // 2,
-            EVEN=False, **constants,
+            **case.constants(None, n, setting), **setting,
         )  # fmt: skip
     assert torch.equal(partial[-1, -1], torch.arange(16.0))
+
+
+@pytest.mark.parametrize("compute", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n", [256, 96, 65])  # the form without masks; aligned rows; rows that begin within a byte
+def test_the_error_is_that_of_the_reference_to_the_bit(
+    n: int, method: str, dtype: torch.dtype, compute: torch.dtype
+) -> None:
+    weight, quantized = linear(64, n, method, dtype, compute=compute)
+    assert torch.equal(error_products.error(*kernel_operand(weight, quantized)), exact_error(weight, quantized))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_error_may_take_the_place_of_the_weight(method: str, dtype: torch.dtype) -> None:
+    weight, quantized = linear(70, 300, method, dtype)
+    expected = exact_error(weight, quantized).to(dtype)
+    result = error_products.error(*kernel_operand(weight, quantized), out=weight)
+    assert result is weight and torch.equal(weight, expected)
+
+
+def test_of_bf16_the_error_is_bf16_but_for_few_elements() -> None:
+    # W and Q within a factor of two of each other: their difference has no more bits than they (Sterbenz's lemma).
+    weight, quantized = linear(64, 256)
+    exact = exact_error(weight, quantized)
+    assert (exact != exact.bfloat16()).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 33), (5, 37), (64, 70), (69, None)])
+@pytest.mark.parametrize("n", [256, 65])
+def test_rows_of_the_error(n: int, start: int, stop: int | None, method: str) -> None:
+    weight, quantized = linear(70, n, method)
+    expected, untouched = exact_error(weight, quantized), weight.clone()
+    rows = error_products.error(*kernel_operand(weight, quantized), start=start, stop=stop)
+    assert torch.equal(rows, expected[start:stop])
+    error_products.error(*kernel_operand(weight, quantized), out=weight[start:stop], start=start, stop=stop)
+    assert torch.equal(weight[start:stop], expected[start:stop].to(weight.dtype))
+    others = torch.ones(70, dtype=torch.bool).index_fill(0, torch.arange(70)[start:stop], False)
+    assert torch.equal(weight[others], untouched[others])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_products_of_a_cached_error(dtype: torch.dtype) -> None:
+    weight, quantized = linear(70, 96, dtype=dtype)
+    error = exact_error(weight, quantized).to(dtype)  # what the cache rounds away is not the product's
+    error_products.error(*kernel_operand(weight, quantized), out=weight)
+    check(weight, None, rank=16)
+    assert_product(error_product(weight, None, random(96, 8), precision="ieee"), error.float(), random(96, 8), "ieee")
+
+
+def test_offsets_of_the_error_beyond_two_to_the_31() -> None:
+    # As above; and in place, so that the last elements are both read and written.
+    m, n = 2**14 + 1, 2**17
+    weight = torch.empty(m, n, dtype=torch.bfloat16)
+    codes = torch.empty(m, n, dtype=torch.int8)
+    weight[-1, -256:], codes[-1, -256:] = 1.0, 127
+    absmax = torch.full((m,), 3.0)
+    last = tuple(size - 1 for size in error_products._error_grid(m, n))
+    with interpreter.only(*last):
+        error_products.error(weight, Codes(codes, absmax), out=weight)
+    assert (weight[-1, -256:] == -2.0).all()
 
 
 def test_int8_scales_belong_to_rows() -> None:
     quantized = EightBit(torch.full((5, 7), 127, dtype=torch.int8), torch.arange(1.0, 6.0))
     error = error_product(torch.zeros(5, 7), Codes.of(quantized), torch.eye(7), precision="ieee")
     assert torch.equal(error, -torch.arange(1.0, 6.0)[:, None].expand(5, 7))
+
+
+@pytest.mark.parametrize(
+    ("heights", "n", "ranks", "form"),
+    [
+        ([256, 512], 768, [16, 16], "even"),
+        ([256, 512], 768, [16, 5], "masked"),
+        ([256, 500], 768, [16, 16], "masked"),
+        ([256, 512], 784, [16, 16], "masked"),
+        ([256, 512], 760, [16, 16], "ragged"),
+    ],
+)
+def test_masks_are_left_out_of_whole_tiles_only(heights: list[int], n: int, ranks: list[int], form: str) -> None:
+    # What a mask that is missing lets in may be multiplied by 0, or not be stored: no product would tell.
+    case = error_products._Case.of(torch.bfloat16, None, heights, n, ranks, False, "tf32")
+    assert case.form == form
+
+
+@pytest.mark.parametrize(("rows", "n", "even"), [(32, 512, True), (33, 512, False), (32, 500, False)])
+def test_masks_are_left_out_of_whole_tiles_of_the_error_only(
+    rows: int, n: int, even: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *arguments, **constants: launches.append(constants["EVEN"])
+
+    monkeypatch.setattr(error_products, "_error_kernel", Kernel())
+    error_products.error(torch.zeros(48, n), None, stop=rows)
+    assert launches == [even]

@@ -76,13 +76,28 @@ def test_offsets_beyond_two_to_the_31() -> None:
     # n² = 2³¹ + 2¹⁸, of which only the last tile on the diagonal is touched: the rest is address space, never memory.
     n = 46_343
     h, right = torch.empty(n, n), torch.empty(n, 16)
-    constants = module._constants(n, 16, "ieee")
-    last = n - n % constants["TILE"]
+    [setting] = module._settings("sm_80", n, 16, "ieee")
+    last = n - n % setting["TILE"]
     h[last:, last:] = 1.0
     right[last:] = 1.0
-    tiles = -(-n // constants["TILE"])
+    tiles = -(-n // setting["TILE"])
     split = tiles - 2  # the one whose only step is there: j = split - (tiles - 1) mod tiles
     partial = torch.empty(tiles, n, 16)
-    with interpreter.only(tiles - 1, split):
-        module._gram_product_kernel[(tiles, tiles)](h, right, partial, n, 16, **constants)
+    with interpreter.only(0, tiles - 1, split):
+        module._gram_product_kernel[(1, tiles, tiles)](h, right, partial, n, 16, WIDTH=16, PRECISION="ieee", **setting)
     assert (partial[split, last:] == n - last).all()
+
+
+def test_partners_meet_in_the_same_step() -> None:
+    """Tiles (i, j) and (j, i) are the same memory: both are asked for in step i + j, modulo the number of tiles."""
+    n = 256
+    [setting] = module._settings("sm_80", n, 128, "ieee")
+    edge = setting["TILE"]
+    tiles = n // edge
+    assert module._grid(n, 128, edge, 128)[2] == tiles  # so that the partial product of each step is there to be seen
+    owner = torch.arange(n) // edge
+    right = torch.eye(tiles)[owner] @ torch.eye(tiles, 128)  # a column for each tile of P, so that the product tells j
+    partials = module._launch(torch.ones(n, n), right, "ieee", setting)
+    for step, partial in enumerate(partials):
+        partner = (step - owner) % tiles
+        assert torch.equal(partial, edge * torch.eye(128)[partner])

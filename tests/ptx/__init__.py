@@ -86,6 +86,7 @@ def execute(
         block = Block(program, parameters, memory, shared_bytes, (x, y, z), (width, height, depth), counters)
         block.run(STEP_LIMIT)
     counters.bytes_read, counters.bytes_written = memory.bytes_read, memory.bytes_written
+    counters.bytes_touched = memory.bytes_touched()
     return counters
 
 

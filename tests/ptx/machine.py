@@ -20,6 +20,7 @@ Mask = NDArray[np.bool_]
 WARP = 32
 POISON = 0xFF  # of memory and registers never written: NaN as a float, bf16 or fp16
 ENDED = np.iinfo(np.int64).max  # the address of a thread that has returned
+PARAMETER_BYTES = 8  # of the space that a kernel's parameters stand in: none is larger
 
 
 class Deadlock(EmulationError):
@@ -41,6 +42,7 @@ class Counters:
     instructions: Counter[str] = field(default_factory=Counter)
     bytes_read: Counter[str] = field(default_factory=Counter)  # global memory, by argument
     bytes_written: Counter[str] = field(default_factory=Counter)
+    bytes_touched: Counter[str] = field(default_factory=Counter)  # of those read: each byte of the argument once
 
     def count(self, prefix: str) -> int:
         """Warp instructions whose opcode starts with `prefix`; "" for all."""
@@ -271,6 +273,8 @@ class Block:
                     return bits != 0
             case Symbol("global_smem"):
                 bits = np.zeros(self.threads, np.uint64)
+            case Symbol(name) if name in self.parameters:
+                bits = np.full(self.threads, PARAMETER_BYTES * list(self.parameters).index(name), np.uint64)
             case _:
                 raise Unsupported(f"no operand {operand}")
         if bits.dtype.itemsize != dtype.itemsize:
@@ -453,7 +457,10 @@ class Block:
     def op_ld(self, instruction: Instruction, target: Operand, address: Address, *policy: Operand) -> None:
         kind, space = instruction.type, instruction.parts[1]
         if space == "param":
-            self.write(target, np.full(self.threads, self.parameters[str(address.base)]))
+            numbers = self._addresses(address)[self.mask] // PARAMETER_BYTES
+            values = np.zeros(self.threads, FORMATS[kind])
+            values[self.mask] = [list(self.parameters.values())[number].view(FORMATS[kind]) for number in numbers]
+            self.write(target, values)
             return
         elements, size = self._elements(target), np.dtype(FORMATS[kind]).itemsize
         active = self.mask

@@ -157,6 +157,10 @@ class GlobalMemory:
             memory.write(addresses[chosen], values[chosen], agents[chosen])
             self.bytes_written[memory.name] += _requests(addresses[chosen], agents[chosen]) * values.shape[1]
 
+    def bytes_touched(self) -> Counter[str]:
+        """How many different bytes of each argument have been read."""
+        return Counter({each.name: int((each.reader != NOBODY).sum()) for each in self.memories.values()})
+
     def _split(self, addresses: Integers) -> list[tuple[Memory, NDArray[np.bool_]]]:
         numbers = addresses >> self.RANGE
         unknown = [number for number in np.unique(numbers) if number not in self.memories]

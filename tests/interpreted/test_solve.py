@@ -1,0 +1,68 @@
+"""The solvers with every operation served by the kernels, interpreted."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import takewhile
+
+import interpreter
+import pytest
+import torch
+
+from quailora import methods, ops
+from quailora.doctor import examine
+from quailora.quantized import Quantization, quantize
+from quailora.solvers import Linear, solve, solve_group
+
+interpreter.install()
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def kernels_serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for operation, candidates in ops._BACKENDS.items():
+        free = [replace(b, obstacle=lambda device: None) if b.name == "triton" else b for b in candidates]
+        monkeypatch.setitem(ops._BACKENDS, operation, tuple(free))
+    ops._choose.cache_clear()
+    yield
+    ops._choose.cache_clear()
+
+
+def test_doctor_finds_nothing() -> None:
+    findings = list(takewhile(lambda finding: finding.operation != "solve", examine(CPU, size=32)))
+    assert [finding for finding in findings if not finding.sound] == []
+    by_kernels = {finding.operation for finding in findings if finding.backend == "triton"}
+    assert by_kernels == {name for name, candidates in ops._BACKENDS.items() if candidates[0].name == "triton"} - {
+        "packed"
+    }
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "overwrite"), [("krylov", 2, False), ("krylov", 20, True), ("als", 2, False), ("svd", 2, False)]
+)
+def test_kernels_reach_what_the_reference_reaches(
+    solver: str, steps: int, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "_SVD_DEPTH", 1)  # interpreted, a solve takes seconds
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 48, generator=g) * torch.arange(1, 49) ** -0.5
+    x[:, ::24] *= 100
+    h, form = x.T @ x, Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
+    weights = [torch.randn(m, 48, generator=g).mul(0.02).bfloat16() for m in (40, 17)]
+    linears = [Linear(w, quantize(w, form), r) for w, r in zip(weights, (16, 5), strict=True)]
+    copies = [replace(linear, weight=linear.weight.clone()) for linear in linears]
+    by_kernels = solve_group(copies, h, solver=solver, iterations=steps, overwrite_weights=overwrite, damping=1e-4)
+    monkeypatch.undo()
+    monkeypatch.setattr(methods, "_SVD_DEPTH", 1)
+    ops._choose.cache_clear()
+    for linear, copy, found in zip(linears, copies, by_kernels, strict=True):
+        expected = solve(linear.weight, linear.quantized, h, linear.rank, solver=solver, iterations=steps, damping=1e-4)
+        # What the precision in use costs. Factors may differ by more: it is the objective that they are to agree on.
+        if solver == "svd":  # which minimises another
+            assert found.trace[-1] == pytest.approx(expected.trace[-1], rel=1e-4)
+        else:
+            assert found.objective == pytest.approx(expected.objective, rel=1e-4, abs=1e-6 * expected.initial)
+        assert found.initial == pytest.approx(expected.initial, rel=1e-6)
+        assert found.residual_norm == pytest.approx(expected.residual_norm, rel=1e-3)
+        # With so many products E is worth its while in memory.
+        assert torch.equal(copy.weight, linear.weight) == (steps < 20)

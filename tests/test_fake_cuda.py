@@ -1,0 +1,330 @@
+"""The host's part of a solve on a GPU, run without one: every tensor is on "cuda" and has a shape but no values.
+
+torch's FakeTensorMode refuses operations between devices, and whatever would make the host wait for a value. Kernels
+are not run; what they are launched with is checked.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quailora import methods, ops, solvers
+from quailora.activations import collect
+from quailora.gram import Gram
+from quailora.quantized import EightBit, FourBit, NestedAbsmax
+from quailora.solvers import Linear, LoraFactors, solve_group
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from quailora.kernels import cholesky, error_products, gram_product  # noqa: E402  (they need it)
+
+CUDA = torch.device("cuda", 0)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+METHODS = ("nf4", "fp4", "nested", "int8", "dense")
+SOLVERS = ("krylov", "als", "svd", "eigh")
+
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+
+
+class Launches(list[tuple[str, dict[str, Any]]]):
+    """Name of a kernel and its arguments, options of the launch included, for each launch."""
+
+    current: torch.device | None = None
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+    def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in keywords.items() if k not in OPTIONS})
+        assert self.current == CUDA, f"{kernel.fn.__name__} is launched on whatever device is current"
+        arguments = dict(bound.arguments) | {name: keywords[name] for name in OPTIONS if name in keywords}
+        assert all(isinstance(size, int) and 0 < size < 2**31 for size in grid), grid
+        assert all(0 < size < 2**16 for size in grid[1:]), grid
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                assert isinstance(value, FakeTensor) and value.device == CUDA, name
+            elif isinstance(value, int):
+                assert abs(value) < 2**31, (name, value)  # or Triton would compile for 64 bits
+        self.append((kernel.fn.__name__, arguments))
+
+
+class Indexing(TorchFunctionMode):
+    """Python's indexing, and copies, which a torch built without CUDA refuses for its fake tensors."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__getitem__:
+            return _part(*args)
+        if function is Tensor.__setitem__:
+            assert torch.broadcast_shapes(_part(args[0], args[1]).shape, args[2].shape)
+            return None
+        if function is Tensor.copy_:
+            assert torch.broadcast_shapes(args[0].shape, args[1].shape) == args[0].shape
+            return args[0]
+        if function is Tensor.contiguous and not args[0].is_contiguous():
+            return torch.empty(args[0].shape, dtype=args[0].dtype, device=args[0].device)
+        return function(*args, **(kwargs or {}))
+
+
+def _part(x: Tensor, index: Any) -> Tensor:
+    dim = 0
+    for each in index if isinstance(index, tuple) else (index,):
+        if each is None:
+            x = x.unsqueeze(dim)
+        elif isinstance(each, slice):
+            start, stop, step = each.indices(x.shape[dim])
+            assert step == 1
+            x = x.narrow(dim, start, max(0, stop - start))
+        else:
+            x, dim = x.select(dim, each), dim - 1
+        dim += 1
+    return x
+
+
+class NoHostTraffic(TorchDispatchMode):
+    """Raises where memory of the host would be copied to the device, which no CUDA graph can capture."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        assert function is not torch.ops.aten.lift_fresh.default, "a tensor is made of Python numbers"
+        for value in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and value.dim() > 0:
+                assert value.device == CUDA, (function, value)
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    made = Launches()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device", made.device)
+    monkeypatch.setattr(
+        triton.JITFunction, "run", lambda kernel, *args, **keywords: made.run(kernel, *args, **keywords)
+    )
+    ops._choose.cache_clear()
+    with FakeTensorMode(), Indexing():
+        yield made
+    ops._choose.cache_clear()
+
+
+waits: list[str] = []  # who read
+
+
+def read_nothing(scalars: Sequence[Tensor]) -> list[float]:
+    """What `solvers._read` would find of a sound problem."""
+    assert all(scalar.device == CUDA and scalar.dim() == 0 for scalar in scalars)
+    waits.append(reader := sys._getframe(1).f_code.co_name)
+    if reader == "_take_stock":
+        return [1.0, 1.0, 0.0, *[1.0] * (len(scalars) - 3)]
+    return [0.0 if reader == "_check_jitter" else 1.0] * len(scalars)
+
+
+def linear(method: str, m: int, n: int, dtype: torch.dtype, rank: int = 8) -> Linear:
+    weight = torch.empty(m, n, dtype=dtype, device=CUDA)
+    if method == "dense":
+        return Linear(weight, torch.empty(m, n, dtype=dtype, device=CUDA), rank)
+    if method == "int8":
+        return Linear(weight, EightBit(weight.to(torch.int8), torch.empty(m, device=CUDA)), rank)
+    blocks = -(-m * n // 64)
+    absmax: Tensor | NestedAbsmax = torch.empty(blocks, device=CUDA)
+    if method == "nested":
+        coarse = torch.empty(-(-blocks // 256), device=CUDA)
+        codes, table = torch.empty(blocks, dtype=torch.uint8, device=CUDA), torch.empty(256, device=CUDA)
+        absmax = NestedAbsmax(codes, table, coarse, torch.empty((), device=CUDA), 256)
+    codes = torch.empty(-(-m * n // 2), dtype=torch.uint8, device=CUDA)
+    return Linear(weight, FourBit(codes, absmax, 64, "fp4" if method == "fp4" else "nf4", (m, n), dtype), rank)
+
+
+def solved(linears: list[Linear], monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[LoraFactors]:
+    monkeypatch.setattr(solvers, "_read", read_nothing)
+    n = linears[0].weight.shape[1]
+    found = solve_group(linears, torch.empty(n, n, device=CUDA), **options)
+    for factors, each in zip(found, linears, strict=True):
+        (m, n), r = each.weight.shape, each.rank
+        assert (factors.A.shape, factors.B.shape) == ((m, r), (n, r))
+        assert factors.A.device == factors.B.device == CUDA
+    return found
+
+
+def cases() -> Iterator[Any]:
+    for solver, method, dtype, overwrite in product(SOLVERS, METHODS, FLOATS, (False, True)):
+        quick = solver == "krylov" or (dtype == torch.bfloat16 and method == "nf4")
+        marks = [] if quick else [pytest.mark.slow]
+        name = f"{solver}-{method}-{dtype}-{'cached' if overwrite else 'fused'}"
+        yield pytest.param(solver, method, dtype, overwrite, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(("solver", "method", "dtype", "overwrite"), list(cases()))
+def test_solve(
+    solver: str, method: str, dtype: torch.dtype, overwrite: bool, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = [linear(method, m, 192, dtype) for m in (128, 64)]
+    few = {"als": 2}  # one step is like the next
+    solved(group, monkeypatch, solver=solver, iterations=few.get(solver), overwrite_weights=overwrite, damping=1e-4)
+    bits = {call["BITS"] for name, call in launches if name == "_error_product_kernel"}
+    # What the 4 or 8 bits are read for: by every product, or once; and a dense Q not by a kernel.
+    read_once = method == "dense" or (
+        overwrite and solver in ("als", "svd") and method != "int8" and dtype != FLOATS[2]
+    )
+    packed = 8 if method == "int8" else 4
+    if solver != "eigh":
+        assert bits == {0 if read_once else packed}
+
+
+def test_products_are_grouped(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved([linear("nf4", m, 192, torch.bfloat16) for m in (192, 64, 64)], monkeypatch, iterations=1)
+    products = [call for name, call in launches if name == "_error_product_kernel"]
+    # E H Ω, Eᵀ Y₀, E H .., Eᵀ Y₁, and Eᵀ A anew: one launch for all three linears.
+    assert [call["TRANSPOSED"] for call in products] == [False, True, False, True, True]
+    assert [call["PRECISION"] for call in products] == ["tf32"] * 4 + ["bf16x3"]
+    assert all((call["m_0"], call["m_1"], call["m_2"]) == (192, 64, 64) for call in products)
+    with_h = [call for name, call in launches if name == "_gram_product_kernel"]
+    assert [(call["k"], call["PRECISION"]) for call in with_h] == [(24, "bf16x3")] * 4
+
+
+@pytest.mark.parametrize("rank", [1, 16, 100, 256, 300])
+def test_any_rank(rank: int, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved([linear("nf4", 512, 320, torch.bfloat16, rank)], monkeypatch)
+    assert launches
+
+
+def test_large_shapes(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama-3.1-405B's: the grids and the sizes passed stay within 32 bits."""
+    solved([linear("nested", 53248, 16384, torch.bfloat16, 64)], monkeypatch)
+    assert launches
+
+
+def test_what_is_launched_is_what_is_shipped(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests/test_compiled.py` compiles what `variants` lists: it means something only if launches use nothing else."""
+    for rank, (m, n) in product((16, 64, 256), ((512, 512), (500, 512), (511, 511))):
+        solved([linear("nf4", m, n, torch.bfloat16, rank)], monkeypatch)
+    shipped: dict[str, list[dict[str, Any]]] = {}
+    for module in (error_products, gram_product, cholesky):
+        for variant in module.variants("sm_90"):
+            options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.maxnreg}
+            shipped.setdefault(variant.kernel.fn.__name__, []).append(dict(variant.constexprs) | options)
+    assert {name for name, _ in launches} == shipped.keys()
+    for name, call in launches:
+        call.setdefault("maxnreg", None)
+        assert any(all(call[key] == value for key, value in each.items()) for each in shipped[name]), (name, call)
+
+
+@pytest.mark.parametrize("coarse", ["ieee", "bf16x3", "tf32", "bf16"])
+def test_any_precision(coarse: str, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved([linear("nf4", 128, 192, torch.bfloat16)], monkeypatch, precision=coarse)
+    used = {call["PRECISION"] for name, call in launches if name == "_error_product_kernel"}
+    assert used == {coarse, *(["bf16x3"] if coarse in ("tf32", "bf16") else [])}
+
+
+@pytest.mark.parametrize("solver", ["krylov", "als"])
+def test_the_iteration_can_be_captured(solver: str, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded = []
+
+    def guard(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            guarded.append(function.__name__)
+            with NoHostTraffic():
+                return function(*args)
+
+        return run
+
+    monkeypatch.setattr(methods, "_span", guard(methods._span))
+    monkeypatch.setattr(methods, "_divide", guard(methods._divide))
+    monkeypatch.setattr(methods, "objective", guard(methods.objective))
+    solved([linear("nf4", 128, 192, torch.bfloat16)], monkeypatch, solver=solver)
+    assert "_span" in guarded and ("_divide" in guarded) == (solver == "als")
+
+
+def test_the_host_reads_before_and_after(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    for solver, middle in (("krylov", []), ("als", ["_check_jitter"])):
+        waits.clear()
+        solved([linear("nf4", m, 192, torch.bfloat16) for m in (128, 64)], monkeypatch, solver=solver)
+        assert waits == ["_take_stock", *middle, "_finish"]
+
+
+def test_a_wait_would_be_seen(launches: Launches) -> None:
+    with pytest.raises(DataDependentOutputException):
+        torch.ones(3, device=CUDA).sum().item()
+    with pytest.raises(AssertionError, match="Python numbers"), NoHostTraffic():
+        torch.tensor([1.0], device=CUDA)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gram(dtype: torch.dtype, launches: Launches) -> None:
+    gram = Gram(192, CUDA)
+    gram.update(torch.empty(2, 100, 192, dtype=dtype, device=CUDA))
+    assert gram.matrix().shape == (192, 192)
+    gram.update(torch.empty(2, 100, 192, dtype=dtype, device=CUDA), torch.ones(2, 100, device=CUDA).bool())
+
+
+class Stream:
+    """What a stream is asked for, by name."""
+
+    def __init__(self, events: list[str], name: str) -> None:
+        self.events, self.name, self.device = events, name, CUDA
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.events.append(f"{self.name} waits for {other.name}")
+
+    def __enter__(self) -> None:
+        self.events.append(f"on {self.name}")
+
+    def __exit__(self, *error: Any) -> None:
+        self.events.append("back")
+
+
+class Block(torch.nn.Module):
+    """Two layers, the first of whose input is edited in place after it, if so told."""
+
+    def __init__(self, editing: bool) -> None:
+        super().__init__()
+        self.editing = editing
+        self.first, self.second = torch.nn.SiLU(), torch.nn.SiLU()  # any module has hooks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.editing:
+            x.add_(1)
+        return self.second(torch.cat([y, y], dim=-1))  # fake tensors have no address to tell them apart by
+
+
+@pytest.mark.parametrize("editing", [False, True])
+def test_h_is_added_up_beside_the_forward_pass(
+    editing: bool, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    side, main = Stream(events, "side"), Stream(events, "main")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: events.append(f"recorded for {stream.name}"))
+    block = Block(editing)
+    with torch.no_grad(), collect({"first": block.first, "second": block.second}) as collector:
+        with collector.batch(None):
+            block(torch.empty(2, 5, 8, device=CUDA))
+        assert events == []  # it is not known yet what is edited
+        with collector.batch(None):
+            block(torch.empty(2, 5, 8, device=CUDA))
+    once = ["side waits for main", "on side", "back", "recorded for side"]
+    assert events == [*once * (1 if editing else 2), "main waits for side"]
+    events.clear()
+    with pytest.raises(RuntimeError), torch.no_grad(), collect({"first": block.first}) as collector:
+        for _ in range(2):
+            with collector.batch(None):
+                block.first(torch.empty(2, 5, 8, device=CUDA))
+        raise RuntimeError
+    assert events == [*once, "main waits for side"]
