@@ -66,12 +66,14 @@ def test_a_wide_block() -> None:
 
 
 def test_every_pivot_large_and_yet_nearly_singular() -> None:
-    """Kahan's matrix, of condition 1e7 here: no single column tells."""
-    sine, cosine = torch.tensor(1.2).sin().double(), torch.tensor(1.2).cos().double()
-    kahan = sine ** torch.arange(40)[:, None] * (torch.eye(40) - cosine * torch.ones(40, 40).triu(1))
-    y = (torch.linalg.qr(random(100, 40).double()).Q @ kahan).float()
-    assert torch.linalg.cond(y.double()) > 5e6
-    assert check(y).shape[1] == 40
+    """Kahan's matrix, of condition 3e7 here: no single column tells. How rounding falls decides what is lost without a
+    shift, so there are several."""
+    sine, cosine = torch.tensor(1.3).sin().double(), torch.tensor(1.3).cos().double()
+    kahan = sine ** torch.arange(60)[:, None] * (torch.eye(60) - cosine * torch.ones(60, 60).triu(1))
+    for seed in range(4):
+        y = (torch.linalg.qr(random(100, 60, seed=seed).double()).Q @ kahan).float()
+        assert torch.linalg.cond(y.double()) > 1e7
+        assert check(y).shape[1] == 60
 
 
 def test_spanned_and_zero_columns_are_zero_in_their_place() -> None:
