@@ -5,7 +5,8 @@ The extension is built against the torch that is installed here, which pip hides
 and perhaps of another release, and an extension works with the release that it was built against.
 
 QUAILORA_EXT=0 leaves the extension out, QUAILORA_EXT=1 makes it an error if it cannot be built. By default the package
-is then installed without, and works: `quailora.backends()` says what serves instead.
+is then installed without, and works: `quailora.backends()` says what serves instead. If it is only the CUDA part that
+cannot be built, the part for CPUs is.
 """
 
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import setup
-from setuptools.errors import CompileError
+from setuptools.errors import BaseError, CCompilerError
 
 WANTED = os.environ.get("QUAILORA_EXT", "")
 if WANTED not in ("", "0", "1"):
@@ -28,14 +29,18 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SYSTEM = Path("/usr/local")
 
+# What a build that fails raises: setuptools, torch (whose check of the compilers and of ninja raises RuntimeError), or
+# a compiler that is not there.
+FAILURES = (BaseError, CCompilerError, RuntimeError, OSError, subprocess.CalledProcessError)
 
-def leave_out(reason: str) -> None:
-    """Go on without the extension, and say so; or stop, if it was asked for."""
+
+def leave_out(reason: str, part: str = "compiled extension") -> None:
+    """Go on without the extension or a part of it, and say so; or stop, if it was asked for."""
     if WANTED == "1":
-        raise SystemExit(f"quailora: QUAILORA_EXT=1, but the compiled extension cannot be built: {reason}")
+        raise SystemExit(f"quailora: QUAILORA_EXT=1, but the {part} cannot be built: {reason}")
     line = "*" * 80
     note = "It will work, and collect its statistics more slowly. QUAILORA_EXT=1 makes this an error."
-    print(f"{line}\nquailora is installed WITHOUT its compiled extension: {reason}\n{note}\n{line}", file=sys.stderr)
+    print(f"{line}\nquailora is installed WITHOUT its {part}: {reason}\n{note}\n{line}", file=sys.stderr)
 
 
 def toolkits() -> Iterator[Path]:
@@ -58,7 +63,11 @@ def toolkit_version(folder: Path) -> str | None:
     others = [*folder.glob("include/cuda_runtime.h"), *folder.glob("lib*/libcudart.so")]
     if not nvcc.exists() or len(others) < 2:
         return None
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"quailora: {folder} is passed over, its compiler does not run: {error}", file=sys.stderr)
+        return None
     found = re.search(r"release (\d+\.\d+)", text)
     return found.group(1) if found else None
 
@@ -98,28 +107,37 @@ def extension() -> dict[str, Any]:
             print(f"quailora: no CUDA {torch.version.cuda} toolkit found, building for CPUs only", file=sys.stderr)
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    class Build(BuildExtension):
-        def build_extension(self, ext: Any) -> None:
-            try:
-                super().build_extension(ext)
-            except (CompileError, RuntimeError) as error:  # the latter is what torch raises if ninja fails
-                leave_out(str(error))
-                raise CompileError(str(error)) from error  # which setuptools passes over: the extension is optional
-
     # torch's loop over threads stands in its headers, and is one thread where the compiler is not told of OpenMP. The
     # runtime is then the one that torch has loaded.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     flags = ["/O2"] if os.name == "nt" else ["-O3", "-g0", *openmp]
-    build: Any = CUDAExtension if toolkit else CppExtension
-    module = build(
-        name="quailora._C",
-        sources=sources("extension.cpp", "cpu/*.cpp", *(["gram_cuda.cpp", "cuda/*.cu"] if toolkit else [])),
-        depends=sources("*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh"),
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
-        extra_link_args=openmp,
-        optional=WANTED != "1",
-    )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+
+    def module(cuda: bool) -> Any:
+        build: Any = CUDAExtension if cuda else CppExtension
+        return build(
+            name="quailora._C",
+            sources=sources("extension.cpp", "cpu/*.cpp", *(["gram_cuda.cpp", "cuda/*.cu"] if cuda else [])),
+            depends=sources("*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh"),
+            extra_compile_args={"cxx": [*flags], "nvcc": ["-O3"]},
+            extra_link_args=[*openmp],
+        )
+
+    class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            """With CUDA where there is a toolkit; if that fails, for CPUs; if that fails too, go on without."""
+            (ext,) = self.extensions
+            for cuda in [True, False] if toolkit else [False]:
+                # What setuptools itself has noted of the extension stays. While it builds, it is not to be optional:
+                # setuptools would keep some of the failures to itself.
+                vars(ext).update(vars(module(cuda)), optional=False)
+                try:
+                    super().build_extensions()
+                    break
+                except FAILURES as error:
+                    leave_out(f"{type(error).__name__}: {error}", "CUDA kernels" if cuda else "compiled extension")
+            ext.optional = True  # so that setuptools copies what there is
+
+    return {"ext_modules": [module(cuda=toolkit is not None)], "cmdclass": {"build_ext": Build}}
 
 
 setup(

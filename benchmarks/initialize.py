@@ -1,31 +1,33 @@
 """What an initialisation costs beside a bare forward pass over the same batches, and where the time goes.
 
-    python benchmarks/initialize.py TEXT [--samples 64] [--sequence-length 512] [--rounds 3] [--model PATH]
+    python benchmarks/initialize.py TEXT [--samples 64] [--sequence-length 512] [--rounds 3] [--model PATH] [--solve]
 
 The two alternate in one process: `quailora.build_adapter`, reading the checkpoint and writing the adapter included; and
 the decoder of the model, loaded beforehand by transformers. The floor of the ratio is the forward pass with one
-triangle of every distinct H added up at the same speed. Medians.
+triangle of every distinct H added up at the same speed. Medians. On a GPU, where H is added up beside the forward pass,
+its time is within that of the forward pass. `--solve` prints what the solve is made of, on CPUs.
 """
 
 import argparse
 import json
 import platform
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig
 from smollm2 import fetch
 from timing import alternate
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quailora
+from quailora import methods, ops, solvers
 from quailora.blocks import StreamedModel, linear_weight
 from quailora.checkpoint import Checkpoint
 from quailora.gram import Gram
@@ -34,21 +36,39 @@ from quailora.pipeline import ALPHA, RANK, default_batch_size, default_device, r
 STAGES = ("load", "forward", "H", "quantise", "solve", "write")
 
 
+# What is timed within a stage: no part calls another.
+PARTS: dict[str, list[tuple[Any, str]]] = {
+    "H": [(Gram, "update")],
+    "orthonormalisation": [(ops, "orthonormalize")],
+    "initial objective": [(ops, "gram_energy")],
+    "eigenproblems of Rayleigh and Ritz": [(methods, "_ritz")],
+    "products with E": [(ops, "grouped_error_product"), (ops, "grouped_error_product_t")],
+    "products with H": [(ops, "grouped_gram_product")],
+    "balancing": [(solvers, "_balance")],
+    "making E": [(ops, "error")],
+    "mirroring H": [(ops, "mirror_")],
+}
+
+
 @contextmanager
-def timed_gram(seconds: list[float]) -> Iterator[None]:
-    """Within it, the time spent in `Gram.update` is added up in seconds[0]."""
-    plain = Gram.update
+def timed(seconds: dict[str, float]) -> Iterator[None]:
+    """Within it, the time spent in each of PARTS is added up. On a GPU that would be the time to ask for it."""
 
-    def update(self: Gram, x: Tensor, mask: Tensor | None = None) -> None:
-        start = perf_counter()
-        plain(self, x, mask)
-        seconds[0] += perf_counter() - start
+    def timing(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = perf_counter()
+            result = function(*args, **kwargs)
+            seconds[part] += perf_counter() - start
+            return result
 
-    Gram.update = update  # type: ignore[method-assign]
-    try:
+        return run
+
+    with ExitStack() as stack:
+        for part, functions in PARTS.items():
+            seconds[part] = 0.0
+            for owner, name in functions:
+                stack.enter_context(patch.object(owner, name, timing(getattr(owner, name), part)))
         yield
-    finally:
-        Gram.update = plain  # type: ignore[method-assign]
 
 
 def floor(checkpoint: Checkpoint) -> float:
@@ -79,6 +99,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--solve", action="store_true", help="print what the solve is made of")
     parser.add_argument("--json", type=Path, help="where to keep the figures")
     arguments = parser.parse_args()
 
@@ -91,6 +112,8 @@ def main() -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=checkpoint.dtype, device_map=device)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     stages: list[dict[str, float]] = []
+    parts: list[dict[str, float]] = []
+    apart = device.type == "cpu"  # whether H takes time of its own
 
     @torch.no_grad()
     def forward() -> None:
@@ -98,12 +121,13 @@ def main() -> None:
             model.base_model(batch.input_ids.to(device), use_cache=False)
 
     def initialise() -> None:
-        gram = [0.0]
-        with tempfile.TemporaryDirectory() as folder, timed_gram(gram):
+        of_parts = dict.fromkeys(PARTS, 0.0)
+        with tempfile.TemporaryDirectory() as folder, timed(of_parts) if apart else nullcontext():
             report = quailora.build_adapter(checkpoint, config, data, Path(folder) / "adapter", progress=False)
         found = dict(report.stages)
-        found["forward"] -= gram[0]
-        stages.append(found | {"H": gram[0]})
+        found["forward"] -= of_parts["H"]
+        stages.append(found | {"H": of_parts.pop("H")})
+        parts.append(of_parts | {"the rest": found["solve"] - sum(of_parts.values())})
 
     timings = alternate({"forward": forward, "initialise": initialise}, rounds=arguments.rounds)
     bare = timings["forward"].median
@@ -113,15 +137,20 @@ def main() -> None:
     print(f"H by {quailora.backends(device)['gram_'].backend}, {torch.get_num_threads()} threads\n")
     print("| stage | of the bare forward pass |\n| --- | ---: |")
     for stage, share in shares.items():
-        print(f"| {stage} | {share:.2f} |")
+        print(f"| {stage} | {f'{share:.2f}' if apart or stage != 'H' else 'within forward'} |")
     print(f"| **total** | **{ratio:.2f}** (floor {floor(checkpoint):.2f}; bare forward pass {bare:.1f} s) |")
+    if arguments.solve and apart:
+        whole = median(run["solve"] for run in stages[1:])
+        print("\n| part of the solve | share |\n| --- | ---: |")
+        for part in parts[0]:
+            print(f"| {part} | {100 * median(run[part] for run in parts[1:]) / whole:.0f} % |")
     if arguments.json:
         record = {
             "tokens": arguments.samples * data.longest,
             "forward_seconds": timings["forward"].seconds,
             "initialise_seconds": timings["initialise"].seconds,
             "ratio": ratio,
-            "shares": shares,
+            "shares": shares if apart else {stage: share for stage, share in shares.items() if stage != "H"},
             "backend_of_H": quailora.backends(device)["gram_"].backend,
             "threads": torch.get_num_threads(),
             "machine": platform.processor() or platform.machine(),

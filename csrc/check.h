@@ -1,6 +1,7 @@
 // What every implementation of quailora::gram_ demands of its arguments.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymBool.h>
 
@@ -23,6 +24,8 @@ inline void check_gram(const at::Tensor& h, const at::Tensor& x, const std::opti
                     "] for x ", x.sym_sizes(), ", got ", h.sym_sizes());
   TORCH_CHECK_VALUE(holds(h.sym_stride(1).sym_eq(1).sym_or(n.sym_le(1))),
                     "gram_: expected the values of a row of h side by side, got strides ", h.sym_strides());
+  TORCH_CHECK_VALUE(holds(h.sym_stride(0).sym_ge(n).sym_or(n.sym_le(1))),
+                    "gram_: expected the rows of h not to overlap, got strides ", h.sym_strides());
   TORCH_CHECK_VALUE(h.device() == x.device(), "gram_: expected h and x on one device, got ", h.device(), " and ",
                     x.device());
   if (!keep) return;
@@ -35,6 +38,14 @@ inline void check_gram(const at::Tensor& h, const at::Tensor& x, const std::opti
     fits = fits.sym_and(keep->sym_size(d).sym_eq(leading[d]));
   TORCH_CHECK_VALUE(holds(fits), "gram_: expected keep ", leading, " for x ", x.sym_sizes(), ", got ",
                     keep->sym_sizes());
+}
+
+// What those demand that write to memory. (Where both are contiguous; what lies in gaps is not looked for.)
+inline void check_overlap(const at::Tensor& h, const at::Tensor& x) {
+  const auto status = at::get_overlap_status(h, x);
+  TORCH_CHECK_VALUE(status != at::MemOverlapStatus::Full && status != at::MemOverlapStatus::Partial,
+                    "gram_: expected h and x apart in memory, got h ", h.sizes(), " at ", h.const_data_ptr(), " and x ",
+                    x.sizes(), " at ", x.const_data_ptr());
 }
 
 }  // namespace quailora

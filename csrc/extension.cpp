@@ -48,13 +48,20 @@ Dtype dtype_of(const at::Tensor& x) {
   return x.scalar_type() == at::kHalf ? Dtype::float16 : Dtype::float32;
 }
 
+// The one that CPU tensors take.
+std::atomic<const Path*>& path() {
+  static std::atomic<const Path*> chosen{&path_named("")};
+  return chosen;
+}
+
 void gram_cpu(const at::Tensor& h, const at::Tensor& x, const std::optional<at::Tensor>& keep) {
   check_gram(h, x, keep);
+  check_overlap(h, x);
   const at::Tensor rows = x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous();
   const auto offsets = row_offsets(rows, keep);
   const Tokens tokens{rows.const_data_ptr(), dtype_of(rows), rows.size(-1), offsets.data(),
                       static_cast<int64_t>(offsets.size())};
-  add_gram(tokens, chosen_path(), on_torch_threads, h.mutable_data_ptr<float>(), h.stride(0));
+  add_gram(tokens, *path(), on_torch_threads, h.mutable_data_ptr<float>(), h.stride(0));
 }
 
 TORCH_LIBRARY(quailora, m) { m.def("gram_(Tensor(a!) h, Tensor x, Tensor? keep=None) -> ()"); }
@@ -66,7 +73,8 @@ TORCH_LIBRARY_IMPL(quailora, Meta, m) { m.impl("gram_", check_gram); }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Importing it declares torch.ops.quailora.gram_.";
-  m.def("cpu_path", [] { return quailora::name(quailora::chosen_path()); },
-        "The path that CPU tensors take: the best here, or what QUAILORA_CPU_PATH names. ValueError if it is none.");
+  m.def("cpu_path", [] { return quailora::name(*quailora::path()); }, "The path that CPU tensors take.");
+  m.def("use_cpu_path", [](const std::string& name) { quailora::path() = &quailora::path_named(name); },
+        "Let CPU tensors take the path of this name; of no name, the best here. ValueError if there is none such.");
   m.def("cpu_paths", &quailora::paths_here, "The paths this processor runs, the best first, models for tests last.");
 }

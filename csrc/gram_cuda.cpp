@@ -23,10 +23,12 @@ void check_cuda(int error, const at::Tensor& h, const at::Tensor& x) {
 
 void gram_cuda(const at::Tensor& h, const at::Tensor& x, const std::optional<at::Tensor>& keep) {
   check_gram(h, x, keep);
+  check_overlap(h, x);
   if (x.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(h.device());
 
-  // Views of x and keep where their strides allow it. Copies come from the same stream's memory, so the allocator hands
+  // Views of x and keep where their strides allow it: where not, copying takes a small part of what multiplying does,
+  // and masked rows are copied and go no further. Copies come from the same stream's memory, so the allocator hands
   // it on, like the scratch, only to what is queued after the kernel.
   const int64_t features = x.size(-1);
   at::Tensor tokens = x.reshape({-1, features});

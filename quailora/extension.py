@@ -5,6 +5,7 @@ It is loaded when first asked for, and declares the operator `torch.ops.quailora
 
 import importlib
 import importlib.util
+import os
 from functools import cache
 
 import torch
@@ -28,7 +29,7 @@ def _load() -> str | None:
     except ImportError as error:
         return f"it does not load, as when it was built for another release of torch ({error}): {_HOW_TO_BUILD}"
     try:
-        extension.cpu_path()
+        extension.use_cpu_path(os.environ.get("QUAILORA_CPU_PATH", ""))
     except ValueError as error:
         raise QuailoraError(str(error)) from error
     return None
@@ -37,7 +38,7 @@ def _load() -> str | None:
 def obstacle(device: torch.device) -> str | None:
     """Why the extension cannot serve tensors on `device`; None if it can.
 
-    Raises QuailoraError if QUAILORA_CPU_PATH names a path that this processor does not have.
+    Raises QuailoraError if QUAILORA_CPU_PATH, which is read once, names a path that is not to be had here.
     """
     if reason := _load():
         return reason
@@ -51,9 +52,13 @@ def obstacle(device: torch.device) -> str | None:
 def gram_(h: Tensor, x: Tensor, keep: Tensor | None = None) -> None:
     """h += tril(xᵀ x), as `reference.gram_`: h (n, n) fp32, x (..., n) bf16, fp16 or fp32, keep (...) bool.
 
-    To be called where `obstacle` finds none. Rows that `keep` leaves out are never read. What comes in one call is
-    summed from zero, 1024 tokens at a time on CPUs, and then added. The number of threads changes no bit of it.
+    To be called where `obstacle` finds none. Rows that `keep` leaves out do not enter, whatever they hold. They are not
+    even read, except where x has to be copied first: if the values of a row lie apart in memory, and on CUDA if its
+    rows are not all evenly spaced, as those of x[:, :t] are not.
+    What comes in one call is summed from zero, 1024 tokens at a time on CPUs, and then added. The number of threads
+    changes no bit of it.
     On CPUs QUAILORA_CPU_PATH chooses among amx-bf16, avx512-bf16, avx512, avx2 and portable; by default it is the first
-    of these that the processor has. Raises ValueError, with the values, for shapes, dtypes or devices that do not fit.
+    of these that the processor has. Raises ValueError, with the values, for shapes, dtypes or devices that do not fit,
+    and for an h that overlaps itself or x.
     """
     torch.ops.quailora.gram_(h, x, keep)

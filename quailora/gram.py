@@ -1,11 +1,12 @@
 """H of one layer input: the correlation of what a linear layer is fed, summed over the calibration tokens."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from quailora import ops
 from quailora.errors import CalibrationError
-from quailora.precision import exact_products
 
 
 class Gram:
@@ -18,11 +19,13 @@ class Gram:
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
         self.features = features
         self._h = torch.zeros(features, features, dtype=torch.float32, device=device)  # lower triangle; see `matrix`
-        self._tokens: int | Tensor = 0
+        # Counted on the device: a host that reads it would wait for every layer of the forward pass. And in place, in
+        # memory that lives as long as this object, which may be updated on another stream than it was made on.
+        self._tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
     def tokens(self) -> int:
-        """How many tokens were counted."""
+        """How many tokens were counted. On a GPU the host waits for it."""
         return int(self._tokens)
 
     @torch.no_grad()
@@ -43,10 +46,8 @@ class Gram:
             mask = mask.to(x.device, torch.bool)
         if x.dtype == torch.float64:
             x = x.float()
-        with exact_products(x.device):  # a hook may run inside the model's autocast
-            ops.gram_(self._h, x, mask)
-        # Left on the device: reading it here would make the host wait for every layer of the forward pass.
-        self._tokens = self._tokens + (x.shape[:-1].numel() if mask is None else mask.sum())
+        ops.gram_(self._h, x, mask)
+        self._tokens.add_(x.shape[:-1].numel() if mask is None else mask.sum())
 
     def matrix(self) -> Tensor:
         """H, (n, n) fp32, symmetric. It shares memory with this object: after another `update` ask again.
@@ -66,4 +67,9 @@ class Gram:
         if other.features != self.features:
             raise CalibrationError(f"cannot merge a Gram of {other.features} features into one of {self.features}")
         self._h += other._h.to(self._h.device)
-        self._tokens = self.tokens + other.tokens
+        self._tokens += other._tokens.to(self._tokens.device)
+
+    def reduce(self, all_reduce: Callable[[Tensor], object]) -> None:
+        """Make H and the count those of all processes; `all_reduce` adds up a tensor over them, in place."""
+        all_reduce(self._h)
+        all_reduce(self._tokens)

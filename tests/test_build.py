@@ -13,6 +13,9 @@ from types import ModuleType
 
 import pytest
 import setuptools
+from setuptools._distutils.ccompiler import new_compiler
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,6 +119,69 @@ def test_cuda_is_added_where_torch_has_it_and_a_toolkit_is_found(
     (module,) = folders.extension()["ext_modules"]
     assert os.environ["CUDA_HOME"] == str(real)
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cuda").glob("*.cu")} <= set(module.sources)
+
+
+@pytest.mark.parametrize("line", ["exit 1", "exec no-such-program", None])
+def test_a_compiler_that_does_not_run_is_passed_over(
+    folders: ModuleType, tmp_path: Path, line: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = toolkit(tmp_path / "local" / "cuda-13.1", "13.1")
+    script(broken / "bin" / "nvcc", line or "")
+    if line is None:
+        (broken / "bin" / "nvcc").write_bytes(b"\x7fELF of another machine")
+    assert folders.find_toolkit("13.0") is None
+    assert f"{broken} is passed over" in capfd.readouterr().err
+    sound = toolkit(tmp_path / "local" / "cuda-13.0", "13.0")
+    assert folders.find_toolkit("13.0") == sound
+
+
+@pytest.mark.parametrize("fails", ["check", "cuda", "both", "nothing"])
+def test_if_the_cuda_part_fails_the_rest_is_built(
+    folders: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    fails: str,
+) -> None:
+    """setup.py and torch decide; setuptools is kept from compiling."""
+    import torch
+    from torch.utils import cpp_extension
+
+    def check(*versions: object) -> None:
+        if fails == "check":
+            raise RuntimeError("this gcc is too new for that CUDA")
+
+    def compile_(self: object, ext: setuptools.Extension) -> None:
+        cuda = any(source.endswith(".cu") for source in ext.sources)
+        if fails == "both" or (fails == "cuda" and cuda):
+            raise CompileError("the compiler fails")
+        built.append(ext)
+
+    built: list[setuptools.Extension] = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkit(tmp_path / "local" / "cuda-13.0", "13.0")))
+    monkeypatch.setattr(cpp_extension, "_check_cuda_version", check)
+    monkeypatch.setattr(build_ext, "build_extension", compile_)
+    for wanted in ("", "1"):
+        monkeypatch.setattr(folders, "WANTED", wanted)
+        built.clear()
+        arguments = folders.extension()
+        command = arguments["cmdclass"]["build_ext"](setuptools.Distribution(arguments))
+        command.ensure_finalized()
+        command.compiler = new_compiler()
+        if wanted and fails != "nothing":
+            with pytest.raises(SystemExit, match=r"QUAILORA_EXT=1, but the CUDA kernels cannot be built: .*Error"):
+                command.build_extensions()
+            continue
+        command.build_extensions()
+        complaints = capfd.readouterr().err
+        assert ("WITHOUT its CUDA kernels" in complaints) == (fails != "nothing")
+        assert ("WITHOUT its compiled extension" in complaints) == (fails == "both")
+        if fails != "both":
+            (ext,) = built
+            assert ext is command.extensions[0]
+            assert any("cuda" in text for text in (*ext.sources, *ext.libraries)) == (fails == "nothing")
+            assert ext._full_name == "quailora._C"  # as setuptools has noted it
 
 
 def test_the_extension_can_be_left_out(run_setup: RunSetup, capfd: pytest.CaptureFixture[str]) -> None:

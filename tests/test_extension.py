@@ -1,10 +1,12 @@
 """The compiled extension's gram_: every path this machine can run, and the model of the one it cannot, against fp64."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -12,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quailora import extension
+from quailora import extension, reference
 from quailora.errors import CheckpointError, QuailoraError
+from quailora.gram import Gram
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -24,15 +27,24 @@ PATHS = ["amx-bf16", "avx512-bf16", "avx512", "avx2", "portable", "amx-model"]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(os.environ.get("QUAILORA_EXT") == "0", reason="QUAILORA_EXT=0 leaves it out")
+def test_it_is_there_where_it_can_be_built() -> None:
+    """Else code that no longer compiles would pass: the build is optional, and without it these tests are skipped."""
+    assert OBSTACLE is None
+
+
 @pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
     from quailora import _C
 
     if request.param not in _C.cpu_paths():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("QUAILORA_CPU_PATH", request.param)
+        pytest.skip(f"this processor, or this build, has no {request.param}")
+    before = _C.cpu_path()
+    _C.use_cpu_path(request.param)
     assert _C.cpu_path() == request.param
-    return request.param
+    yield request.param
+    _C.use_cpu_path(before)
 
 
 def inputs(kind: str, tokens: int, features: int) -> Tensor:
@@ -85,9 +97,12 @@ def test_every_path_is_accurate(path: str, dtype: torch.dtype, kind: str) -> Non
         assert_accurate(h, correlation(x), FROBENIUS[dtype])
 
 
-@pytest.fixture(scope="module")
-def activations() -> dict[str, Tensor]:
-    """What the linears of a real model's first, middle and last block are fed, bf16: name -> (tokens, features)."""
+@pytest.fixture(scope="module", params=[BF16, FP32], ids=str)
+def activations(request: pytest.FixtureRequest) -> dict[str, Tensor]:
+    """What the linears of a real model's first, middle and last block are fed: name -> (tokens, features).
+
+    The model runs in the dtype asked for: values that bf16 has would have exact products in fp32 as well.
+    """
     sys.path.append(str(ROOT / "benchmarks"))
     from smollm2 import fetch
 
@@ -97,7 +112,7 @@ def activations() -> dict[str, Tensor]:
         pytest.skip(f"the real model cannot be had here: {error}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=request.param)
     text = "\n".join(topics[name] for name in sorted(topics))
     tokens = AutoTokenizer.from_pretrained(folder)(text[:20000], return_tensors="pt").input_ids[:, :2048].reshape(4, -1)
     seen = {}
@@ -110,24 +125,24 @@ def activations() -> dict[str, Tensor]:
     with torch.no_grad():
         model(tokens)
     assert len(seen) == 12
+    assert all(x.dtype == request.param for x in seen.values())
+    assert request.param == BF16 or not any(torch.equal(x, x.bfloat16()) for x in seen.values())
     return seen
 
 
 @built
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_every_path_is_accurate_on_real_activations(
-    path: str, dtype: torch.dtype, activations: dict[str, Tensor]
-) -> None:
+def test_every_path_is_accurate_on_real_activations(path: str, activations: dict[str, Tensor]) -> None:
     for x in activations.values():
         h = torch.zeros(x.shape[1], x.shape[1])
-        extension.gram_(h, x.to(dtype))
-        assert_accurate(h, correlation(x), FROBENIUS[dtype])
+        extension.gram_(h, x)
+        assert_accurate(h, correlation(x), FROBENIUS[x.dtype])
 
 
 @built
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_a_million_tokens_stay_accurate(dtype: torch.dtype) -> None:
+def test_a_million_tokens_stay_accurate(path: str, dtype: torch.dtype) -> None:
     h, expected = torch.zeros(24, 24), torch.zeros(24, 24, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     for _ in range(256):
@@ -304,8 +319,13 @@ def test_errors_carry_the_values() -> None:
                 extension.gram_(*(argument.to(device) for argument in arguments))
     for arguments, message in [
         ((torch.zeros(4, 8)[:, ::2], x), r"strides \[8, 2\]"),
+        ((torch.zeros(1).expand(4, 4), x), r"side by side.*\[0, 0\]"),
+        ((torch.zeros(16).as_strided((4, 4), (3, 1)), x), r"not to overlap.*\[3, 1\]"),
+        ((torch.zeros(4).expand(4, 4), x), r"not to overlap.*\[0, 1\]"),
         ((h, x.to("meta")), "one device.*cpu.*meta"),
         ((h, x, keep.to("meta")), "one device.*meta.*cpu"),
+        ((h, h), r"apart in memory, got h \[4, 4\] at 0x.* and x \[4, 4\]"),
+        ((h, h[1:3]), r"apart in memory, got h \[4, 4\] at 0x.* and x \[2, 4\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             extension.gram_(*arguments)
@@ -315,14 +335,42 @@ def test_errors_carry_the_values() -> None:
 def test_a_path_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from quailora import _C
 
+    before = _C.cpu_path()
     absent = [name for name in PATHS if name not in _C.cpu_paths()]
     for name in ["mmx", *absent]:
         monkeypatch.setenv("QUAILORA_CPU_PATH", name)
         extension._load.cache_clear()
-        with pytest.raises(QuailoraError, match=f"'{name}', which .*portable"):
-            extension.obstacle(CPU)
-        with pytest.raises(ValueError, match=f"{name}.*portable"):
-            extension.gram_(torch.zeros(2, 2), torch.zeros(1, 2))
+        for _ in range(2):
+            with pytest.raises(QuailoraError, match=f"'{name}', which .*portable"):
+                extension.obstacle(CPU)
+        assert _C.cpu_path() == before
+
+
+@built
+@pytest.mark.parametrize(("named", "taken"), [("portable", "portable"), ("", None), (None, None)])
+def test_the_environment_names_a_path_once(named: str | None, taken: str | None) -> None:
+    """Of no name, it is the best there is. What the environment says later changes nothing: it is not read again."""
+    code = """
+import os, torch
+from quailora import extension
+assert extension.obstacle(torch.device("cpu")) is None
+os.environ["QUAILORA_CPU_PATH"] = "mmx"
+assert extension.obstacle(torch.device("cpu")) is None
+extension.gram_(torch.zeros(2, 2), torch.zeros(1, 2))
+from quailora import _C
+print(_C.cpu_path(), _C.cpu_paths()[0])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "QUAILORA_CPU_PATH"}
+    environment |= {} if named is None else {"QUAILORA_CPU_PATH": named}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found, best = run.stdout.split()
+    assert found == (taken or best)
+
+
+@built
+def test_no_setting_of_the_process_is_changed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "exact_products", lambda device: pytest.fail("settings are changed"))
+    Gram(4).update(torch.ones(2, 4))
 
 
 @built
@@ -351,15 +399,48 @@ def test_quailora_is_imported_without_it() -> None:
     assert run.stdout.strip() == "False"
 
 
+# What gcc of other releases compiles, as far as one that is there can show it; and compilers that may be there.
+ABSENT = "-D__builtin_shufflevector=is_not_there_before_gcc_12"
+CLAIMED = {f"as gcc {version}": ("g++", "-U__GNUC__", f"-D__GNUC__={version}", ABSENT) for version in (9, 10, 11)}
+COMPILERS = {"gcc": ("g++",), **CLAIMED, "gcc 10": ("g++-10",), "gcc 11": ("g++-11",), "clang": ("clang++",)}
+
+
+def compiler(name: str) -> tuple[str, ...]:
+    if shutil.which(COMPILERS[name][0]) is None:
+        pytest.skip(f"no {COMPILERS[name][0]}")
+    return COMPILERS[name]
+
+
+def compile_only(name: str, *sources: Path) -> None:
+    for source in sources:
+        command = [*compiler(name), "-std=c++17", "-fsyntax-only", source]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+
+
+def test_an_older_compiler_does() -> None:
+    compile_only("as gcc 9", ROOT / "csrc" / "cpu" / "amx_model.cpp")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-@pytest.mark.parametrize("options", [(), ("-DQUAILORA_PLAIN_VECTORS",)], ids=["vectors", "plain"])
-def test_no_sanitizer_finds_fault(tmp_path: Path, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("name", COMPILERS)
+def test_any_compiler_of_c17_does(name: str) -> None:
+    compile_only(name, *(ROOT / "csrc" / "cpu").glob("*.cpp"))
+
+
+SANITIZED = [("gcc", "vectors"), ("gcc", "plain"), ("as gcc 9", "vectors"), ("gcc 11", "vectors"), ("clang", "vectors")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), SANITIZED)
+def test_no_sanitizer_finds_fault(tmp_path: Path, name: str, kind: str) -> None:
     sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "tests" / "sanitized_gram.cpp"]
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
+    options = ["-DQUAILORA_PLAIN_VECTORS"] if kind == "plain" else []
     program = tmp_path / "sanitized_gram"
     include = ROOT / "csrc" / "cpu"
-    subprocess.run(["g++", *flags, *options, f"-I{include}", *sources, "-o", program], check=True)
+    subprocess.run([*compiler(name), *flags, *options, f"-I{include}", *sources, "-o", program], check=True)
     run = subprocess.run([program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "portable" in run.stdout
+    assert ("avx512-bf16" in run.stdout) <= (name != "as gcc 9")

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quailora import reference
 from quailora.errors import CalibrationError
 from quailora.gram import Gram
 
@@ -90,6 +91,19 @@ def test_neither_order_nor_split_nor_merge_matters() -> None:
     assert_close(reverse, correlation(x))
 
 
+def test_tokens_are_counted_in_one_place() -> None:
+    """Updates come from more than one stream: a new count each time would be memory of the one, freed by the other."""
+    gram, other = Gram(4), Gram(4)
+    h, count, place = gram._h, gram._tokens, gram._tokens.data_ptr()
+    gram.update(random(3, 4))
+    gram.update(random(3, 4), torch.tensor([1, 0, 1]))
+    other.update(random(5, 4))
+    gram.merge(other)
+    gram.reduce(lambda tensor: tensor.mul_(2))
+    assert gram.tokens == 20
+    assert gram._h is h and gram._tokens is count and count.data_ptr() == place
+
+
 def test_autocast_and_autograd_stay_outside() -> None:
     x = random(50, 16)
     gram = Gram(16)
@@ -97,6 +111,20 @@ def test_autocast_and_autograd_stay_outside() -> None:
         gram.update(x.requires_grad_())
     assert_close(gram, correlation(x.detach()))
     assert not gram.matrix().requires_grad
+
+
+def test_the_reference_ignores_what_precision_the_caller_allows() -> None:
+    x, h = random(300, 40), torch.zeros(40, 40)
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            reference.gram_(h, x)
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+    expected = correlation(x).tril()
+    assert (h.tril().double() - expected).abs().max() <= FP32 * expected.abs().max()
 
 
 def test_errors_carry_the_values() -> None:

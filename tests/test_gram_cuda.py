@@ -106,11 +106,18 @@ def build(cache_folder: Path, source: str, includes: tuple[Path, ...] = (CUDA, S
     return Harness(program)
 
 
+def folder_to_keep(config: pytest.Config) -> Path | None:
+    cache = getattr(config, "cache", None)  # which is not there under `-p no:cacheprovider`
+    return cache and cache.mkdir("simt")
+
+
 @pytest.fixture(scope="session")
 def cache_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if pytestconfig.cache is None:
-        return tmp_path_factory.mktemp("simt")
-    return pytestconfig.cache.mkdir("simt")
+    return folder_to_keep(pytestconfig) or tmp_path_factory.mktemp("simt")
+
+
+def test_pytest_may_run_without_its_cache() -> None:
+    assert folder_to_keep(object()) is None
 
 
 @pytest.fixture(scope="session")
@@ -282,6 +289,9 @@ MUTATIONS = {
         "static_cast<int64_t>(sizeof(Element)) % 1 == 0",
         LAUNCHER,
     ),
+    "the pointer forgotten in the alignment": Mutation(
+        "reinterpret_cast<uintptr_t>(arguments.x) % kChunkBytes == 0 &&", "", LAUNCHER
+    ),
     "features past the last, not aligned": Mutation("if (e < there)", "if (e < kChunk)"),
     "chunks not aligned that do not begin at zero": Mutation("Chunk chunk{};", "Chunk chunk;"),
     "32-bit offsets in x, of ranges and rows": Mutation(
@@ -345,6 +355,7 @@ FAULT_CASES = [
     Case("fp32", 130, 45, masked=True),
     Case("fp16", 129, 70, offset=1, x_stride=131),
     Case("bf16", 130, 40, x_stride=131),
+    Case("bf16", 130, 40, offset=1),
     Case("bf16", 130, 64, x_stride=2**28),
     Case("fp16", 130, 64, h_stride=2**25),
     Case("bf16", 264, 1200, masked=True, multiprocessors=80),

@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
 #include "pairs.h"
 #include "path.h"
 
@@ -46,11 +47,21 @@ inline char* left_tile(void* brick, int64_t feature, int64_t step) {
 // stay small beside products as fast as these.
 typedef uint32_t Row __attribute__((vector_size(64)));
 
+// to = values of a (0 to 15) and b (16 to 31), those of the numbers given.
+template <int... kFrom>
+inline void shuffle(Row& to, const Row& a, const Row& b) {
+#ifdef QUAILORA_SHUFFLEVECTOR
+  to = __builtin_shufflevector(a, b, kFrom...);
+#else
+  to = __builtin_shuffle(a, b, Row{uint32_t{kFrom}...});
+#endif
+}
+
 template <int kSpan, int... kLane>
 inline void exchange(Row& upper, Row& lower) {
   const Row a = upper, b = lower;
-  upper = __builtin_shufflevector(a, b, (kLane & kSpan ? 16 + kLane - kSpan : kLane)...);
-  lower = __builtin_shufflevector(a, b, (kLane & kSpan ? 16 + kLane : kLane + kSpan)...);
+  shuffle<(kLane & kSpan ? 16 + kLane - kSpan : kLane)...>(upper, a, b);
+  shuffle<(kLane & kSpan ? 16 + kLane : kLane + kSpan)...>(lower, a, b);
 }
 
 template <int kSpan>

@@ -1,12 +1,10 @@
-// AMX: Intel's servers since 2023 (Sapphire Rapids).
+// AMX: Intel's servers since 2023 (Sapphire Rapids), under Linux.
 #include "x86.h"
 
-#ifdef QUAILORA_X86
+#ifdef QUAILORA_AMX
 #include <cpuid.h>
-#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 
 TARGET_BEGIN("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,fma")
 #include "amx.h"
@@ -48,7 +46,6 @@ TARGET_END
 namespace {
 
 bool runs() {
-#ifdef __linux__
   unsigned eax, ebx, ecx, edx;
   constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7, edx
   if (!avx512.runs_here() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || ~edx & (kBf16 | kTiles)) return false;
@@ -56,9 +53,6 @@ bool runs() {
   constexpr long kArchReqXcompPerm = 0x1023, kXtileData = 18;
   static const bool granted = syscall(SYS_arch_prctl, kArchReqXcompPerm, kXtileData) == 0;
   return granted;
-#else
-  return false;
-#endif
 }
 
 }  // namespace

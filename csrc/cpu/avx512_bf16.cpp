@@ -3,7 +3,9 @@
 // The instruction treats subnormals as zero, which loses nothing that counts: below 1e-38 a bf16 has no square in fp32.
 #include "x86.h"
 
-#ifdef QUAILORA_X86
+#ifdef QUAILORA_AVX512_BF16
+#include <cpuid.h>
+
 TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #include "pairs.h"
 #include "registers.h"
@@ -45,10 +47,20 @@ constexpr Kernel kKernel{kBlock, kPairs * kTile * static_cast<int64_t>(sizeof(ui
 }  // namespace
 TARGET_END
 
+namespace {
+
+// By hand: not every compiler that has the instruction has its name in __builtin_cpu_supports.
+bool runs() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kBf16 = 1u << 5;  // of leaf 7, subleaf 1, eax
+  return avx512.runs_here() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax & kBf16;
+}
+
+}  // namespace
+
 extern const Kernel avx512_fp32;
 
-const Path avx512_bf16{
-    "avx512-bf16", [] { return avx512.runs_here() && __builtin_cpu_supports("avx512bf16"); }, &kKernel, &avx512_fp32};
+const Path avx512_bf16{"avx512-bf16", runs, &kKernel, &avx512_fp32};
 
 }  // namespace quailora
 #endif

@@ -25,9 +25,9 @@ using Parallel = std::function<void(int64_t units, const std::function<void(int6
 
 struct Path;
 
-// The best path this processor runs, or the one that QUAILORA_CPU_PATH names.
+// The path of that name; of no name, the best this processor runs.
 // Throws std::invalid_argument if there is none of that name, or the processor lacks it.
-const Path& chosen_path();
+const Path& path_named(const std::string& name);
 std::string name(const Path& path);
 
 // The names of the paths this processor runs, the best first. Those that only model others, for tests, come last.

@@ -1,5 +1,4 @@
-// Which path runs: the best the processor has, or the one the environment names.
-#include <cstdlib>
+// Which paths this processor runs.
 #include <stdexcept>
 
 #include "path.h"
@@ -10,8 +9,14 @@ namespace {
 
 const std::vector<const Path*>& all_paths() {
   static const std::vector<const Path*> paths{
+#ifdef QUAILORA_AMX
+      &amx_bf16,
+#endif
+#ifdef QUAILORA_AVX512_BF16
+      &avx512_bf16,
+#endif
 #ifdef QUAILORA_X86
-      &amx_bf16, &avx512_bf16, &avx512, &avx2,
+      &avx512, &avx2,
 #endif
       &portable,
 #if defined(__GNUC__)
@@ -38,17 +43,11 @@ std::vector<std::string> paths_here() {
   return names;
 }
 
-const Path& chosen_path() {
-  const char* forced = std::getenv("QUAILORA_CPU_PATH");
-  for (const Path* path : all_paths()) {
-    if (forced && path->name != std::string(forced)) continue;
-    if (path->runs_here()) return *path;
-    if (forced)
-      throw std::invalid_argument(std::string("QUAILORA_CPU_PATH is '") + forced +
-                                  "', which this processor lacks; it has " + listed(paths_here()));
-  }
-  throw std::invalid_argument(std::string("QUAILORA_CPU_PATH is '") + forced +
-                              "', which is no path; this processor has " + listed(paths_here()));
+const Path& path_named(const std::string& name) {
+  for (const Path* path : all_paths())
+    if ((name.empty() || path->name == name) && path->runs_here()) return *path;
+  throw std::invalid_argument("QUAILORA_CPU_PATH is '" + name + "', which is none of the paths that were built and " +
+                              "this processor runs: " + listed(paths_here()));
 }
 
 }  // namespace quailora

@@ -3,9 +3,9 @@
 // for one processor only.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define QUAILORA_X86
+#include "compiler.h"
 
+#ifdef QUAILORA_X86
 #include <immintrin.h>
 
 #include <cstdint>
