@@ -280,15 +280,17 @@ def variants(target: str) -> Iterator[Variant]:
             grid=lambda arguments: (len(arguments["info"]),),
         )
     strides = [f"{name}_{axis}" for name in ("left", "right", "base") for axis in ("batch", "row", "column")]
-    # The layouts in use, by the strides that are 1: V Y, Vᵀ Z and Yᵀ Y, Y Vᵀ, and updates of Y by rows and by columns.
+    # The layouts in use, by the strides that are 1: V Y, Vᵀ Z and Yᵀ Y, Y Vᵀ, and updates of Y by rows and by columns;
+    # the last is of the transpose that als has on the right-hand side.
     layouts = {
         "plain": ("left_column", "right_column", "base_column"),
         "left-transposed": ("left_row", "right_column", "base_column"),
         "right-transposed": ("left_column", "right_row", "base_row"),
+        "base-transposed": ("left_column", "right_column", "base_row"),
     }
     for tile, warps in _WARPS.items():
         for layout, ones in layouts.items():
-            for has_base in (False, True):
+            for has_base in (False, True) if layout != "base-transposed" else (True,):
                 others = [name for name in strides if name not in ones]
                 yield Variant(
                     name=f"product-{layout}-{'update' if has_base else 'new'}-{tile}",

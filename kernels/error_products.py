@@ -27,9 +27,15 @@ the product in registers and walks along the other side of E, INNER at a time:
 4096 rows in tiles of 256 are 16 programs, too few for a GPU, so the walk is split among several. Each writes a partial
 product of its own and torch adds them in a fixed order: the same bits every run, which atomics would not give.
 
-Bytes per element of E, from bf16 and b = 64: W 2, codes 0.5, absmax 0.06 (0.12 where a step is shorter than b).
-P is read once for every tile of KEPT rows: 4 r / KEPT more, from L2. The partial products, written, read and added,
-are 8 r splits / n more: at 4096 x 4096 and r = 64, with 8 splits, 1 each; all in all 4.7. FLOPs per element: 2 r.
+Bytes per element of E, from bf16 and b = 64: W 2, codes 0.5, absmax 0.06 (0.12 or 0.25 where a step, of 32 or 16, is
+shorter than b). P is read once for every tile of KEPT rows: 4 r / KEPT more, from L2. The partial products, written,
+read and added, are 8 r splits / n more. FLOPs per element: 2 r. All that is requested of global memory at 4096 x 4096,
+in parts of the 2.56 that W and Q are; finer precisions have room for fewer sums, and so read P for more tiles:
+
+    r                  16      32      64      128     256
+    bf16, tf32         1.2     1.4     1.8     3.0     7.8
+    bf16x3             1.2     1.4     1.9     4.4     7.8
+    ieee               1.3     1.5     2.7     4.4     7.8
 
 A `weight` without codes is E itself, such as the one that `error` has written in bf16 over W: 2 bytes per element.
 """
@@ -161,7 +167,7 @@ def _look_up(table, bytes):
     return high, low
 
 
-@triton.jit(do_not_specialize=["start"])  # one compiled form for all panels of a matrix
+@triton.jit(do_not_specialize=["start", "stop"])  # one compiled form for all panels of a matrix
 def _error_kernel(
     weight_ptr,
     codes_ptr,
@@ -198,7 +204,7 @@ def _error_kernel(
     tl.store(out_ptrs, error.to(out_ptr.dtype.element_ty), mask=(rows < stop)[:, None] & (columns < n)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m_0", "m_1", "m_2"])  # nor for all heights, which no address depends on but by r
 def _error_product_kernel(
     weight_0,
     weight_1,
@@ -302,8 +308,8 @@ def error(
     """Rows start..stop of E, (stop - start, n): a new fp32 matrix, or `out` (contiguous), rounded to its dtype.
 
     `out` may be those rows of `weight` itself, so that E takes the place of W. In bf16 that loses nothing where W and Q
-    are bf16 and within a factor of two of each other, as nearly all elements are. The products then take E as a
-    `weight` without codes.
+    are bf16 and within a factor of two of each other, or Q is 0: as all elements are of NF4 in blocks with their own
+    absmax, and three quarters of FP4. The products then take E as a `weight` without codes.
     """
     m, n = weight.shape
     rows = (m if stop is None else stop) - start
@@ -494,10 +500,18 @@ class _Case:
         room = _SUMS[self.precision]
         kept = min(128 if self.precision == "ieee" else _LARGEST_TILE, max(64, room // self.rank))
         inner = 32 if kept * self.rank <= room else 16
+        frequent = self.form == "even" and self.dtype == torch.bfloat16 and self.kind != "int8"
+        if self.precision == "bf16x3" and self.rank == 64 and frequent:
+            # Without masks as many sums as in tf32 fit, though not everywhere beside whole steps.
+            kept, inner = _LARGEST_TILE, 32 if target in ("sm_90", "sm_100", "gfx942") else 16
         if self.form == "masked" and self.rank >= (128 if self.precision == "tf32" else 256):
             inner = 16
+        if self.precision == "bf16x3" and self.form != "even" and self.kind != "4bit":
+            kept, inner = (32 if self.rank == 256 else 64), 16  # fp32 or int8 as it is loaded, beside its two halves
+        if (self.kind, self.dtype, self.form) == ("int8", torch.float32, "masked"):
+            inner = 16
         if self.form == "ragged":  # a pointer for every element and an absmax for every few: more registers
-            kept, inner = (32 if self.precision == "ieee" and self.rank in (64, 128) else 64), 16
+            kept, inner = min(kept, 32 if self.precision == "ieee" and self.rank in (64, 128) else 64), 16
         nvidia = target.startswith("sm_")
         if self.kind == "int8" and not nvidia:  # 16 codes to a load, each unpacked and rounded in software
             kept = min(kept, 128)
@@ -523,6 +537,9 @@ class _Case:
                     # A fifth fewer instructions, with half as many waves to hide latencies.
                     {"KEPT": 256, "INNER": 32, "num_warps": 4, "num_stages": 2},
                 ]
+        if self.precision == "bf16x3" and self.rank == 64 and frequent:
+            # More, and longer, steps of fewer rows.
+            settings.append({"KEPT": 128, "INNER": 32, "num_warps": 8, "num_stages": 2, **limit})
         return settings
 
     def constants(self, codes: Codes | None, n: int, setting: Setting) -> dict[str, Any]:
@@ -541,15 +558,25 @@ _SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
-    """What is worth timing, on synthetic weights: their values do not matter."""
-    for (m, n), rank, precision, transposed in product(_SHAPES, (16, 64), ("tf32", "bf16"), (False, True)):
+    """What is worth timing, on synthetic weights: their values do not matter. The products of krylov, and those of als,
+    which has E itself where it may.
+    """
+    cases = [
+        *product(("4bit",), (16, 64), ("tf32", "bf16"), (False, True)),
+        *product(("4bit", "dense"), (64,), ("bf16x3",), (False, True)),
+    ]
+    for (m, n), (kind, rank, precision, transposed) in product(_SHAPES, cases):
         weight = torch.randn(m, n, dtype=torch.bfloat16, device=device)
-        codes = Codes(
-            torch.randint(256, (m * n // 2,), dtype=torch.uint8, device=device),
-            torch.rand(m * n // 64, device=device),
-            64,
-            torch.bfloat16,
-            torch.randn(256, 2, device=device).view(torch.int64).view(256),
+        codes = (
+            None
+            if kind == "dense"
+            else Codes(
+                torch.randint(256, (m * n // 2,), dtype=torch.uint8, device=device),
+                torch.rand(m * n // 64, device=device),
+                64,
+                torch.bfloat16,
+                torch.randn(256, 2, device=device).view(torch.int64).view(256),
+            )
         )
         thin = torch.randn(m if transposed else n, rank, device=device)
         case = _Case.of(weight.dtype, codes, [m], n, [rank], transposed, precision)
@@ -560,16 +587,37 @@ def problems(device: torch.device) -> Iterator[Problem]:
         )
 
 
+# W or E by kind and dtype; and the dtype that Q is rounded to where that is another.
+_KINDS = [(kind, dtype) for kind in ("4bit", "int8", "dense") for dtype in _DTYPES]
+_MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)]
+
+
 def variants(target: str) -> Iterator[Variant]:
-    """Every setting of a 4-bit weight in bf16, in each form; for other kinds and dtypes those of ranks 64 and 256."""
-    for rank, precision, transposed, form in product((16, 32, 64, 128, 256), PRECISIONS, (False, True), _FORMS):
+    """Every setting of a 4-bit weight in bf16, in each form; for other kinds and dtypes those of ranks 64 and 256, in
+    the precisions that solvers ask for. (n is that of _FORMS: another may have shorter granules.)
+    """
+    directions = (False, True)
+    for rank, precision, transposed, form in product((16, 32, 64, 128, 256), PRECISIONS, directions, _FORMS):
         yield from _product_variants(target, _Case("4bit", torch.bfloat16, rank, precision, transposed, form))
-    others = [("4bit", torch.float16), ("4bit", torch.float32), ("int8", torch.bfloat16), ("dense", torch.bfloat16)]
-    for (kind, dtype), rank, precision, transposed in product(others, (64, 256), ("tf32", "bf16"), (False, True)):
-        yield from _product_variants(target, _Case(kind, dtype, rank, precision, transposed, "even"))
-    for kind, dtype in (("4bit", torch.bfloat16), *others):
-        for form in _FORMS:
-            yield _error_variant(kind, dtype, form)
+    for (kind, dtype), rank, precision, transposed, form in product(
+        _KINDS, (64, 256), ("bf16x3", "tf32"), directions, _FORMS
+    ):
+        case = _Case(kind, dtype, rank, precision, transposed, form)
+        if (kind, dtype) != ("4bit", torch.bfloat16):
+            yield from _product_variants(target, case)
+        if form != "even":
+            yield from _product_variants(target, case, aligned=True)
+    for (kind, dtype), rank, transposed in product(
+        (("int8", torch.bfloat16), ("dense", torch.bfloat16)), (64, 256), directions
+    ):
+        yield from _product_variants(target, _Case(kind, dtype, rank, "bf16", transposed, "even"))
+    for (dtype, compute), precision, transposed, form in product(_MIXED, ("bf16x3", "tf32"), directions, _FORMS):
+        case = _Case("4bit", dtype, 64, precision, transposed, form)
+        yield from _product_variants(target, case, compute, aligned=form != "even")
+    packed = [("4bit", *of) for of in _MIXED] + [(kind, dtype, dtype) for kind, dtype in _KINDS if kind != "dense"]
+    for (kind, dtype, compute), form in product(packed, _FORMS):
+        for out in dict.fromkeys((dtype, torch.float32)):
+            yield _error_variant(kind, dtype, form, compute, out)
 
 
 _FORMS = {"even": 4096, "masked": 4096, "ragged": 4095}  # with an n of each
@@ -586,7 +634,10 @@ def _types(kind: str, dtype: torch.dtype) -> dict[str, str]:
     return {"weight": weight, "codes": codes, "absmax": weight if kind == "dense" else "*fp32"}
 
 
-def _product_variants(target: str, case: _Case) -> Iterator[Variant]:
+def _product_variants(
+    target: str, case: _Case, compute: torch.dtype | None = None, aligned: bool = False
+) -> Iterator[Variant]:
+    """`compute`: the dtype of Q, else that of W. `aligned`: the ranks themselves are divisible by 16."""
     types = _types(case.kind, case.dtype) | {"thin": "*fp32", "m": "i32", "r": "i32"}
     names = {name: [f"{name}_{i}" for i in range(_GROUP)] for name in types}
     attrs = [
@@ -595,7 +646,8 @@ def _product_variants(target: str, case: _Case) -> Iterator[Variant]:
         *(name for key in ("weight", "codes", "absmax", "thin") for name in names[key]),
     ]
     attrs += [] if case.form == "ragged" else ["n", "pairs_per_row"]
-    attrs += [*names["m"], *names["r"]] if case.form == "even" else []
+    attrs += names["r"] if case.form == "even" or aligned else []
+    words = [case.name, *([] if compute is None else ["q", _DTYPES[compute]]), *(["aligned"] if aligned else [])]
 
     def grid(call: Mapping[str, Any]) -> tuple[int, int]:
         heights = [call[f"m_{i}"] for i in range(_GROUP) if call[f"r_{i}"]]
@@ -605,12 +657,13 @@ def _product_variants(target: str, case: _Case) -> Iterator[Variant]:
     # to look up and to pair with, it is copied in the pieces that a thread holds: 8 bytes.
     narrow = target == "sm_90" and case.precision == "tf32" and not case.transposed and case.kind != "4bit"
     for number, setting in enumerate(case.settings(target)):
-        constants = case.constants(_example(case.kind, case.dtype), _FORMS[case.form], setting)
+        constants = case.constants(_example(case.kind, compute or case.dtype), _FORMS[case.form], setting)
         yield Variant(
-            name=f"{case.name}-{number}" if number else case.name,
+            name="-".join([*words, *([str(number)] if number else [])]),
             kernel=_error_product_kernel,
             signature={name: kind_of for key, kind_of in types.items() for name in names[key]}
-            | {"table_ptr": "*i64", "partial_ptr": "*fp32", "n": "i32", "pairs_per_row": "i32"},
+            | {"table_ptr": "*i64" if case.kind == "4bit" else "*fp32"}
+            | {"partial_ptr": "*fp32", "n": "i32", "pairs_per_row": "i32"},
             constexprs=constants | {"KEPT": setting["KEPT"], "INNER": setting["INNER"]},
             attrs=tuple(attrs),
             num_warps=setting["num_warps"],
@@ -622,16 +675,18 @@ def _product_variants(target: str, case: _Case) -> Iterator[Variant]:
         )
 
 
-def _error_variant(kind: str, dtype: torch.dtype, form: str) -> Variant:
+def _error_variant(kind: str, dtype: torch.dtype, form: str, compute: torch.dtype, out: torch.dtype) -> Variant:
     n, setting = _FORMS[form], _ERROR_SETTING
-    pointers = _types(kind, dtype) | {"table": "*i64", "out": f"*{_DTYPES[dtype]}"}
+    pointers = _types(kind, dtype)
+    pointers |= {"table": "*i64" if kind == "4bit" else pointers["weight"], "out": f"*{_DTYPES[out]}"}
+    words = ["error", kind, _DTYPES[dtype], *([] if compute == dtype else ["q", _DTYPES[compute]])]
     return Variant(
-        name=f"error-{kind}-{_DTYPES[dtype]}-{form}",
+        name="-".join([*words, *([] if out == dtype else ["to-fp32"]), form]),
         kernel=_error_kernel,
         signature={f"{name}_ptr": of for name, of in pointers.items()}
         | dict.fromkeys(("start", "stop", "n", "pairs_per_row"), "i32"),
         constexprs={"EVEN": form == "even", "ROWS": setting["ROWS"], "COLUMNS": setting["COLUMNS"]}
-        | _constants(_example(kind, dtype), n, setting["COLUMNS"]),
+        | _constants(_example(kind, compute), n, setting["COLUMNS"]),
         attrs=(*(f"{name}_ptr" for name in pointers), *(() if form == "ragged" else ("n", "pairs_per_row"))),
         num_warps=setting["num_warps"],
         num_stages=setting["num_stages"],

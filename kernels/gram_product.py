@@ -16,16 +16,20 @@ j = t - i mod the number of tiles. (Four rows of tiles; the numbers are steps.)
 
            j   0  1  2  3
         i = 0  0  1  2  3      Tile (3, 1) and tile (1, 3) are the same memory, and both are used in step 0. Once read
-        i = 1  1  2  3  0      from memory it is in L2 for the other: one pass over one triangle. It costs no partial
-        i = 2  2  3  0  1      products for the transposed half, which would be as large as the triangle when k is 2
-        i = 3  3  0  1  2      TILE, and no atomics: the same bits every run.
+        i = 1  1  2  3  0      from memory it is in L2 for the other, while both programs run: one pass over one
+        i = 2  2  3  0  1      triangle. It costs no partial products for the transposed half, which would be as large
+        i = 3  3  0  1  2      as the triangle when k is 2 TILE, and no atomics: the same bits every run.
+
+That pass is no more than what L2 makes of it. With an LRU cache of an A100's or H100's size, tiles of 32 and programs
+in the order of their launch, a simulation reads 1.0 triangles from memory at n = 4096, 1.26 at 8192 with k = 128 and
+1.47 at 11008, where a row of programs is longer than what runs at a time.
 
 Few tiles make few programs, so the walk is split among several, whose partial products torch adds in a fixed order;
 step t falls to the same split in all of them. More than WIDTH columns take several programs, which come right after one
 another and so find the tile in L2 as well.
 
-Bytes per element of the triangle: 4 from memory, 8 from L2 for every WIDTH columns, and 8 k / TILE of P from L2. FLOPs
-per element: 4 k.
+Bytes per element of the triangle: 4 from memory, or that much more, 8 from L2 for every WIDTH columns, and 8 k / TILE
+of P from L2. FLOPs per element: 4 k.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quailora.kernels.precision import PRECISIONS, dot
-from quailora.kernels.settings import FP_FUSION, Problem, Setting, chosen, shared_bytes, target_of
+from quailora.kernels.settings import FP_FUSION, Problem, Setting, chosen, target_of
 from quailora.kernels.variants import Variant
 
 # As in error_products.py, though of half the size: two fit a multiprocessor, and partners in a step must run together.
@@ -135,40 +139,39 @@ def _settings(target: str, n: int, width: int, precision: str) -> list[Setting]:
     # than 128 for one of 128 columns.
     limit = {"maxnreg": 255} if nvidia and (tile == 32 or width == 128) else {}
     settings = [{"TILE": tile, "num_warps": warps, "num_stages": 2, **limit}]
-    if precision in ("ieee", "tf32") and n % 16 == 0 and width <= 64:
-        # On NVIDIA, two tiles on their way while one is multiplied; on AMD none, for more blocks at a time.
-        settings.append({"TILE": 64, "num_warps": warps, "num_stages": 3 if nvidia else 1})
-        if nvidia and precision == "tf32" and shared_bytes(target) > 160 * 1024:
-            settings.append({"TILE": 128, "num_warps": 8, "num_stages": 2})  # half the re-reads of P
+    if precision == "bf16x3" and n % 16 == 0 and width >= 64:  # what the solvers ask for, of one linear or of three
+        if nvidia:
+            # Two tiles on their way while one is multiplied; or half the re-reads of P, where the registers take it.
+            settings.append({"TILE": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 255})
+            if width == 128 or target == "sm_90":
+                settings.append({"TILE": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 255})
+        else:  # none, for more blocks at a time
+            settings.append({"TILE": 64, "num_warps": 8, "num_stages": 1})
     return settings
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
     """What is worth timing, on a synthetic H: its values do not matter."""
-    for n, width, precision in product(_SIZES, (16, 64), ("ieee", "tf32")):
+    for n, width in product(_SIZES, (64, 128)):
         h, right = torch.randn(n, n, device=device), torch.randn(n, width, device=device)
         yield Problem(
-            _problem(n, width, precision),
-            _settings(target_of(device), n, width, precision),
-            bind(_launch, h, right, precision),
+            _problem(n, width, "bf16x3"),
+            _settings(target_of(device), n, width, "bf16x3"),
+            bind(_launch, h, right, "bf16x3"),
         )
 
 
 def variants(target: str) -> Iterator[Variant]:
-    for width, precision, form in product((16, 32, 64, 128), PRECISIONS, ("even", "masked", "ragged")):
-        n = 4095 if form == "ragged" else 4096
+    aligned = {"even": ("n", "k"), "masked": ("n",), "ragged": (), "ragged-aligned": ("k",)}
+    for width, precision, (form, sizes) in product((16, 32, 64, 128), PRECISIONS, aligned.items()):
+        n = 4096 if "n" in sizes else 4095
         for number, setting in enumerate(_settings(target, n, width, precision)):
             yield Variant(
                 name=f"k{width}-{precision}-{form}{f'-{number}' if number else ''}".replace("-even", ""),
                 kernel=_gram_product_kernel,
                 signature={"h_ptr": "*fp32", "right_ptr": "*fp32", "partial_ptr": "*fp32", "n": "i32", "k": "i32"},
                 constexprs={"TILE": setting["TILE"], "WIDTH": width, "PRECISION": precision},
-                attrs=(
-                    "h_ptr",
-                    "right_ptr",
-                    "partial_ptr",
-                    *{"even": ("n", "k"), "masked": ("n",), "ragged": ()}[form],
-                ),
+                attrs=("h_ptr", "right_ptr", "partial_ptr", *sizes),
                 num_warps=setting["num_warps"],
                 num_stages=setting["num_stages"],
                 maxnreg=setting.get("maxnreg"),

@@ -1,7 +1,8 @@
 """Every accelerated operation, as it is served on a device, against its specification: what `quailora doctor` prints.
 
-An operation is compared with the same in fp64 on the CPU, and its speed with a copy on the device, which is the most
-that any operation bound by memory could reach.
+An operation is compared with the same in fp64 on the CPU; in sizes that make short work of it, for it is which code
+runs that matters. Speed, of one larger case each, is for comparison with a copy on the device, which is the most that
+any operation bound by memory could reach.
 """
 
 import itertools
@@ -33,6 +34,9 @@ _OBJECTIVE = 1e-3
 
 _RUNS = 7
 
+# Features of the cases that are timed: larger than the caches of a GPU, so that speeds are those of its memory.
+_LARGE = 4096
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -59,6 +63,7 @@ class _Case:
     operands: Sequence[Any]  # tensors and quantised weights, on the CPU
     run: Callable[..., Sequence[Tensor]]  # takes them as they are on the device; for all but `solve`, packed
     error: Callable[..., float]  # takes what it gave, on the CPU
+    timed: bool = False
 
 
 def copy_speed(device: torch.device, size: int = 2**28) -> float:
@@ -69,8 +74,8 @@ def copy_speed(device: torch.device, size: int = 2**28) -> float:
 
 
 def examine(device: torch.device, *, size: int = 256, timed: bool = False) -> Iterator[Finding]:
-    """Each case of each operation, `size` features wide or a little off that."""
-    for case in _cases(size):
+    """Each case of each operation, `size` features wide or a little off that; and if `timed` a large one of each."""
+    for case in itertools.chain(_cases(size), _large_cases(_LARGE) if timed else ()):
         backend = ops.backends(device)[case.operation].backend if case.operation != "solve" else "all of them"
         speed = None
         try:
@@ -80,7 +85,7 @@ def examine(device: torch.device, *, size: int = 256, timed: bool = False) -> It
                     operands = [each if isinstance(each, Tensor) else ops.packed(each) for each in operands]
                 results = case.run(*operands)
                 error = case.error(*(result.cpu() for result in results))
-                if timed and case.operation != "solve":
+                if case.timed:
                     touched = sum(each.nbytes for each in (*case.operands, *results))
                     speed = touched / _seconds(partial(case.run, *operands), device)
         except Exception as raised:  # whatever a compiler, a driver or a launch raises is what there is to find
@@ -112,11 +117,21 @@ _FORMS = {
 }
 
 
+# What the solvers ask for; the others are for whoever asks for them.
+_DEFAULTS = ("bf16x3", "tf32")
+
+
 def _cases(size: int) -> Iterator[_Case]:
     ragged = (size - 3, size + 5)  # nothing divides these
     for kind in _FORMS:
         for shape, rank in (((size, 2 * size), 64), (ragged, 33)):
-            yield from _error_cases(kind, shape, rank)
+            yield from _error_cases(kind, shape, rank, PRECISIONS if kind == "NF4" else _DEFAULTS)
+    # q, k and v: one launch, in which no two are alike.
+    heights, ranks = (size, size - 3, 17), (64, 33, 5)
+    group = [_Linear.quantized_as("NF4", m, 2 * size, r, seed=r) for m, r in zip(heights, ranks, strict=True)]
+    yield from _product_cases(f"3 linears, NF4, {heights} x {2 * size}, r {ranks}", group, _DEFAULTS)
+    cached = _Linear.quantized_as("NF4", size, 2 * size, 64).cached()
+    yield from _product_cases(f"E in bf16, {size} x {2 * size}, r 64", [cached], _DEFAULTS)
     for n in (size, size + 5):
         h = _inputs(2 * n, n)
         h = h.T @ h
@@ -131,40 +146,83 @@ def _cases(size: int) -> Iterator[_Case]:
         yield _solve_case(solver, overwrite, min(size, 512))  # the optimum takes an eigen-decomposition on the CPU
 
 
-def _error_cases(kind: str, shape: tuple[int, int], rank: int) -> Iterator[_Case]:
-    (m, n), (dtype, form) = shape, _FORMS[kind]
-    weight = _random(m, n).mul_(0.02).to(dtype)
-    quantized = quantize(weight, form)
-    exact = weight.double() - quantized.dequantize().double()
-    name = f"{kind}, {m} x {n}"
+def _large_cases(size: int) -> Iterator[_Case]:
+    """One of each operation, as the default solver has it."""
+    x = _inputs(1024, size)
+    cases = [
+        *_error_cases("NF4", (size, 2 * size), 64, ["tf32"]),
+        _gram_product_case(x.T @ x, "bf16x3"),
+        _gram_case(size, torch.bfloat16, tokens=1024),
+        _cholesky_case(64, size),
+        _orthonormalize_case(64, 2 * size),
+    ]
+    for case in cases:
+        yield replace(case, timed=True)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear of the products: W and its Q, or E and None; E in fp64; and the rank of what it is multiplied by."""
+
+    weight: Tensor
+    quantized: Any
+    exact: Tensor
+    rank: int
+
+    @classmethod
+    def quantized_as(cls, kind: str, m: int, n: int, rank: int, seed: int = 0) -> "_Linear":
+        dtype, form = _FORMS[kind]
+        weight = _random(m, n, seed=seed).mul_(0.02).to(dtype)
+        quantized = quantize(weight, form)
+        return cls(weight, quantized, weight.double() - quantized.dequantize().double(), rank)
+
+    def cached(self) -> "_Linear":
+        """With E in the place of W."""
+        error = self.exact.to(self.weight.dtype)
+        return replace(self, weight=error, quantized=None, exact=error.double())
+
+
+def _error_cases(kind: str, shape: tuple[int, int], rank: int, precisions: Sequence[str]) -> Iterator[_Case]:
+    (m, n), name = shape, f"{kind}, {shape[0]} x {shape[1]}"
+    linear = _Linear.quantized_as(kind, m, n, rank)
     yield _Case(
         "error",
         name,
         _ALLOWED["ieee"],
-        [weight, quantized],
+        [linear.weight, linear.quantized],
         lambda w, q: [ops.error(w, q)],
-        lambda found: _distance(found, exact),
+        lambda found: _distance(found, linear.exact),
     )
-    right, left = _random(n, rank, seed=1), _random(m, rank, seed=2)
-    products = {
-        "grouped_error_product": (ops.grouped_error_product, right, exact @ right.double()),
-        "grouped_error_product_t": (ops.grouped_error_product_t, left, exact.T @ left.double()),
-    }
-    for (operation, (product, thin, expected)), precision in itertools.product(products.items(), PRECISIONS):
-        yield _Case(
-            operation,
-            f"{name}, r {rank}, {precision}",
-            _ALLOWED[precision],
-            [weight, quantized, thin],
-            partial(_error_product, product, precision),
-            partial(_distance, expected=expected),
-        )
+    yield from _product_cases(f"{name}, r {rank}", [linear], precisions)
 
 
-def _error_product(
-    product: Callable[..., list[Tensor]], precision: str, w: Tensor, q: Any, thin: Tensor
-) -> list[Tensor]:
-    return product([(w, q)], [thin], precision=precision)
+def _product_cases(name: str, linears: Sequence[_Linear], precisions: Sequence[str]) -> Iterator[_Case]:
+    """E P and Eᵀ A of linears that share their input, in one launch."""
+    for operation, product, errors in (
+        ("grouped_error_product", ops.grouped_error_product, [linear.exact for linear in linears]),
+        ("grouped_error_product_t", ops.grouped_error_product_t, [linear.exact.T for linear in linears]),
+    ):
+        thins = [_random(e.shape[1], each.rank, seed=each.rank) for e, each in zip(errors, linears, strict=True)]
+        expected = [e @ thin.double() for e, thin in zip(errors, thins, strict=True)]
+        packed = [] if linears[0].quantized is None else [linear.quantized for linear in linears]
+        for precision in precisions:
+            yield _Case(
+                operation,
+                f"{name}, {precision}",
+                _ALLOWED[precision],
+                [*thins, *(linear.weight for linear in linears), *packed],
+                partial(_products, product, precision, len(linears)),
+                partial(_farthest, expected),
+            )
+
+
+def _products(product: Callable[..., list[Tensor]], precision: str, count: int, *operands: Any) -> list[Tensor]:
+    thins, weights, packed = (operands[start : start + count] for start in (0, count, 2 * count))
+    return product(list(zip(weights, packed or [None] * count, strict=True)), thins, precision=precision)
+
+
+def _farthest(expected: Sequence[Tensor], *found: Tensor) -> float:
+    return max(_distance(*each) for each in zip(found, expected, strict=True))
 
 
 def _gram_product_case(h: Tensor, precision: str) -> _Case:
@@ -180,10 +238,11 @@ def _gram_product_case(h: Tensor, precision: str) -> _Case:
     )
 
 
-def _gram_case(n: int, dtype: torch.dtype) -> _Case:
-    tokens, keep = _inputs(2 * n, n).to(dtype), torch.arange(2 * n) % 3 > 0
-    expected = (tokens[keep].double().T @ tokens[keep].double()).tril()
-    tokens[~keep] = math.nan  # padding may hold anything
+def _gram_case(n: int, dtype: torch.dtype, tokens: int | None = None) -> _Case:
+    x = _inputs(tokens or 2 * n, n).to(dtype)
+    keep = torch.arange(len(x)) % 3 > 0
+    expected = (x[keep].double().T @ x[keep].double()).tril()
+    x[~keep] = math.nan  # padding may hold anything
 
     def run(tokens: Tensor, keep: Tensor) -> list[Tensor]:
         h = torch.zeros(n, n, device=tokens.device)
@@ -191,7 +250,7 @@ def _gram_case(n: int, dtype: torch.dtype) -> _Case:
         return [h]
 
     name = f"{n} features, {str(dtype).removeprefix('torch.')}, padding"
-    return _Case("gram_", name, _ALLOWED["ieee"], [tokens, keep], run, lambda h: _distance(h.tril(), expected))
+    return _Case("gram_", name, _ALLOWED["ieee"], [x, keep], run, lambda h: _distance(h.tril(), expected))
 
 
 def _cholesky_case(rank: int, width: int) -> _Case:

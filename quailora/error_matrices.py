@@ -3,7 +3,8 @@
 How an E is held is its *form*, and decides what a product with it costs:
 
     dense     in fp32, besides W                             4 bytes an element
-    cached    in the dtype of W and in W's memory: W is gone   2, exactly E where W and Q are both bf16, or both fp16
+    cached    in the dtype of W and in W's memory: W is gone   2, from NF4 with W and Q both bf16, or both fp16;
+                                                             4, the same E as "dense", where W is fp32
     fused     not at all: every product de-quantises Q       2.56 from bf16 and blocks of 64
 """
 
@@ -25,14 +26,18 @@ _HALVES = (torch.bfloat16, torch.float16)
 def choose_form(weight: Tensor, quantized: Tensor | Dequantizable, products: int, overwrite: bool) -> str:
     """The form that reads and writes the fewest bytes in so many products; `overwrite`: W is not needed any more.
 
-    Without kernels for the device, or without codes to read, it is "dense".
+    Without kernels for the device, or without codes to read, it is "dense"; but an fp32 W that is not needed any more
+    has room for the same values.
     """
     if isinstance(quantized, Tensor) or not hasattr(quantized, "codes"):
         return "dense"
     if ops.backends(weight.device)["grouped_error_product"].backend == "reference":
-        return "dense"
-    # W and Q are within a factor of two of each other, or Q is 0: so their difference has no more bits than they have.
-    exact = weight.dtype in _HALVES and weight.dtype == getattr(quantized, "dtype", None)
+        return "cached" if overwrite and weight.dtype == torch.float32 and weight.is_contiguous() else "dense"
+    # NF4: W and Q are within a factor of two of each other, or Q is 0, so their difference has no more bits than they
+    # have and is exact; but for 1 % of the elements where absmax is quantised too, which costs E 7e-5 of its norm. FP4
+    # and int8 are further from W where it is small: E would lose 20 times as much.
+    halves = weight.dtype in _HALVES and weight.dtype == getattr(quantized, "dtype", None)
+    exact = halves and getattr(quantized, "quant_type", None) == "nf4"
     overwrite = overwrite and weight.is_contiguous()  # the transpose of another's memory would be a copy
     # Without absmax, a fortieth of the whole: it would give up W where next to nothing is gained by that.
     cached, packed = weight.element_size(), quantized.codes.nbytes / weight.numel()
@@ -102,11 +107,14 @@ class ErrorMatrices:
             found |= zip(alike, products, strict=True)
         return [found[i] for i in range(len(thins))]
 
-    def panels(self, index: int) -> Iterator[tuple[slice, Tensor]]:
-        """The E of one linear in fp32, so many rows at a time that little memory is needed; not to be written to."""
+    def panels(self, index: int, whole: bool = True) -> Iterator[tuple[slice, Tensor]]:
+        """The E of one linear in fp32, so many rows at a time that little memory is needed; not to be written to.
+
+        whole: all of it at once where it is in memory as fp32 already; for who makes no copies of what comes.
+        """
         weight, packed = self._errors[index]
         rows = len(weight)
-        if packed is None and weight.dtype == torch.float32:
+        if whole and packed is None and weight.dtype == torch.float32:
             yield slice(0, rows), weight
             return
         for start in range(0, rows, _PANEL_ROWS):
@@ -116,8 +124,13 @@ class ErrorMatrices:
 
     def dense(self, index: int) -> Tensor:
         """The E of one linear, whole: (m, n) fp32, not to be written to."""
-        panels = [panel for _, panel in self.panels(index)]
-        return panels[0] if len(panels) == 1 else torch.cat(panels)
+        weight, packed = self._errors[index]
+        if packed is None and weight.dtype == torch.float32:
+            return weight
+        error = torch.empty(self.shapes[index], dtype=torch.float32, device=self.device)
+        for rows, panel in self.panels(index):
+            error[rows] = panel
+        return error
 
 
 def _hold(weight: Tensor, quantized: Any, form: str) -> Error:

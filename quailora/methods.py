@@ -8,8 +8,9 @@ The optimum is A = the top r eigenvectors of S = E H Eᵀ and B = Eᵀ A (CLoQ, 
     svd     ignores H: the best approximation of E itself, by block Krylov on E Eᵀ
 
 Each solves for all linears that share an input, and so H, in step: H is read once for all of them. The host waits for
-nothing while `_span`, or the loop of `als`, is running, so either can be captured in a CUDA graph; the small
-eigenproblem that krylov ends with makes it wait.
+nothing while `_span` or `_alternate`, the loops of krylov and of als, is running, so either can be captured in a CUDA
+graph. After them it waits for small matrices: krylov ends with an eigenproblem for each linear and, for the trace, with
+one more for each step (`_ritz`); and factors are balanced by two QR decompositions and an SVD (`solvers.py`).
 
 Whatever is r wide and small is fp64. Products with E and H are fp32 on a CPU; on a GPU as precise as they need to be:
 see `METHODS`.
@@ -128,22 +129,32 @@ def _span(problem: Problem, chance: Sequence[tuple[Tensor, Tensor]]) -> list[_Sp
     errors = problem.errors
     products = errors.times(problem.weigh([start for start, _ in chance]))
     blocks = [_fill(ops.orthonormalize(y), filling) for y, (_, filling) in zip(products, chance, strict=True)]
-    steps: list[list[_Span]] = []
+    # What each step adds to a _Span, by linear.
+    spans: list[tuple[list[Tensor], ...]] = [([], [], []) for _ in blocks]
     for step in range(problem.iterations + 1):
         projected = errors.transposed_times(blocks)
         weighed = problem.weigh(projected)
-        steps.append([_Span(*each) for each in zip(blocks, projected, weighed, strict=True)])
+        for span, *parts in zip(spans, blocks, projected, weighed, strict=True):
+            for known, part in zip(span, parts, strict=True):
+                known.append(part)
         if step == problem.iterations:
             break
-        bases = [torch.cat([each.basis for each in of_one], dim=1) for of_one in zip(*steps, strict=True)]
-        blocks = [ops.orthonormalize(y, basis) for y, basis in zip(errors.times(weighed), bases, strict=True)]
+        products = errors.times(weighed)
+        blocks = [
+            ops.orthonormalize(y, torch.cat(bases, dim=1)) for y, (bases, *_) in zip(products, spans, strict=True)
+        ]
         # S maps the spans into themselves: its top eigenvectors are in there. Again, a GPU's host would have to wait.
         if errors.device.type == "cpu" and not any(block.any() for block in blocks):
             break
-    return [
-        _Span(*(torch.cat([getattr(each, part) for each in of_one], dim=1) for part in _Span.__annotations__))
-        for of_one in zip(*steps, strict=True)
-    ]
+    del products, blocks, projected, weighed
+    return [_Span(*map(_joined, span)) for span in spans]
+
+
+def _joined(blocks: list[Tensor]) -> Tensor:
+    """Side by side; `blocks` is emptied, so that they are not in memory besides."""
+    joined = torch.cat(blocks, dim=1)
+    blocks.clear()
+    return joined
 
 
 def _fill(block: Tensor, filling: Tensor) -> Tensor:
@@ -187,20 +198,37 @@ def als(problem: Problem) -> list[Solution]:
         lefts.append(start.left * balance)
         projected.append(start.right * balance)
         rights.append(start.right * torch.where(balance > 0, 1 / balance, 0.0))
-    weighed = problem.weigh(rights)
     ladder = torch.tensor([*JITTER, math.nan], dtype=torch.float64, device=errors.device)
     needed = [torch.zeros_like(ladder[0]) for _ in lefts]
-    traces = [list(map(objective, problem.initial, lefts, projected, rights, weighed))]
-    for _ in range(problem.iterations):
-        lefts = _divide(errors.times(weighed), rights, weighed, ladder, needed)
-        projected = errors.transposed_times(lefts)
-        rights = _divide(projected, lefts, lefts, ladder, needed)
-        weighed = problem.weigh(rights)
-        traces.append(list(map(objective, problem.initial, lefts, projected, rights, weighed)))
+    weighed, traces = _alternate(problem, ladder, lefts, rights, projected, needed)
     if errors.coarse:
         projected = errors.transposed_times(lefts, _FINE)
+        traces[-1] = list(map(objective, problem.initial, lefts, projected, rights, weighed))
     parts = zip(lefts, rights, projected, weighed, zip(*traces, strict=True), needed, strict=True)
     return [Solution(a, b, ea, hb, list(trace), jitter) for a, b, ea, hb, trace, jitter in parts]
+
+
+def _alternate(
+    problem: Problem,
+    ladder: Tensor,
+    lefts: list[Tensor],
+    rights: list[Tensor],
+    projected: list[Tensor],
+    needed: list[Tensor],
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The alternation: what each A, B and Eᵀ A become takes its place in the lists, so that the old are not in memory
+    besides. Returns the damped H B, and the objectives at the start and after each step. The host waits for nothing.
+    """
+    errors = problem.errors
+    weighed = problem.weigh(rights)
+    traces = [list(map(objective, problem.initial, lefts, projected, rights, weighed))]
+    for _ in range(problem.iterations):
+        lefts[:] = _divide(errors.times(weighed), rights, weighed, ladder, needed)
+        projected[:] = errors.transposed_times(lefts)
+        rights[:] = _divide(projected, lefts, lefts, ladder, needed)
+        weighed = problem.weigh(rights)
+        traces.append(list(map(objective, problem.initial, lefts, projected, rights, weighed)))
+    return weighed, traces
 
 
 def _divide(
@@ -245,8 +273,10 @@ def eigh(problem: Problem) -> list[Solution]:
         error = problem.errors.dense(i).double()
         rows, columns = error.shape
         span, core = torch.linalg.qr(error) if rows > columns else (None, error)  # S acts within the span of E
-        s = core @ (h @ core.T) + problem.shift * (core @ core.T)
-        values, vectors = torch.linalg.eigh((s + s.T) / 2)
+        del error
+        s = core @ (h @ core.T)
+        s += (core @ core.T).mul_(problem.shift)
+        values, vectors = torch.linalg.eigh((s + s.T).div_(2))
         vectors = _leading(values, vectors, rank)
         left = vectors if span is None else span @ vectors
         right = core.T @ vectors

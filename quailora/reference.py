@@ -10,9 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from quailora.precision import exact_products
+
 # Triangles are worked through in panels of this many features: wide enough for a matrix product to run at full speed,
 # narrow enough that little of the other triangle is computed.
 _PANEL = 256
+
+# Rows of W and Q that are in fp32 at a time while E is made of them.
+_ERROR_ROWS = 256
 
 
 class Dequantizable(Protocol):
@@ -36,7 +41,7 @@ def gram_(h: Tensor, x: Tensor, keep: Tensor | None = None) -> None:
     """Add the tokens of `x` to the lower triangle of `h`, in place: h += tril(xᵀ x).
 
     h:     (n, n) fp32. Above the diagonal it holds nothing of use until `mirror_(h)`.
-    x:     (..., n), bf16, fp16 or fp32; products and sums are fp32.
+    x:     (..., n), bf16, fp16 or fp32; products and sums are fp32, whatever the caller allows or is in autocast to.
     keep:  (...) bool, the tokens to count; the others do not enter, so padding may hold anything, NaN included.
     """
     tokens = x.reshape(-1, x.shape[-1])
@@ -44,10 +49,11 @@ def gram_(h: Tensor, x: Tensor, keep: Tensor | None = None) -> None:
         # Not tokens[keep]: on a GPU the host would wait, to learn how many there are.
         tokens = torch.where(keep.reshape(-1, 1), tokens, 0)
     tokens = tokens.float()
-    for start in range(0, h.shape[0], _PANEL):
-        stop = start + _PANEL
-        # A product of its own and then a sum: one running sum over a million tokens is ten times less accurate.
-        h[start:stop, :stop] += tokens[:, start:stop].T @ tokens[:, :stop]
+    with exact_products(h.device):
+        for start in range(0, h.shape[0], _PANEL):
+            stop = start + _PANEL
+            # A product of its own and then a sum: one running sum over a million tokens is ten times less accurate.
+            h[start:stop, :stop] += tokens[:, start:stop].T @ tokens[:, :stop]
 
 
 def mirror_(h: Tensor) -> None:
@@ -98,9 +104,13 @@ def error(
 
     weight: (m, n) of any floating-point dtype; quantized: dense or `packed`, of the same shape.
     """
-    values = quantized if isinstance(quantized, Tensor) else quantized.dequantize()
-    rows = weight[start:stop].float() - values[start:stop].to(weight.device, torch.float32)
-    return rows if out is None else out.copy_(rows)
+    values = (quantized if isinstance(quantized, Tensor) else quantized.dequantize())[start:stop]
+    rows = weight[start:stop]
+    if out is None:
+        out = torch.empty(rows.shape, dtype=torch.float32, device=weight.device)
+    for of_out, w, q in zip(*(x.split(_ERROR_ROWS) for x in (out, rows, values)), strict=True):
+        of_out.copy_(w.float() - q.to(weight.device, torch.float32))
+    return out
 
 
 def grouped_error_product(
@@ -150,7 +160,7 @@ def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
     for shortest in (16 * torch.finfo(torch.float32).eps, 0.5):
         lengths = torch.linalg.vector_norm(q, dim=0)
         q = q / torch.where(lengths > 0, lengths, 1.0)
-        q = q - known @ (known.T @ q)
+        q -= known @ (known.T @ q)
         squares, directions = torch.linalg.eigh(q.T @ q)
         q = q @ (directions * torch.where(squares > shortest**2, squares.rsqrt(), 0.0))
     return q.to(y.dtype)

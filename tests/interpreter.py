@@ -1,7 +1,7 @@
 """Triton's interpreter (TRITON_INTERPRET=1), made to compute what a GPU computes.
 
-As of Triton 3.9 it truncates casts to bf16, works on the raw bits of bf16 values, takes no notice of `input_precision`,
-accepts dots that no tensor core takes, and cannot run an autotuned kernel with several configurations.
+As of Triton 3.9 it truncates casts to bf16, works on the raw bits of bf16 values, takes no notice of `input_precision`
+and accepts dots that no tensor core takes.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.autotuner import Autotuner
 
 _Builder = interpreter.InterpreterBuilder
 _Handle = interpreter.TensorHandle
@@ -30,8 +29,6 @@ def install() -> None:
     _Builder.binary_op = _binary
     _Builder.create_dot = _dot
     interpreter.interpreter_builder.codegen_fns["min_dot_size"] = _min_dot_size
-    # There is no device to time configurations on: the first is taken.
-    Autotuner.prune_configs = lambda self, arguments: self.configs[:1]
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def shipped(target: str) -> Iterator[tuple[str, Variant]]:
 
 # The commonest of each kernel; all of them take half an hour.
 QUICK = re.compile(
-    "error_products-(4bit-bf16-r64-(tf32|bf16)-[nt]|error-4bit-bf16-even)|gram_product-k64-(ieee|tf32)"
+    "error_products-(4bit-bf16-r64-(tf32|bf16x3)-[nt]|error-4bit-bf16-even)|gram_product-k64-(ieee|bf16x3)"
     "|cholesky-(factor-r64|product-plain-new-32)"
 )
 

@@ -1,6 +1,5 @@
 """What only a GPU can show; skipped where there is none. `pytest -m gpu`"""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -44,54 +43,48 @@ def test_the_same_bits_every_run(solver: str, overwrite: bool) -> None:
         assert torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
 
 
-@pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., Any]], None]]:
-    """Runs `check` around the iterations of the solvers, after one run that compiles the kernels."""
-
-    def install(check: Callable[..., Any]) -> None:
-        for name in ("_span", "_divide"):
-            monkeypatch.setattr(methods, name, check(getattr(methods, name)))
-
-    yield install
-    torch.cuda.set_sync_debug_mode("default")
+LOOPS = {"krylov": "_span", "als": "_alternate"}
 
 
-@pytest.mark.parametrize("solver", ["krylov", "als"])
-def test_the_iteration_does_not_wait(solver: str, guarded: Callable[..., None]) -> None:
+@pytest.fixture(params=LOOPS)
+def solver(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_the_iteration_does_not_wait(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved(solver=solver, iterations=1)  # compiles the kernels
+    loop, ran = getattr(methods, LOOPS[solver]), []
+
+    def run(*args: Any) -> Any:
+        ran.append(loop)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return loop(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(methods, LOOPS[solver], run)
     solved(solver=solver, iterations=1)
-
-    def check(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return function(*args)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        return run
-
-    guarded(check)
-    solved(solver=solver, iterations=1)
+    assert ran
 
 
-def test_the_iteration_is_captured_in_a_graph(guarded: Callable[..., None]) -> None:
-    expected = solved()
+def test_the_iteration_is_captured_in_a_graph(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = solved(solver=solver)
+    loop, ran = getattr(methods, LOOPS[solver]), []
 
-    def check(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            if function.__name__ != "_span":
-                return function(*args)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                results = function(*args)
-            graph.replay()
-            return results
+    def run(*args: Any) -> Any:
+        # `_alternate` replaces what its lists hold, and a replay reads it again.
+        ran.append([list(arg) if isinstance(arg, list) else arg for arg in args])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = loop(*args)
+        graph.replay()
+        return results
 
-        return run
-
-    guarded(check)
-    for captured, plain in zip(solved(), expected, strict=True):
+    monkeypatch.setattr(methods, LOOPS[solver], run)
+    for captured, plain in zip(solved(solver=solver), expected, strict=True):
         assert torch.equal(captured.A, plain.A) and torch.equal(captured.B, plain.B)
+    assert ran
 
 
 def test_fused_products_need_no_room_for_the_error() -> None:

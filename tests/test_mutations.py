@@ -16,9 +16,10 @@ import ptx
 import pytest
 import torch
 from ptx.sample import product_variant
-from test_counts import positive_definite, shipped
+from test_counts import linear, positive_definite, shipped
+from test_ptx_emulator import launch_of_a_gram_product, launch_of_a_group
 
-from quailora.kernels import cholesky
+from quailora.kernels import cholesky, error_products, gram_product
 from quailora.kernels.variants import Variant
 
 TESTS = Path(__file__).resolve().parent
@@ -37,6 +38,13 @@ class Mutation:
 
 FAULTS = {  # file in kernels/ -> file of tests -> the test -> what is wrong, the text, what stands in its place
     "error_products": {
+        "interpreted/test_solve.py": {
+            "test_doctor_finds_nothing_in_groups": [
+                ("doctor: P of the first for all", "_select(linear, thin_0, thin_1, thin_2)", "thin_0"),
+                ("doctor: height of the first for all", "_select(linear, m_0, m_1, m_2)", "m_0"),
+                ("doctor: half of a dense E", "dense\n        return weight", "dense\n        return weight / 2"),
+            ],
+        },
         "interpreted/test_error_products.py": {
             "test_the_high_nibble_comes_first[64]": [
                 ("swapped nibbles", "tl.join(high, low)", "tl.join(low, high)"),
@@ -82,10 +90,14 @@ FAULTS = {  # file in kernels/ -> file of tests -> the test -> what is wrong, th
             "test_q_is_rounded_to_the_compute_dtype[torch.bfloat16-torch.float32]": [
                 ("Q rounded to the dtype of W", "_TRITON_DTYPES[codes.dtype] if", "tl.bfloat16 if"),
             ],
-            "test_offsets_beyond_two_to_the_31": [
+            "test_offsets_beyond_two_to_the_31[True-4bit]": [
+                ("32-bit offsets of absmax", "(row_starts[:, None] + granules[None, :]) // BLOCKSIZE",
+                 "(row_starts[:, None] + granules[None, :]).to(tl.int32) // BLOCKSIZE"),
+            ],
+            "test_offsets_beyond_two_to_the_31[False-dense]": [
                 ("32-bit offsets", "row_starts = rows.to(tl.int64) * n", "row_starts = (rows * n).to(tl.int64)"),
             ],
-            "test_offsets_of_the_error_beyond_two_to_the_31": [
+            "test_offsets_of_the_error_beyond_two_to_the_31[int8]": [
                 ("32-bit offsets of what is stored", "(rows - start).to(tl.int64)[:, None] * n",
                  "((rows - start) * n).to(tl.int64)[:, None]"),
             ],
@@ -147,11 +159,11 @@ FAULTS = {  # file in kernels/ -> file of tests -> the test -> what is wrong, th
             ],
         },
         "test_ptx_emulator.py": {
-            "test_error_products_keep_within_the_edges[masked-192-t]": [
+            "test_error_products_keep_within_the_edges[tf32-masked-192-t]": [
                 ("absmax of a column too many", "there[:, None] & (granules < n)[None, :]", "there[:, None]"),
                 ("codes of a column too many", "there[:, None] & (pairs < pairs_per_row)[None, :]", "there[:, None]"),
             ],
-            "test_error_products_keep_within_the_edges[ragged-75-n]": [
+            "test_error_products_keep_within_the_edges[tf32-ragged-75-n]": [
                 ("a column of P too many", "(inner < inner_size)[:, None] & (ranks < r)[None, :]",
                  "(inner < inner_size)[:, None]"),
                 ("a row stored too many", "mask=(kept < kept_size)[:, None] & (ranks < r)[None, :]",
@@ -189,7 +201,7 @@ FAULTS = {  # file in kernels/ -> file of tests -> the test -> what is wrong, th
             ],
         },
         "test_ptx_emulator.py": {
-            "test_a_gram_product_keeps_within_the_edges[ragged-75]": [
+            "test_a_gram_product_keeps_within_the_edges[tf32-ragged-75]": [
                 ("a row of H too many", "(top < n)[:, None]", "(top <= n)[:, None]"),
                 ("a column of H too many", "(left < n)[None, :]", "(left <= n)[None, :]"),
                 ("a column of P too many", "mask=(inner < n)[:, None] & (columns < k)[None, :]",
@@ -547,6 +559,40 @@ def test_a_dropped_wait_is_found(dtype: str, precision: str) -> None:
 def test_one_warp_needs_no_barrier() -> None:
     variant = product_variant("bf16", num_warps=1, num_stages=1)
     assert needed_synchronisation(variant, product_launch(variant)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["4bit-bf16-r16-bf16x3-n-masked", "4bit-bf16-r16-tf32-t-ragged"])
+def test_a_dropped_wait_of_an_error_product_is_found(name: str) -> None:
+    variant = shipped(error_products, name)
+    weight, quantized = linear(37, 192 if name.endswith("masked") else 75)
+    launch = launch_of_a_group(variant, [weight], [quantized], [5])
+    needed = needed_synchronisation(variant, without_failing(launch))
+    # Before the loop, in each turn and after it: around the copies, and around the factors' way to the tensor cores.
+    assert needed.count("bar.sync") >= 4
+    assert needed.count("cp.async.wait_group") >= (1 if name.endswith("masked") else 0)  # ragged rows are not copied
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32"])
+def test_a_dropped_wait_of_a_gram_product_is_found(precision: str) -> None:
+    variant = shipped(gram_product, f"k16-{precision}-masked")
+    needed = needed_synchronisation(variant, without_failing(launch_of_a_gram_product(variant, 160, 5)))
+    assert needed.count("bar.sync") >= 4
+    assert needed.count("cp.async.wait_group") >= 1
+
+
+def without_failing(launch: Callable[[Callable[[str], str]], None]) -> Callable[[Callable[[str], str]], bool]:
+    """Whether it finds the result right."""
+
+    def run(rewrite: Callable[[str], str]) -> bool:
+        try:
+            launch(rewrite)
+        except AssertionError:
+            return False
+        return True
+
+    return run
 
 
 def test_a_dropped_barrier_of_the_factorisation_is_found() -> None:

@@ -2,14 +2,17 @@
 
 import re
 import sys
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from quailora import extension, ops, precision
-from quailora.error_matrices import ErrorMatrices
+from quailora import extension, ops, precision, reference
+from quailora.error_matrices import ErrorMatrices, choose_form
 from quailora.ops import Backend, backends
+from quailora.quantized import Quantization, quantize
 
 # What fp32 products of these sizes lose to rounding, relative to their largest value, in whatever order they sum.
 FP32 = 1e-5
@@ -97,6 +100,37 @@ def test_grouped_products() -> None:
     lefts = [random(4, 2), random(5, 3)]
     for product, e, left in zip(ops.grouped_error_product_t(errors, lefts), dense, lefts, strict=True):
         torch.testing.assert_close(product, e.T @ left)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("method", "cached", "loss"),
+    [
+        ("nf4", True, 0),
+        ("nested", True, 1e-4),  # measured: 7e-5 in bf16
+        ("fp4", False, 1),
+        ("int8", False, 1),
+    ],
+)
+def test_e_takes_the_place_of_w_only_where_it_fits(
+    method: str, cached: bool, loss: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`loss`: how much of E may be lost by rounding it to the dtype of W, relative to its norm."""
+    weight = 0.02 * random(256, 512) * random(256, 1, seed=1).exp()  # rows, and columns, of all sizes
+    weight[:, ::128] *= 20
+    weight = weight.to(dtype)
+    if method == "int8":
+        quantization = Quantization("int8")
+    else:
+        kind = "fp4" if method == "fp4" else "nf4"
+        quantization = Quantization(kind, double=method == "nested", blocksize=64, compute_dtype=dtype)
+    quantized = quantize(weight, quantization)
+    error = reference.error(weight, quantized)
+    lost = (error.to(dtype) - error).norm() / error.norm()
+    assert lost <= loss and (cached or lost > 1e-4)
+    kernels = defaultdict(lambda: ops.Service("triton", {}))
+    monkeypatch.setattr(ops, "backends", lambda device: kernels)
+    assert choose_form(weight, quantized, products=58, overwrite=True) == ("cached" if cached else "fused")
 
 
 @pytest.mark.parametrize("form", ["dense", "cached", "fused"])
@@ -229,6 +263,36 @@ def test_gpus_older_than_ampere_take_the_plain_path(
         service = backends("cuda:0")["cholesky_solve"]
     finally:
         ops._choose.cache_clear()
+    assert service.backend == expected
+    if why is not None:
+        assert re.search(why, service.others["triton"])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected", "why"),
+    [
+        ("gfx942:sramecc+:xnack-", "triton", None),
+        ("gfx90a:sramecc+:xnack-", "reference", "compiled and tested for gfx942 only, and cuda:0 is gfx90a$"),
+        ("gfx1100", "reference", "compiled and tested for gfx942 only, and cuda:0 is gfx1100$"),
+    ],
+)
+def test_amd_gpus_that_nobody_compiled_for_take_the_plain_path(
+    architecture: str, expected: str, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from quailora.kernels import settings
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=architecture), raising=False
+    )
+    for cached in (ops._choose, settings.target_of):
+        cached.cache_clear()
+    try:
+        service = backends("cuda:0")["grouped_error_product"]
+    finally:
+        for cached in (ops._choose, settings.target_of):
+            cached.cache_clear()
     assert service.backend == expected
     if why is not None:
         assert re.search(why, service.others["triton"])

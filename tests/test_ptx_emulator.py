@@ -3,7 +3,7 @@
 import math
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,13 @@ import torch
 from ptx.sample import product_variant
 from rounding import assert_product
 from test_counts import factor, linear, positive_definite, random, shipped
+from torch import Tensor
 
 from quailora import reference
 from quailora.kernels import cholesky, error_products, gram_product
 from quailora.kernels.error_products import Codes
+from quailora.kernels.variants import Variant
+from quailora.quantized import Quantization, quantize
 
 
 def kernel(body: str, threads: int = 32) -> str:
@@ -343,6 +346,23 @@ def test_a_race_is_caught() -> None:
         execute("ld.shared.b32 %r1, [%r63]; st.shared.b32 [%r63], %r1;", np.zeros(1, np.uint32), threads=64)
 
 
+def test_warps_may_write_the_same_value_in_one_instruction() -> None:
+    """Not another one, not in another instruction, and nobody may read it yet."""
+    same = "and.b32 %r1, %r0, 31; shl.b32 %r2, %r1, 2; add.u32 %r2, %r2, %r63; st.shared.b32 [%r2], %r1;"
+    read = "ld.shared.b32 %r9, [%r2]; st.global.b32 [%rd3], %r9;"
+    both = execute(f"{same} bar.sync 0; {read}", np.zeros(1, np.uint32), 64, threads=64)
+    assert (both == np.arange(64) % 32).all()
+    with pytest.raises(ptx.Race, match="shared memory: write at offset 0, unordered with warp 1"):
+        execute(same.replace("], %r1", "], %r0"), np.zeros(1, np.uint32), threads=64)
+    with pytest.raises(ptx.Race, match="shared memory: write at offset 0, unordered with several warps"):
+        execute(f"{same} st.shared.b32 [%r2], %r1;", np.zeros(1, np.uint32), threads=64)
+    with pytest.raises(ptx.Race, match="shared memory: read at offset 0, unordered with several warps"):
+        execute(same + read, np.zeros(1, np.uint32), 64, threads=64)
+    with pytest.raises(ptx.Race, match="write at offset 0"):
+        copy = "and.b32 %r1, %r0, 31; shl.b32 %r1, %r1, 2; add.u32 %r1, %r1, %r63;"
+        execute(f"{copy} cp.async.ca.shared.global [%r1], [%rd0], 4;", np.zeros(1, np.uint32), threads=64)
+
+
 def test_a_race_is_caught_though_the_reader_reads_last() -> None:
     """Warp 1 reads, warp 0 reads, warp 0 writes: the last reader is the writer itself, the race is with the other."""
     body = """
@@ -559,33 +579,105 @@ def test_a_false_promise_of_divisibility_is_refused() -> None:
 # ---- shipped kernels at the edges: no access beyond them, not even of what a mask or a sum then takes away
 
 
+def launch_of_a_group(
+    variant: Variant, weights: Sequence[Tensor], quantized: Sequence[Any], ranks: Sequence[int]
+) -> Callable[[Callable[[str], str]], None]:
+    """Runs it with a rewriting of its PTX, in two splits, and compares with fp64."""
+    kind, transposed, count = variant.signature["codes_0"], variant.constexprs["TRANSPOSED"], len(weights)
+    n, heights, splits = weights[0].shape[1], [len(weight) for weight in weights], 2
+    dense = [w.float() if q is None else reference.error(w, q) for w, q in zip(weights, quantized, strict=True)]
+    lefts = [error.T if transposed else error for error in dense]
+    thins = [random(left.shape[1], r, seed=r) for left, r in zip(lefts, ranks, strict=True)]
+    packed = [None if q is None else Codes.of(q) for q in quantized]
+    arguments: dict[str, Any] = {"n": n, "pairs_per_row": n // 2}
+    for i in range(3):
+        j = i if i < count else 0
+        codes, absmax = (weights[j], weights[j]) if packed[j] is None else (packed[j].codes, packed[j].absmax)
+        arguments |= {f"weight_{i}": weights[j], f"codes_{i}": codes, f"absmax_{i}": absmax, f"thin_{i}": thins[j]}
+        arguments |= {f"m_{i}": heights[i] if i < count else 0, f"r_{i}": ranks[i] if i < count else 0}
+    sizes = [len(left) * r for left, r in zip(lefts, ranks, strict=True)]
+    tiles = sum(-(-len(left) // variant.constexprs["KEPT"]) for left in lefts)
+
+    def launch(rewrite: Callable[[str], str] = lambda text: text) -> None:
+        partial = torch.full((splits, sum(sizes)), torch.nan)
+        table = packed[0].table if kind == "*u8" else partial
+        ptx.run(variant, arguments | {"partial_ptr": partial, "table_ptr": table}, (tiles, splits), rewrite)
+        products = partial.sum(dim=0).split(sizes)
+        for product, left, thin in zip(products, lefts, thins, strict=True):
+            assert_product(product.view(len(left), -1), left, thin, variant.constexprs["PRECISION"])
+
+    return launch
+
+
 @pytest.mark.parametrize("shape", ["n", "t"])
 @pytest.mark.parametrize(("form", "n"), [("masked", 192), ("ragged", 75)])
-def test_error_products_keep_within_the_edges(form: str, n: int, shape: str) -> None:
-    variant = shipped(error_products, f"4bit-bf16-r16-tf32-{shape}-{form}")
-    m, r, splits = 37, 5, 2
-    weight, quantized = linear(m, n)
-    codes, error = Codes.of(quantized), reference.error(weight, quantized)
-    left = error.T if shape == "t" else error
-    kept, inner = left.shape
-    thin, partial = random(inner, r, seed=1), torch.full((splits, kept, r), torch.nan)
-    arguments = {"table_ptr": codes.table, "partial_ptr": partial, "n": n, "pairs_per_row": n // 2}
-    for i in range(3):
-        arguments |= {f"weight_{i}": weight, f"codes_{i}": codes.codes, f"absmax_{i}": codes.absmax, f"thin_{i}": thin}
-        arguments |= {f"m_{i}": m if i == 0 else 0, f"r_{i}": r if i == 0 else 0}
-    ptx.run(variant, arguments, grid=(-(-kept // variant.constexprs["KEPT"]), splits))
-    assert_product(partial.sum(dim=0), left, thin, "tf32")
+@pytest.mark.parametrize("precision", ["tf32", "bf16x3"])
+def test_error_products_keep_within_the_edges(precision: str, form: str, n: int, shape: str) -> None:
+    variant = shipped(error_products, f"4bit-bf16-r16-{precision}-{shape}-{form}")
+    weight, quantized = linear(37, n)
+    launch_of_a_group(variant, [weight], [quantized], [5])()
+
+
+B, H, F = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "precision", "transposed", "form", "members"),
+    [
+        ("4bit", B, "bf16x3", False, "masked", 3),
+        ("4bit", B, "bf16x3", True, "ragged", 3),
+        ("int8", B, "tf32", True, "masked", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("4bit", B, "tf32", False, "even", 2),
+                ("4bit", B, "ieee", False, "ragged", 2),
+                ("4bit", H, "tf32", True, "ragged", 2),
+                ("4bit", F, "tf32", False, "ragged", 2),
+                ("int8", B, "tf32", False, "ragged", 2),
+                ("dense", B, "bf16x3", True, "masked", 1),
+                ("dense", B, "bf16x3", False, "ragged", 2),
+            ]
+        ),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_group_of_linears(
+    kind: str, dtype: torch.dtype, precision: str, transposed: bool, form: str, members: int
+) -> None:
+    """Of every kind, no two alike in height and rank."""
+    case = error_products._Case(kind, dtype, 16, precision, transposed, form)
+    variant = next(error_products._product_variants("sm_80", case))
+    n, heights, ranks = (
+        (256, (256, 512), (16, 16)) if form == "even" else (192 if form == "masked" else 75, (37, 70, 20), (5, 16, 9))
+    )
+    how = (
+        Quantization("int8") if kind == "int8" else Quantization("nf4", double=True, blocksize=64, compute_dtype=dtype)
+    )
+    weights = [(0.02 * random(m, n, seed=m)).to(dtype) for m in heights[:members]]
+    quantized = [None if kind == "dense" else quantize(weight, how) for weight in weights]
+    launch_of_a_group(variant, weights, quantized, ranks[:members])()
+
+
+def launch_of_a_gram_product(variant: Variant, n: int, k: int) -> Callable[[Callable[[str], str]], None]:
+    """As `launch_of_a_group`."""
+    tiles = -(-n // variant.constexprs["TILE"])
+    h, right = random(n, n) + random(n, n).T, random(n, k, seed=1)
+    lower = torch.where(torch.ones(n, n).tril().bool(), h, torch.nan)
+
+    def launch(rewrite: Callable[[str], str] = lambda text: text) -> None:
+        partial = torch.full((2, n, k), torch.nan)
+        arguments = {"h_ptr": lower, "right_ptr": right, "partial_ptr": partial, "n": n, "k": k}
+        ptx.run(variant, arguments, (1, tiles, 2), rewrite)
+        assert_product(partial.sum(dim=0), h, right, variant.constexprs["PRECISION"])
+
+    return launch
 
 
 @pytest.mark.parametrize(("form", "n"), [("masked", 80), ("ragged", 75)])
-def test_a_gram_product_keeps_within_the_edges(form: str, n: int) -> None:
-    variant = shipped(gram_product, f"k16-tf32-{form}")
-    k, tiles = 5, -(-n // variant.constexprs["TILE"])
-    h, right, partial = random(n, n) + random(n, n).T, random(n, k, seed=1), torch.full((2, n, k), torch.nan)
-    lower = torch.where(torch.ones(n, n).tril().bool(), h, torch.nan)
-    arguments = {"h_ptr": lower, "right_ptr": right, "partial_ptr": partial, "n": n, "k": k}
-    ptx.run(variant, arguments, grid=(1, tiles, 2))
-    assert_product(partial.sum(dim=0), h, right, "tf32")
+@pytest.mark.parametrize("precision", ["tf32", "bf16x3"])
+def test_a_gram_product_keeps_within_the_edges(precision: str, form: str, n: int) -> None:
+    launch_of_a_gram_product(shipped(gram_product, f"k16-{precision}-{form}"), n, 5)()
 
 
 def test_a_product_of_the_solves_keeps_within_the_edges() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from quailora import cli
 
@@ -37,8 +38,13 @@ def test_there_is_one_for_each_kind_of_runner() -> None:
     assert [path.stem for path in WORKFLOWS] == ["cpu", "gpu"]
     runs = {path.stem: [step.get("run", "") for step in steps(path)] for path in WORKFLOWS}
     assert "make test" in runs["cpu"]  # the README's test command
-    for needed in ("make install", ".venv/bin/quailora doctor", ".venv/bin/python -m pytest -m gpu"):
-        assert needed in runs["gpu"]
+    # That there are kernels, and a GPU to run them, is an error if not before anything is skipped for want of them.
+    commands = [run for run in runs["gpu"] if run]
+    assert commands[:2] == ["make install", ".venv/bin/quailora doctor --device cuda:0"]
+    assert ".venv/bin/python -m pytest -m gpu" in commands
+    for path in WORKFLOWS:
+        [job] = yaml.safe_load(path.read_text())["jobs"].values()
+        assert job["env"]["QUAILORA_EXT"] == "1"  # and a build that fails is one
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -58,6 +64,8 @@ def test_every_command_exists(command: list[str]) -> None:
             assert set(arguments) <= set(targets)
         case ".venv/bin/quailora":
             assert arguments[0] in {entry.name or entry.callback.__name__ for entry in cli.app.registered_commands}
+            shown = CliRunner().invoke(cli.app, [arguments[0], "--help"], env={"COLUMNS": "200"}).output
+            assert {option for option in arguments if option.startswith("--")} <= set(re.findall(r"--[a-z-]+", shown))
         case ".venv/bin/python" if arguments[:2] == ["-m", "pytest"]:
             markers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["markers"]
             assert arguments[2] == "-m"

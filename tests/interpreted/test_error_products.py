@@ -175,25 +175,42 @@ def test_views_and_other_layouts_are_taken_as_they_are_meant() -> None:
     assert torch.equal(error_product(*operand, right), error_product(*operand, right.contiguous()))
 
 
-def test_offsets_beyond_two_to_the_31() -> None:
+def ones_in_nf4(m: int, n: int) -> Codes:
+    """Of which the last eight bytes, sixteen elements, are Q = 3: code 15 stands for 1."""
+    _, of_one = linear(1, 64)
+    codes = Codes(torch.empty(m * n // 2, dtype=torch.uint8), torch.empty(m * n // 64), 64, torch.bfloat16)
+    codes.codes[-8:], codes.absmax[-1] = 255, 3.0
+    return replace(codes, table=Codes.of(of_one).table)
+
+
+@pytest.mark.parametrize("kind", ["dense", "4bit"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_offsets_beyond_two_to_the_31(transposed: bool, kind: str) -> None:
     # 2³¹ + 2¹⁷ elements, of which only the last tile is touched: the rest is address space, never memory.
     m, n, r = 2**14 + 1, 2**17, 16
     weight = torch.empty(m, n, dtype=torch.bfloat16)
     weight[-1, -16:] = torch.arange(16.0)
-    right = torch.empty(n, r)
-    right[-16:] = torch.eye(16)
-    case = error_products._Case("dense", torch.bfloat16, r, "ieee", transposed=False, form="masked")
+    packed = ones_in_nf4(m, n) if kind == "4bit" else None
+    expected = torch.arange(16.0) - (3 if packed else 0)
+    case = error_products._Case(kind, torch.bfloat16, r, "ieee", transposed, form="masked")
     [setting] = case.settings("sm_80")
-    steps = n // setting["INNER"]
-    partial = torch.empty(steps, m, r)
-    last = (-(-m // setting["KEPT"]) - 1, steps - 1)
-    ones = [weight, weight, weight]
+    kept, inner = (n, m) if transposed else (m, n)
+    thin = torch.empty(inner, r)
+    if transposed:
+        thin[-1] = torch.tensor([1.0] + [0.0] * 15)
+    else:
+        thin[-16:] = torch.eye(16)
+    steps = -(-inner // setting["INNER"])
+    partial = torch.empty(steps, kept, r)
+    last = (-(-kept // setting["KEPT"]) - 1, steps - 1)
+    codes, absmax = error_products._packed(weight, packed)
+    of_each = [x for x in (weight, codes, absmax, thin) for _ in range(3)]
     with interpreter.only(*last):
         error_products._error_product_kernel[(last[0] + 1, steps)](
-            *ones, *ones, *ones, right, right, right, m, 0, 0, r, 0, 0, partial, partial, n, n // 2,
-            **case.constants(None, n, setting), **setting,
+            *of_each, m, 0, 0, r, 0, 0, error_products._table(packed, partial), partial, n, n // 2,
+            **case.constants(packed, n, setting), **setting,
         )  # fmt: skip
-    assert torch.equal(partial[-1, -1], torch.arange(16.0))
+    assert torch.equal(partial[-1, -16:, 0] if transposed else partial[-1, -1], expected)
 
 
 @pytest.mark.parametrize("compute", FLOATS, ids=str)
@@ -246,17 +263,21 @@ def test_products_of_a_cached_error(dtype: torch.dtype) -> None:
     assert_product(error_product(weight, None, random(96, 8), precision="ieee"), error.float(), random(96, 8), "ieee")
 
 
-def test_offsets_of_the_error_beyond_two_to_the_31() -> None:
+@pytest.mark.parametrize("kind", ["int8", "4bit"])
+def test_offsets_of_the_error_beyond_two_to_the_31(kind: str) -> None:
     # As above; and in place, so that the last elements are both read and written.
     m, n = 2**14 + 1, 2**17
     weight = torch.empty(m, n, dtype=torch.bfloat16)
-    codes = torch.empty(m, n, dtype=torch.int8)
-    weight[-1, -256:], codes[-1, -256:] = 1.0, 127
-    absmax = torch.full((m,), 3.0)
+    weight[-1, -16:] = 1.0
+    if kind == "4bit":
+        packed = ones_in_nf4(m, n)
+    else:
+        packed = Codes(torch.empty(m, n, dtype=torch.int8), torch.full((m,), 3.0))
+        packed.codes[-1, -16:] = 127
     last = tuple(size - 1 for size in error_products._error_grid(m, n))
     with interpreter.only(*last):
-        error_products.error(weight, Codes(codes, absmax), out=weight)
-    assert (weight[-1, -256:] == -2.0).all()
+        error_products.error(weight, packed, out=weight)
+    assert (weight[-1, -16:] == -2.0).all()
 
 
 def test_int8_scales_belong_to_rows() -> None:

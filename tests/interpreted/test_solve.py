@@ -8,7 +8,7 @@ import interpreter
 import pytest
 import torch
 
-from quailora import methods, ops
+from quailora import doctor, methods, ops
 from quailora.doctor import examine
 from quailora.quantized import Quantization, quantize
 from quailora.solvers import Linear, solve, solve_group
@@ -35,6 +35,28 @@ def test_doctor_finds_nothing() -> None:
     assert by_kernels == {name for name, candidates in ops._BACKENDS.items() if candidates[0].name == "triton"} - {
         "packed"
     }
+    for product in ("grouped_error_product", "grouped_error_product_t"):
+        kinds = {finding.case.partition(", ")[0] for finding in findings if finding.operation == product}
+        assert kinds == {"NF4", "FP4", "LLM.int8", "3 linears", "E in bf16"}
+
+
+def test_doctor_finds_nothing_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of which no two are alike, and E in the place of W: `tests/test_mutations.py` plants faults."""
+    cases = [case for case in doctor._cases(32) if case.name.startswith(("3 linears", "E in bf16"))]
+    assert len(cases) == 2 * 2 * 2
+    monkeypatch.setattr(doctor, "_cases", lambda size: cases)
+    assert [finding for finding in examine(CPU, size=32) if not finding.sound] == []
+
+
+@pytest.mark.parametrize("solver", ["krylov", "als"])
+def test_the_trace_ends_with_the_objective(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However coarse the products of the iteration are."""
+    monkeypatch.setattr(methods, "_SVD_DEPTH", 1)
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(100, 48, generator=g), torch.randn(40, 48, generator=g).mul(0.02).bfloat16()
+    quantized = quantize(weight, Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16))
+    found = solve(weight, quantized, x.T @ x, 16, solver=solver, iterations=1, precision="bf16")
+    assert found.trace[-1] == pytest.approx(found.objective, rel=1e-9)  # the same sums
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,14 @@ def test_every_problem_runs_with_every_setting(monkeypatch: pytest.MonkeyPatch) 
     assert fastest == {problem.name: problem.settings[-1] for problem in problems}
     taken: list[str] = []
     monkeypatch.setattr(gram_product, "chosen", lambda name, *_: taken.append(name) or fastest[name])
-    gram_product.gram_product(torch.eye(64), torch.ones(64, 16))
-    assert taken == ["gram_product-k16-ieee"]
-    # The same sums in another order, but for nothing else.
+    gram_product.gram_product(torch.eye(64), torch.ones(64, 128), precision="bf16x3")
+    assert taken == ["gram_product-k128-bf16x3"]
+    # What the solvers launch at rank 64, in the forms of whole tiles: krylov, als, and als that has E in memory.
+    for name in ("4bit-bf16-r64-tf32", "4bit-bf16-r64-bf16x3", "dense-bf16-r64-bf16x3"):
+        assert {f"error_product-{name}-n", f"error_product-{name}-t"} <= fastest.keys()
+    assert {
+        "gram_product-k64-bf16x3",
+        "gram_product-k128-bf16x3",
+    } <= fastest.keys()  # of one linear, and of two or three
     case = error_products._Case.of(torch.bfloat16, None, [256], 256, [16], False, "ieee")
     assert case.problem not in fastest  # no alternatives, so nothing to time

@@ -47,8 +47,9 @@ def _concurrent(earlier: Integers, now: Integers) -> NDArray[np.bool_]:
 class Memory:
     """Bytes with a record, per byte, of who wrote it last and who has read it.
 
-    A race is two accesses to a byte, at least one a write, with nothing that orders them. What lanes of one warp do to
-    each other goes unseen.
+    A race is two accesses to a byte, at least one a write, with nothing that orders them; but several warps may write
+    the same value in one instruction: where a tile is small, threads hold copies of it, and Triton stores them all.
+    What lanes of one warp do to each other goes unseen.
     """
 
     def __init__(self, name: str, data: Bytes, start: int = 0) -> None:
@@ -72,12 +73,17 @@ class Memory:
         return self.data[index]
 
     def write(self, addresses: Integers, values: Bytes, agents: Integers) -> None:
-        index = self._claim(addresses, values.shape[1], agents)
+        index, now = self._claim(addresses, values.shape[1], agents), agents[:, None]
         self.data[index] = values
+        together = self.writer[index] != now  # another warp has written the byte in this very step
+        self._forbid(together & (self.data[index] != values), "write", addresses, self.writer[index])
+        self.writer[index[together]] |= SEVERAL_WARPS
 
     def begin_copy(self, addresses: Integers, size: int, agents: Integers) -> None:
         """A cp.async is issued: from now on nobody may touch the bytes until it has landed."""
-        self.writer[self._claim(addresses, size, agents)] = IN_FLIGHT
+        index = self._claim(addresses, size, agents)
+        self._forbid(self.writer[index] != agents[:, None], "write", addresses, self.writer[index])  # in this very step
+        self.writer[index] = IN_FLIGHT
 
     def land_copy(self, addresses: Integers, values: Bytes, agents: Integers) -> None:
         index = self._index(addresses, values.shape[1])
@@ -89,7 +95,6 @@ class Memory:
         self._forbid(_concurrent(self.writer[index], now), "write", addresses, self.writer[index])
         self._forbid(_concurrent(self.reader[index], now), "write", addresses, self.reader[index])
         self.writer[index] = now
-        self._forbid(self.writer[index] != now, "write", addresses, self.writer[index])  # in this very step
         return index
 
     def _index(self, addresses: Integers, size: int) -> Integers:
