@@ -16,7 +16,7 @@ from quailora.errors import CalibrationError, CheckpointError
 from quailora.gram import Gram
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """What a model passes to a block beside the hidden states: masks, position embeddings, ALiBi; they can differ per
     block."""
@@ -45,6 +45,7 @@ class Calls:
     def __init__(self, model: StreamedModel) -> None:
         self._model = model
         self._pool: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._known: dict[torch.Size, list[list[Call]]] = {}
         self._tuples: dict[type[nn.Module], bool] = {}
 
     @torch.no_grad()
@@ -59,15 +60,20 @@ class Calls:
             hidden, call = _split(args, kwargs)
             first.append(hidden)
             if hidden is not first[0] or block is not self._model.blocks[len(calls) % len(self._model.blocks)]:
-                raise CheckpointError(_NOT_A_CHAIN)
+                raise CheckpointError(NOT_A_CHAIN)
             calls.append(Call(_map_tensors(call.args, self._shared), _map_tensors(call.kwargs, self._shared)))
             return (hidden, None) if self._tuples[type(block.module)] else hidden
 
         with _replaced_forward(self._model.blocks, bypass):
             self._run(batch.input_ids)
         if len(calls) != len(self._model.blocks):
-            raise CheckpointError(_NOT_A_CHAIN)
-        return first[0], calls
+            raise CheckpointError(NOT_A_CHAIN)
+        # One list for all batches that are called alike: else memory would grow with their number times the depth.
+        known = self._known.setdefault(batch.input_ids.shape, [])
+        alike = next((each for each in known if _alike(each, calls)), None)
+        if alike is None:
+            known.append(calls)
+        return first[0], alike or calls
 
     def _learn_outputs(self, batch: Batch) -> None:
         """Whether a block returns a tensor or a tuple is seen by running one of each class on a single token."""
@@ -104,7 +110,7 @@ class Calls:
         return value
 
 
-_NOT_A_CHAIN = (
+NOT_A_CHAIN = (
     "this model's decoder does more than hand the hidden states from each block to the next, once: its blocks cannot "
     "be run one at a time"
 )
@@ -119,6 +125,21 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if type(value) is dict:
         return {key: _map_tensors(item, change) for key, item in value.items()}
     return value
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two structures are equal, their tensors being the very same."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    if isinstance(one, Call) and isinstance(other, Call):
+        return _alike((one.args, one.kwargs), (other.args, other.kwargs))
+    if type(one) is not type(other):
+        return False
+    if type(one) in (tuple, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if type(one) is dict:
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    return bool(one is other or one == other)
 
 
 class _Seen(Exception):

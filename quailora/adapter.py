@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import errno
-import os
 import re
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,7 +24,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from quailora.blocks import StreamedModel, skeleton
 from quailora.checkpoint import Checkpoint
-from quailora.errors import AdapterError, QuailoraError
+from quailora.errors import AdapterError
+from quailora.files import LazyTensor, write_tensors
 from quailora.quantized import QuantizedLinear, is_quantized
 from quailora.solvers import LoraFactors
 
@@ -188,20 +186,55 @@ def check_can_be_saved(model: PeftModel, source: StreamedModel) -> None:
             )
 
 
-def fill_rest(model: PeftModel, source: StreamedModel, seed: int) -> None:
-    """Give what was left alone its default: LoRA's own start for LoRA weights, the checkpoint's tensors for
-    `modules_to_save`."""
+def take(model: PeftModel, targets: Iterable[Target]) -> dict[str, torch.Tensor]:
+    """The tensors of targets that have their factors, by the names PEFT saves them under; the model's own are on the
+    meta device again."""
+    sides = [side[t.adapter] for t in targets for side in (t.layer.lora_A, t.layer.lora_B)]
+    wanted = {id(parameter) for side in sides for parameter in side.parameters()}
+    taken = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) in wanted:
+            taken[_saved_name(name)] = parameter.detach()
+            parent, _, leaf = name.rpartition(".")
+            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+            setattr(model.get_submodule(parent), leaf, empty)
+    return taken
+
+
+def rest(model: PeftModel, source: StreamedModel, seed: int, made: Collection[str]) -> dict[str, LazyTensor]:
+    """What PEFT would save besides the tensors `made`: LoRA's own start where it was left alone, the checkpoint's
+    tensors for `modules_to_save`."""
+    names = {id(parameter): _saved_name(name) for name, parameter in model.named_parameters(remove_duplicate=False)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 for adapter in layer.r:
                     weights = [*layer.lora_A.values(), *layer.lora_B.values(), *layer.lora_embedding_A.values()]
-                    if any(p.device.type == "meta" for w in weights for p in _tensors(w)):
+                    if any(p.device.type == "meta" and names[id(p)] not in made for w in weights for p in _tensors(w)):
                         _allocate(layer, adapter)
                         layer.reset_lora_parameters(adapter, True)
-    stored = {key: source.source(_base_name(key)) for key in _unfilled(model)}
-    put(model, {key: source.checkpoint.tensor(name) for key, name in stored.items() if name is not None})
+    found = {}
+    for key, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        if key in made:
+            continue
+        stored = source.source(_base_name(key)) if tensor.device.type == "meta" else None
+        read = partial(_read, source, stored, tensor.dtype) if stored else tensor.contiguous
+        found[key] = LazyTensor(tuple(tensor.shape), tensor.dtype, read)
+    return found
+
+
+def _read(source: StreamedModel, name: str, dtype: torch.dtype) -> torch.Tensor:
+    return source.checkpoint.tensor(name).to(dtype)
+
+
+def save(model: PeftModel, folder: Path, tensors: dict[str, LazyTensor]) -> None:
+    """The adapter, as `model.save_pretrained` writes it: PEFT writes the configuration, the tensors are streamed."""
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert expected.keys() == tensors.keys(), sorted(expected.keys() ^ tensors.keys())[:3]
+    nothing = {name: torch.empty(0) for name in model.state_dict()}
+    model.save_pretrained(str(folder), state_dict=nothing, save_embedding_layers=False)
+    write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors)
 
 
 def put(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
@@ -210,9 +243,8 @@ def put(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
     Raises:
         AdapterError: a tensor that the model has no place for, or of another shape.
     """
-    places = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places[name.replace(".modules_to_save.default.", ".").replace(".default", "")] = (name, parameter)
+    parameters = model.named_parameters(remove_duplicate=False)
+    places = {_saved_name(name): (name, parameter) for name, parameter in parameters}
     for key, value in tensors.items():
         if key not in places:
             raise AdapterError(f"the adapter has {key}, for which {type(model.get_base_model()).__name__} has no place")
@@ -221,51 +253,6 @@ def put(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
             raise AdapterError(f"{key} is {list(value.shape)} in the adapter and {list(parameter.shape)} in the model")
         parent, _, leaf = name.rpartition(".")
         _fill(model.get_submodule(parent), leaf, value)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its own name only when all in it is written; otherwise nothing is left.
-
-    Raises:
-        QuailoraError: the folder has something in it already, or cannot be written (a full disk included).
-    """
-    check_new_folder(path)
-    path = path.resolve()  # a link stays, and what it points to is filled
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise QuailoraError(f"{path} cannot be made: {error.strerror}") from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if path.exists():
-            path.rmdir()
-        partial.replace(path)
-    except Exception as error:
-        if _is_out_of_space(error):
-            raise QuailoraError(f"the disk that holds {path.parent} is full: nothing was left under {path}") from error
-        if isinstance(error, OSError):
-            raise QuailoraError(f"{path} cannot be written: {error}; nothing was left under that name") from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_new_folder(path: Path) -> None:
-    """Raises QuailoraError where `path` is anything but absent or an empty folder."""
-    if path.is_dir() and any(path.iterdir()):
-        raise QuailoraError(f"the output folder {path} is not empty: give another, or remove it")
-    if path.exists() and not path.is_dir():
-        raise QuailoraError(f"{path} is a file: the output is a folder")
-    if os.path.ismount(path):
-        raise QuailoraError(f"{path} is a mount point, which no finished folder can replace: give a folder within it")
-
-
-def _is_out_of_space(error: BaseException) -> bool:
-    # safetensors writes from Rust and reports the operating system's error in words.
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def _check_names(base: PreTrainedModel, config: LoraConfig) -> None:
@@ -315,6 +302,11 @@ def _allocate(layer: LoraLayer, adapter: str) -> None:
 def _unfilled(model: PeftModel) -> list[str]:
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return [key for key, tensor in state.items() if tensor.device.type == "meta"]
+
+
+def _saved_name(parameter: str) -> str:
+    """What PEFT saves a parameter of its model as."""
+    return parameter.replace(".modules_to_save.default.", ".").replace(".default", "")
 
 
 def _base_name(key: str) -> str:

@@ -8,9 +8,14 @@ of them.
 from __future__ import annotations
 
 import copy
+import weakref
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from threading import Event, Thread, current_thread
 
 import torch
 from accelerate import init_empty_weights
@@ -20,6 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
@@ -28,8 +34,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from quailora.checkpoint import BAD_CONFIG, FLOATING, Checkpoint
+from quailora.checkpoint import BAD_CONFIG, FLOATING, Checkpoint, TensorEntry, UnreadTensor
 from quailora.errors import CheckpointError
+from quailora.heap import return_freed_memory
+
+_STAGING_BYTES = 32 * 2**20  # page-locked host memory through which a prefetch reaches a GPU
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,10 @@ class StreamedModel:
         self.blocks = _find_blocks(self.model, self.decoder)
         self._transforms = get_model_conversion_mapping(self.model)
         self._converted: set[str] = set()
+        self._landings: dict[str, str] = {}
         self._sources = self._map_checkpoint()
+        self._dtypes = self._plan_dtypes()
+        self._ahead: _Prefetch | None = None
         self._verify()
         for module in self.decoder.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -100,14 +112,58 @@ class StreamedModel:
 
     @contextmanager
     def resident(self, *names: str) -> Iterator[None]:
-        """Within it the modules of these names (or parameters, by their full names) have their weights, on `device`."""
+        """Within it the modules of these names (or parameters, by their full names) have their weights, on `device`.
+
+        What was prefetched for the same names is taken over, and waited for; all else is read here.
+
+        Raises:
+            CheckpointError: the file cannot be read any more, transformers cannot load it, or weights are not finite.
+        """
         try:
-            self._load([name for name in self._state() if name.startswith(tuple(names))])
+            self._load(self._matching(names))
+            return_freed_memory()  # the parts of what was made of several
             yield
         finally:
-            for name, parameter in self._parameters().items():
-                if parameter.device.type != "meta" and name.startswith(tuple(names)):
-                    self._set(name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+            self._release(names)
+            return_freed_memory()
+
+    def prefetch(self, *names: str) -> None:
+        """Begin to bring what `resident(*names)` will need to `device`, by a thread of its own.
+
+        It takes `nbytes` there, on a GPU at once. A prefetch of other names that nobody took is forgotten. What goes
+        wrong in the thread is raised by `resident`.
+        """
+        matching = self._matching(names)
+        if self._ahead is not None and self._ahead.names == matching:
+            return
+        self.forget_prefetched()
+        wanted = {key: (self.checkpoint.tensors[key], self._dtypes[key]) for key in self._keys(matching)}
+        self._ahead = _Prefetch(matching, wanted, self.device)
+
+    def forget_prefetched(self) -> None:
+        """Drop what was prefetched and not taken; waits for the tensor that is being read."""
+        if self._ahead is not None:
+            self._ahead.drop()
+            self._ahead = None
+
+    def nbytes(self, *names: str) -> int:
+        """Bytes on `device` of what `resident(*names)` brings there, and of what `prefetch(*names)` does; nothing is
+        read."""
+        state = self._state()
+        return sum(self._size(name, state[name]) for name in self._matching(names) if name in self._sources)
+
+    def loading_nbytes(self, *names: str) -> int:
+        """Bytes that `resident(*names)` needs beyond `nbytes` for as long as it loads, at most.
+
+        A parameter that is made of several tensors is alive together with them, one such parameter at a time. Casting
+        takes a few MiB more on the host.
+        """
+        state = self._state()
+        made: dict[str, int] = {}  # several parameters may be made of the same tensors, all at once
+        for name in self._matching(names):
+            if name in self._converted and self._sources.get(name):
+                made[self._sources[name][0]] = made.get(self._sources[name][0], 0) + self._size(name, state[name])
+        return max(made.values(), default=0)
 
     def outside_blocks(self) -> list[str]:
         """What of the decoder's state belongs to no block: embeddings, final norm, projections between them."""
@@ -120,6 +176,16 @@ class StreamedModel:
         several."""
         keys = self._sources.get(parameter, [])
         return keys[0] if len(keys) == 1 and parameter not in self._converted else None
+
+    def _matching(self, names: tuple[str, ...]) -> list[str]:
+        return [name for name in self._state() if name.startswith(names)]
+
+    def _keys(self, names: list[str]) -> list[str]:
+        """The checkpoint's tensors that the state of these names is made of."""
+        return sorted({key for name in names for key in self._sources.get(name, [])})
+
+    def _size(self, name: str, tensor: Tensor) -> int:
+        return tensor.numel() * self._dtypes[self._sources[name][0]].itemsize
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters(remove_duplicate=False))
@@ -146,6 +212,7 @@ class StreamedModel:
                 targets = by_pattern[pattern].target_patterns
                 names = [name.replace(targets[0], target) for target in targets]
                 self._converted.update(names)
+            self._landings[key] = names[0]
             for name in names:
                 sources.setdefault(name, []).append(key)
         for target, source in self.model.all_tied_weights_keys.items():
@@ -153,6 +220,20 @@ class StreamedModel:
             if present:
                 sources[source] = sources[target] = present
         return sources
+
+    def _plan_dtypes(self) -> dict[str, torch.dtype]:
+        """Tensor of the checkpoint -> what transformers' loader casts it to: what the model's class wants kept in fp32,
+        else the dtype that the skeleton has where the tensor lands."""
+        plan, state = self.model._get_dtype_plan(self.dtype), self._state()
+        pattern, globs, _ = build_glob_alternation(list(plan))
+        dtypes = {}
+        for key, landing in self._landings.items():
+            planned = pattern.search(landing) if plan else None
+            if planned:
+                dtypes[key] = plan[globs[planned.lastgroup or ""]]
+            else:
+                dtypes[key] = state[landing].dtype if landing in state else self.dtype
+        return dtypes
 
     def _verify(self) -> None:
         parameters = self._parameters()
@@ -179,15 +260,16 @@ class StreamedModel:
                 )
 
     def _load(self, names: list[str]) -> None:
-        keys = sorted({key for name in names for key in self._sources.get(name, [])})
+        tensors = self.checkpoint.slices(self._keys(names), self._dtypes)
         config = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=self._transforms,  # type: ignore[arg-type]
         )
-        with no_progress_bar():
-            info, _ = convert_and_load_state_dict_in_model(self.model, self.checkpoint.slices(keys), config)
+        with no_progress_bar(), self._taken_over(names) as fetched:
+            tensors |= fetched
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
         self._move_tied(names)
         parameters = {name: p for name, p in self._parameters().items() if name in names}
         unloaded = [name for name, parameter in parameters.items() if parameter.device.type == "meta"]
@@ -195,12 +277,34 @@ class StreamedModel:
             first = unloaded or sorted(map(str, info.mismatched_keys)) or sorted(info.conversion_errors)
             raise CheckpointError(f"{self.checkpoint.name}: transformers could not load {first[0]}")
         for name, parameter in parameters.items():
+            if parameter.dtype != (planned := self._dtypes[self._sources[name][0]]):
+                raise CheckpointError(f"{name}: this transformers loads it as {parameter.dtype}, expected {planned}")
+            if parameter.is_cuda:  # transformers' threads allocate on the default stream, whatever is the caller's
+                parameter.record_stream(torch.cuda.current_stream(parameter.device))
             parameter.requires_grad_(False)
             if not all(extreme.isfinite() for extreme in parameter.aminmax()):  # NaN is both extremes
                 raise CheckpointError(
                     f"{name} of {self.checkpoint.name} holds NaN or infinite values as {self.dtype}: the file is "
                     "damaged, or its values are too large for that dtype"
                 )
+
+    @contextmanager
+    def _taken_over(self, names: list[str]) -> Iterator[dict[str, UnreadTensor]]:
+        """What was prefetched for exactly these names; each tensor can be had once, and what is left goes at the
+        end."""
+        ahead = self._ahead
+        if ahead is None or ahead.names != names:
+            yield {}
+            return
+        try:
+            yield ahead.tensors()
+        finally:
+            self.forget_prefetched()
+
+    def _release(self, names: tuple[str, ...]) -> None:
+        for name, parameter in self._parameters().items():
+            if parameter.device.type != "meta" and name.startswith(names):
+                self._set(name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
     def _move_tied(self, names: list[str]) -> None:
         """A tied weight may be stored under its partner's name (the head's for the embedding): give it to the one that
@@ -215,6 +319,90 @@ class StreamedModel:
     def _set(self, name: str, parameter: nn.Parameter) -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, parameter)
+
+
+class _Prefetch:
+    """Tensors of a checkpoint on their way to a device, one after the other, as the dtype they will be used in."""
+
+    def __init__(
+        self, names: list[str], wanted: dict[str, tuple[TensorEntry, torch.dtype]], device: torch.device
+    ) -> None:
+        self.names = names
+        self._futures: dict[str, Future[Tensor]] = {key: Future() for key in wanted}
+        queue = deque(
+            _Fetch(entry, dtype, self._futures[key], _destination(entry, dtype, device))
+            for key, (entry, dtype) in wanted.items()
+        )
+        stop, stream = Event(), None
+        if device.type == "cuda":
+            stream = torch.cuda.Stream(device)
+            # The memory of the destinations may still be read, as something freed, by what is queued until now.
+            stream.wait_stream(torch.cuda.current_stream(device))
+        thread = Thread(target=_fetch, args=(queue, stop, stream), name="quailora-prefetch", daemon=True)
+        # Also when this is dropped without a word, and when Python ends: no daemon may then be in the midst of torch.
+        self.drop = weakref.finalize(self, _end, stop, thread)
+        thread.start()
+
+    def tensors(self) -> dict[str, UnreadTensor]:
+        """Each can be had once, and is then no longer held here."""
+        return {key: UnreadTensor(partial(self._take, key)) for key in self._futures}
+
+    def _take(self, key: str) -> Tensor:
+        return self._futures.pop(key).result()
+
+
+@dataclass
+class _Fetch:
+    """One tensor to be fetched: where from, as what dtype, whom to give it to, and on a GPU its place there."""
+
+    entry: TensorEntry
+    dtype: torch.dtype
+    future: Future[Tensor]
+    place: Tensor | None
+
+
+def _destination(entry: TensorEntry, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """On a GPU, memory from the pool of the stream that will use it: what another stream had allocated, that stream
+    alone could use again."""
+    if device.type != "cuda":
+        return None
+    with torch.inference_mode(False):  # or the thread could not write to it
+        return torch.empty(entry.shape, dtype=dtype, device=device)
+
+
+def _fetch(queue: deque[_Fetch], stop: Event, stream: torch.cuda.Stream | None) -> None:
+    """Work of the thread. It knows the futures alone, not who waits for them, and leaves none open."""
+    try:
+        while queue and not stop.is_set():
+            _fetch_one(queue[0], stream)
+            queue.popleft()
+    except BaseException as error:  # raised again by whoever asks for what is missing
+        for fetch in queue:
+            fetch.future.set_exception(error)
+        queue.clear()
+    for fetch in queue:
+        fetch.future.cancel()
+
+
+def _fetch_one(fetch: _Fetch, stream: torch.cuda.Stream | None) -> None:
+    """In a function of its own: a tensor that was handed over must not be held until the next one is there."""
+    if stream is None or fetch.place is None:
+        fetch.future.set_result(fetch.entry.read(fetch.dtype))
+        return
+    # torch keeps page-locked memory for ever, and rounds it up to a power of two: so tensors go through it in pieces.
+    flat = fetch.place.view(-1)
+    with torch.cuda.stream(stream):
+        staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
+        for first, piece in fetch.entry.pieces(staging):
+            flat[first : first + len(piece)].copy_(piece, non_blocking=True)
+            stream.synchronize()  # this thread waits; the block that computes meanwhile does not
+    fetch.future.set_result(fetch.place)
+
+
+def _end(stop: Event, thread: Thread) -> None:
+    stop.set()
+    if thread.is_alive() and thread is not current_thread():
+        thread.join()
 
 
 def _find_blocks(model: PreTrainedModel, decoder: nn.Module) -> list[Block]:

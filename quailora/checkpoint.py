@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,9 +22,28 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from quailora.errors import CheckpointError
+from quailora.files import as_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = FLOATING | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_PIECE = 4 * 2**20  # bytes that are cast at once
+_OWN_PAGES = 2**16  # bytes from which a tensor has pages of its own
 
 # What transformers lets out where config.json has a value that no model can be made of.
 BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
@@ -28,17 +51,78 @@ BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticErro
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor stands: its file, safetensors dtype name, shape, and byte range within the file."""
+    """Where one tensor stands: its file, safetensors dtype name, shape, and byte range within the file.
+
+    version: the file's size in bytes and time of modification in ns when its header was read.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    version: tuple[int, int]
 
     @property
     def nbytes(self) -> int:
         return self.end - self.start
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype not in DTYPES:
+            raise CheckpointError(f"{self.file} holds a tensor of {self.dtype}, for which torch has no dtype")
+        return DTYPES[self.dtype]
+
+    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor in its shape, in the file's dtype or cast to `dtype` piece by piece, in memory of its own: pages
+        of a mapped file would count as resident until the mapping goes.
+
+        Raises:
+            CheckpointError: the file cannot be read, is not the one whose header was read, or torch has no such dtype.
+        """
+        dtype = dtype or self.torch_dtype
+        tensor = _empty(self.shape, dtype)
+        if dtype == self.torch_dtype:
+            self.read_into(tensor)
+        else:
+            flat = tensor.view(-1)
+            for first, piece in self.pieces(_empty((_PIECE,), torch.uint8)):
+                flat[first : first + len(piece)] = piece
+        return tensor
+
+    def pieces(self, staging: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """The elements in order: the number of the first of a piece, and the piece, in the file's dtype. It stands in
+        the bytes of `staging`, which the next one overwrites."""
+        staging, elements = staging.view(self.torch_dtype), prod(self.shape)
+        for first in range(0, elements, len(staging)):
+            piece = staging[: elements - first]
+            self.read_into(piece, first)
+            yield first, piece
+
+    def read_into(self, part: torch.Tensor, first: int = 0) -> None:
+        """Fill a contiguous tensor on the CPU, of the file's dtype, with the elements from number `first` on."""
+        left = as_bytes(part)
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                if _version(stream.fileno()) != self.version:
+                    raise CheckpointError(f"{self.file} has changed since it was opened: fetch it again")
+                stream.seek(self.start + first * part.itemsize)
+                while len(left) > 0 and (count := stream.readinto(left)):  # 2 GiB at most come at once
+                    left = left[count:]
+        except OSError as error:
+            raise CheckpointError(f"{self.file} cannot be read: {_reason(error)}; fetch it again") from error
+        if len(left) > 0:
+            raise CheckpointError(f"{self.file} ends {len(left)} bytes too early: fetch it again")
+
+
+@dataclass(frozen=True)
+class UnreadTensor:
+    """A tensor that is read when it is indexed, as transformers' loader does once, with `[...]`."""
+
+    read: Callable[[], torch.Tensor]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.read()[index]
 
 
 class Checkpoint:
@@ -95,18 +179,14 @@ class Checkpoint:
                 digest.update(file.read(min(1024, entry.nbytes)))
         return digest.hexdigest()[:32]
 
-    def slices(self, names: list[str]) -> dict[str, Any]:
-        """Lazy safetensors slices of the named tensors, one open (memory-mapped) file per shard."""
-        files = {self.tensors[name].file: None for name in names}
-        try:
-            opened = {file: safe_open(file, framework="pt") for file in files}
-            return {name: opened[self.tensors[name].file].get_slice(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.name} cannot be read: {error}") from error
+    def slices(self, names: Iterable[str], dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, UnreadTensor]:
+        """The named tensors, each read (and cast to what `dtypes` says) anew whenever it is indexed; see
+        `TensorEntry.read` for what is raised then."""
+        return {name: UnreadTensor(partial(self.tensors[name].read, (dtypes or {}).get(name))) for name in names}
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, read now, in the dtype of the file."""
-        return self.slices([name])[name][...]
+        return self.tensors[name].read()
 
     def _read_config(self) -> PretrainedConfig:
         try:
@@ -176,6 +256,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
         with safe_open(file, framework="pt"):
             pass  # safetensors has now checked that header and file agree to the byte
         with file.open("rb") as stream:
+            version = _version(stream.fileno())
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError) as error:
@@ -186,4 +267,20 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
     header.pop("__metadata__", None)
     for name, tensor in header.items():
         start, end = (8 + length + offset for offset in tensor["data_offsets"])
-        yield name, TensorEntry(file, tensor["dtype"], tuple(tensor["shape"]), start, end)
+        yield name, TensorEntry(file, tensor["dtype"], tuple(tensor["shape"]), start, end, version)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory on the CPU that the operating system has back as soon as the tensor is gone. malloc, for all but large
+    tensors, keeps it for the thread that allocated; measured, a block's worth and more."""
+    size = prod(shape) * dtype.itemsize
+    if size >= _OWN_PAGES and hasattr(mmap, "MAP_ANONYMOUS"):
+        with suppress(OSError):  # no memory: torch will say so
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _version(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns

@@ -1,4 +1,4 @@
-"""The command line: quailora init | eval | merge | convert | doctor."""
+"""The command line: quailora init | plan | eval | merge | convert | doctor."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,6 +75,20 @@ ComputeOption = Annotated[
 ]
 RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint on the hub.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What may be allocated on the device, such as 12GiB; on a CPU, by how much resident memory may grow. "
+        "Default: nine tenths of what is free."
+    ),
+]
+HostMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What hidden states may take of the host's memory beside a GPU; more goes to disk. "
+        "Default: nine tenths of what is free."
+    ),
+]
 BatchOption = Annotated[
     int | None, typer.Option(help="Sequences in one forward pass. Default: about 8192 tokens.", min=1)
 ]
@@ -104,15 +120,23 @@ def init(
     split: SplitOption = "train",
     batch_size: BatchOption = None,
     seed: Annotated[int, typer.Option(help="Of the draw of samples, and of the solver.")] = 0,
+    memory_budget: MemoryOption = None,
+    host_memory_budget: HostMemoryOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with a run that did not come to its end.")
+    ] = True,
     device: DeviceOption = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     progress: Annotated[bool, typer.Option(help="Draw a progress bar.")] = True,
 ) -> None:
-    """Make an adapter whose A and B undo most of the quantisation error of CHECKPOINT."""
+    """Make an adapter whose A and B undo most of the quantisation error of CHECKPOINT.
+
+    Under torchrun the processes share the work, one to each GPU.
+    """
     from peft import LoraConfig
 
-    from quailora import pipeline
+    from quailora import crew, pipeline
     from quailora.checkpoint import Checkpoint
 
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
@@ -124,26 +148,99 @@ def init(
         target_modules=_target_modules(target_modules),
         task_type="CAUSAL_LM",
     )
-    report = pipeline.build_adapter(
-        source,
-        config,
-        data,
-        output,
-        quantization=_quantization(quant or Quant.nf4, double_quant, compute_dtype, source.dtype),
-        solver=solver,
-        iterations=iterations,
-        damping=pipeline.DEFAULT_DAMPING if damping is None else damping,
-        samples=samples,
-        sequence_length=sequence_length,
-        split=split,
-        column=column,
-        batch_size=batch_size,
-        device=device,
-        seed=seed,
-        progress=progress,
+    with crew.joined(device) as place, _interruptible():
+        report = pipeline.build_adapter(
+            source,
+            config,
+            data,
+            output,
+            quantization=_quantization(quant or Quant.nf4, double_quant, compute_dtype, source.dtype),
+            solver=solver,
+            iterations=iterations,
+            damping=pipeline.DEFAULT_DAMPING if damping is None else damping,
+            samples=samples,
+            sequence_length=sequence_length,
+            split=split,
+            column=column,
+            batch_size=batch_size,
+            memory_budget=memory_budget,
+            host_memory_budget=host_memory_budget,
+            resume=resume,
+            distributed=crew.launched(),
+            device=place,
+            seed=seed,
+            progress=progress,
+        )
+    if crew.rank() == 0:
+        Console().print(report.summary())
+        typer.echo(f"adapter, report.md and model card: {output}")
+
+
+@app.command()
+def plan(
+    checkpoint: CheckpointArgument,
+    memory_budget: MemoryOption = None,
+    host_memory_budget: HostMemoryOption = None,
+    rank: Annotated[int, typer.Option(help="LoRA's r.", min=1)] = 64,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, names separated by commas, or one regular expression.")
+    ] = "all-linear",
+    quant: QuantOption = None,
+    double_quant: DoubleOption = True,
+    compute_dtype: ComputeOption = None,
+    solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
+    iterations: Annotated[int | None, typer.Option(help="Depth of krylov (3), alternations of als (20).")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
+    sequence_length: LengthOption = None,
+    batch_size: BatchOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where it would be computed; cuda need not be here. Default: CUDA if there is one, or cpu."),
+    ] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """What `init` would have where, in bytes, its FLOPs and an estimate of its time. No weight is read."""
+    from json import dumps
+
+    import torch
+    from peft import LoraConfig
+
+    from quailora import adapter as adapters
+    from quailora import budget, pipeline
+    from quailora.blocks import StreamedModel
+    from quailora.calibration import SEQUENCE_LENGTH
+    from quailora.checkpoint import Checkpoint
+    from quailora.quantized import Quantization
+
+    settings = pipeline.Settings(solver, iterations)
+    # Read first: a slip of the pen is no reason to wait.
+    allowed, host = (
+        None if given is None else budget.parse_bytes(given) for given in (memory_budget, host_memory_budget)
     )
-    Console().print(report.summary())
-    typer.echo(f"adapter, report.md and model card: {output}")
+    absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
+    place = torch.device("cuda") if absent else pipeline.default_device(device)
+    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    quantization = _quantization(quant or Quant.nf4, double_quant, compute_dtype, source.dtype)
+    config = LoraConfig(r=rank, target_modules=_target_modules(target_modules), task_type="CAUSAL_LM")
+    base = adapters.quantized_skeleton(source, quantization, source.dtype)
+    targets, _ = adapters.find_targets(adapters.adapted_skeleton(base, config, source))
+    positions = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    found = budget.make_plan(
+        StreamedModel(source, torch.device("cpu") if absent else place, source.dtype),
+        {target.name: target.rank for target in targets},
+        Quantization.from_config(quantization),
+        settings,
+        samples=samples,
+        sequence_length=sequence_length or min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH),
+        memory_budget=allowed,
+        host_memory_budget=host,
+        batch_size=batch_size,
+        device=place,
+        timed=True,
+    )
+    typer.echo(dumps(found.to_dict(), indent=2) if json else found.text())
 
 
 @app.command("eval")
@@ -245,6 +342,10 @@ def doctor(
     tune: Annotated[
         bool, typer.Option("--tune", help="First time the settings of the kernels on each GPU; keep the fastest.")
     ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option("--device", help="Only this one; without it, or on a GPU without our code for it, an error."),
+    ] = None,
 ) -> None:
     """Versions and devices; which backend serves each operation here, and whether it computes what it should.
 
@@ -256,17 +357,27 @@ def doctor(
     import torch
 
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    devices = [torch.device("cpu"), *gpus]
+    if only is not None:
+        known, devices = devices, [device for device in devices if str(device) == only]
+        gpus = [device for device in gpus if device in devices]
+        if not devices:
+            raise QuailoraError(f"there is no {only} here; there are {', '.join(map(str, known))}")
     if tune:
         _tune(gpus)
     typer.echo(f"quailora {quailora.__version__}, Python {platform.python_version()}, {platform.platform()}")
     typer.echo(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")))
-    devices = [torch.device("cpu"), *gpus]
     unsound = [operation for device in devices for operation in _examined(device, every)]
     if unsound:
         raise QuailoraError(
             f"{', '.join(dict.fromkeys(unsound))}: not what the reference gives. Do not trust results of this "
             "installation on that device; please report the tables above"
         )
+    if only is not None and gpus:
+        services = quailora.backends(only).items()
+        plain = [name for name, service in services if service.backend == "reference" and service.others]
+        if plain:
+            raise QuailoraError(f"{only}: plain PyTorch serves {', '.join(plain)}; the table above says why")
 
 
 def _tune(gpus: list[torch.device]) -> None:
@@ -301,8 +412,7 @@ def _examined(device: torch.device, every: bool) -> list[str]:
         services.add_row(operation, service.backend, "; ".join(f"{k}: {v}" for k, v in service.others.items()))
     console.print(services)
 
-    # On a GPU, larger than its caches, so that speeds are those of its memory.
-    findings = list(examine(device, size=4096 if on_gpu else 256, timed=on_gpu))
+    findings = list(examine(device, timed=on_gpu))
     copy = copy_speed(device) if on_gpu else None
     title = f"{device}: against the reference in fp64" + (f"; a copy moves {copy / 1e9:.0f} GB/s" if copy else "")
     checks = Table("operation", "cases", "worst case", "error", "allowed", "GB/s", title=title)
@@ -317,9 +427,9 @@ def _examined(device: torch.device, every: bool) -> list[str]:
         sound = [finding for finding in of_one if finding.sound]
         if every:
             shown = of_one
-        else:  # and all that are not sound
+        else:  # and all that are not sound, or were timed
             shown = [max(sound, key=lambda finding: finding.error / finding.allowed)] if sound else []
-            shown += [finding for finding in of_one if not finding.sound]
+            shown += [each for each in of_one if not each.sound or (each.speed and each not in shown)]
         for i, finding in enumerate(shown):
             row(finding, f"{len(sound)} of {len(of_one)} sound" if i == 0 else "")
     console.print(checks)
@@ -331,6 +441,16 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         typer.echo(quailora.__version__)
         raise typer.Exit
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the command with what is kept, in one line, and the shell's own exit status for it."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        typer.echo(str(interruption) or "interrupted", err=True)
+        raise typer.Exit(130) from interruption
 
 
 def _target_modules(text: str) -> str | list[str]:
@@ -369,7 +489,8 @@ def main() -> None:
     try:
         app()
     except QuailoraError as error:
-        line = Text.assemble(("error:", "bold red"), " ", " ".join(str(error).split()))
+        rank = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        line = Text.assemble((f"error{rank}:", "bold red"), " ", " ".join(str(error).split()))
         Console(stderr=True, highlight=False).print(line, soft_wrap=True)
         sys.exit(1)
 

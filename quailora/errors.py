@@ -24,3 +24,7 @@ class MismatchError(AdapterError):
 
 class SolverError(QuailoraError):
     """A layer's weights or statistics that no solver can work with."""
+
+
+class BudgetError(QuailoraError):
+    """No plan fits the memory budget; the message names the smallest that would do."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from json import JSONDecodeError
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,157 +18,22 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 
 import quailora
 from quailora import adapter as adapters
-from quailora.activations import Call, Calls, collect
 from quailora.adapter import Target
-from quailora.blocks import Block, StreamedModel, linear_weight
+from quailora.blocks import StreamedModel, linear_weight
+from quailora.blockwise import DEFAULT_DAMPING, Loop, Settings, Solved, Stages
 from quailora.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration, load_calibration
 from quailora.checkpoint import Checkpoint
+from quailora.crew import Crew
 from quailora.errors import AdapterError, CalibrationError, CheckpointError, MismatchError, QuailoraError
+from quailora.files import check_new_folder
+from quailora.meter import Meter
 from quailora.progress import Progress
 from quailora.quantized import Quantization, QuantizedWeight, quantization_of, quantize, read
 from quailora.report import LayerReport, Report, model_card, write_files
-from quailora.solvers import Linear, LoraFactors, check_solver, solve_group
+from quailora.workspace import Workspace
 
-# By benchmarks/damping.py: the least perplexity on held-out text, with much and with little data. See docs/using.md.
-DEFAULT_DAMPING = 1e-4
 RANK, ALPHA = 64, 16
 TOKENS_PER_BATCH = 8192
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the solver is told. See `quailora.solve`. Raises SolverError for what it does not take."""
-
-    solver: str = "krylov"
-    iterations: int | None = None
-    damping: float = DEFAULT_DAMPING
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_solver(self.solver, self.iterations, self.damping)
-
-
-@dataclass
-class Stages:
-    """Seconds spent by stage. On CUDA, work that is queued in one stage may be waited for in another."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
-
-
-def run(
-    model: StreamedModel,
-    targets: list[Target],
-    calibration: Calibration,
-    quantized_weight: Callable[[Target, Tensor], QuantizedWeight],
-    accept: Callable[[Target, LoraFactors], None],
-    settings: Settings,
-    progress: Progress,
-    stages: Stages,
-    batch_size: int | None = None,
-) -> tuple[list[LayerReport], dict[str, str]]:
-    """Solve for every target; the rows of the report, and the targets that could not be reached with why.
-
-    quantized_weight: gives the Q of a target, for its full-precision weight (m, n).
-    accept: takes the factors of a target.
-    """
-    layers: list[LayerReport] = []
-    inside = {name for block in model.blocks for name in block.linears()}
-    outside = {t.name: "it stands outside the decoder's blocks" for t in targets if t.name not in inside}
-    waiting = {target.name: target for target in targets if target.name in inside}
-    batches = list(calibration.batches(batch_size or default_batch_size(calibration)))
-    states: list[Tensor] = []
-    calls: list[list[Call]] = []
-    # A caller's autocast must not reach the full-precision forward pass, nor H.
-    with torch.no_grad(), torch.autocast(model.device.type, enabled=False), _memory_errors(model.device):
-        with stages("load"), model.resident(*model.outside_blocks()):
-            recorder = Calls(model)
-            for batch in batches:
-                hidden, of_batch = recorder.record(batch)
-                states.append(hidden.cpu())
-                calls.append(of_batch)
-
-        for index, block in enumerate(progress.blocks(model.blocks)):
-            if not waiting:
-                break
-            with _resident(model, block, stages):
-                linears = {name: linear for name, linear in block.linears().items() if name in waiting}
-                with stages("forward"), collect(linears) as collector:
-                    for number, batch in enumerate(batches):
-                        keep = None if batch.keep is None else batch.keep.to(model.device)
-                        with collector.batch(keep):
-                            hidden = calls[number][index].run(block.module, states[number].to(model.device))
-                        states[number] = hidden.cpu()
-                for gram, names in collector.groups():
-                    if gram.tokens == 0:
-                        continue
-                    group = [waiting.pop(name) for name in names]
-                    weights = [linear_weight(linears[name]) for name in names]
-                    start = perf_counter()
-                    with stages("quantise"):
-                        quantized = [quantized_weight(*each) for each in zip(group, weights, strict=True)]
-                    with stages("solve"):
-                        factors = solve_group(
-                            [
-                                Linear(weight, q, target.rank, target.name)
-                                for target, weight, q in zip(group, weights, quantized, strict=True)
-                            ],
-                            gram,
-                            solver=settings.solver,
-                            iterations=settings.iterations,
-                            damping=settings.damping,
-                            seed=settings.seed,
-                            overwrite_weights=True,  # the block has run
-                        )
-                        for target, found in zip(group, factors, strict=True):
-                            accept(target, found)
-                    seconds = (perf_counter() - start) / sum(weight.numel() for weight in weights)
-                    for target, weight, found in zip(group, weights, factors, strict=True):
-                        layers.append(_row(target, found, gram.tokens, seconds * weight.numel()))
-                        progress.layer(layers[-1])
-    return layers, outside | dict.fromkeys(waiting, "no calibration token reached it")
-
-
-def _row(target: Target, factors: LoraFactors, tokens: int, seconds: float) -> LayerReport:
-    return LayerReport(
-        name=target.name,
-        outputs=len(factors.A),
-        inputs=len(factors.B),
-        rank=target.rank,
-        tokens=tokens,
-        weight_error=factors.error_norm,
-        weight_error_after=factors.residual_norm,
-        output_error=math.sqrt(2 * factors.initial / tokens),
-        output_error_after=math.sqrt(2 * factors.objective / tokens),
-        jitter=factors.jitter,
-        seconds=seconds,
-    )
-
-
-@contextmanager
-def _memory_errors(device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise QuailoraError(
-            f"{device} is out of memory: lower batch_size (--batch-size 1) or sequence_length (--sequence-length). "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
-
-
-@contextmanager
-def _resident(model: StreamedModel, block: Block, stages: Stages) -> Iterator[None]:
-    with ExitStack() as stack:
-        with stages("load"):
-            stack.enter_context(model.resident(f"{block.name}."))
-        yield
 
 
 def build_adapter(
@@ -190,6 +52,10 @@ def build_adapter(
     split: str = "train",
     column: str | None = None,
     batch_size: int | None = None,
+    memory_budget: int | str | None = None,
+    host_memory_budget: int | str | None = None,
+    resume: bool = True,
+    distributed: bool = False,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -211,7 +77,16 @@ def build_adapter(
         solver, iterations, damping: see `quailora.solve`.
         samples, sequence_length, seed: how much calibration data is taken, and the seed of the draw.
         split, column: of a data set, where they are not the usual ones.
-        batch_size: sequences in one forward pass; None takes as many as make about 8192 tokens.
+        batch_size: sequences in one forward pass; None takes as many as make about 8192 tokens, or fewer where the
+            memory is short.
+        memory_budget: what may be allocated on the device, in bytes or as "12GiB"; on a CPU, by how much the resident
+            memory may grow. None is nine tenths of what is free.
+        host_memory_budget: on a GPU, what hidden states may take of the host's memory; what is more goes to a file
+            beside `output_dir`. None is nine tenths of what is free.
+        resume: go on with a run into `output_dir` that did not come to its end; its finished blocks are kept beside
+            the folder, and it is refused where its settings differ. False discards it.
+        distributed: whether every process of the default group of torch.distributed calls this: samples and solves are
+            shared, rank 0 writes, all return the report.
         dtype: what the base's weights are loaded as before they are quantised; None is what transformers takes by
             itself.
         device: where to compute; None is CUDA if there is one, else the CPU.
@@ -221,11 +96,14 @@ def build_adapter(
         The report that is also in `output_dir`.
 
     Raises:
+        BudgetError: no plan fits the budget; the least that would do is named.
         QuailoraError: bad input of any kind, before anything is computed where that can be known.
+        KeyboardInterrupt: saying what is kept.
     """
     output = Path(output_dir)
-    adapters.check_new_folder(output)
-    settings = Settings(solver, iterations, damping, seed)
+    check_new_folder(output)
+    crew, settings = Crew(distributed), Settings(solver, iterations, damping, seed)
+    meter = Meter(default_device(device), memory_budget, host_memory_budget)
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     dtype = dtype or source.dtype
     config = copy.deepcopy(lora_config) or LoraConfig(
@@ -240,7 +118,7 @@ def build_adapter(
     targets, left = adapters.find_targets(model)
     if not targets:
         raise AdapterError(f"no quantised linear is targeted: {_enumerate(left)}")
-    stream = StreamedModel(source, default_device(device), dtype)
+    stream = StreamedModel(source, meter.device, dtype)
     adapters.check_can_be_saved(model, stream)
     data = read_calibration(
         source,
@@ -253,28 +131,83 @@ def build_adapter(
         column=column,
     )
 
+    record = make_record(source, dtype, form, settings, data, config)
+    workspace = None
+    if crew.leads:
+        workspace = Workspace(output, _identity(record, targets, meter, crew, batch_size), resume=resume)
+    finished, chosen = crew.from_leader((workspace.finished, workspace.chosen) if workspace else ([], {}))
     stages = Stages()
-    with Progress(len(stream.blocks), enabled=progress) as bar, adapters.new_folder(output) as folder:
-        layers, unreached = run(
-            stream,
-            targets,
-            data,
-            lambda target, weight: quantize(weight, form),
-            lambda target, factors: target.assign(factors, seed),
-            settings,
-            bar,
-            stages,
-            batch_size,
-        )
-        _check_some(layers, unreached)
-        with stages("write"):
-            adapters.fill_rest(model, stream, seed)
-            model.save_pretrained(str(folder), save_embedding_layers=False)
-        record = make_record(source, dtype, form, settings, data, config)
-        report = Report(layers, left | unreached, _notes(stream), record, stages.seconds)
-        report.save(folder)
-        write_files(folder, {"README.md": model_card(record, report)})
-    return report
+
+    def finish(index: int, solved: list[Solved]) -> None:
+        assert workspace is not None, "only the leader has results"
+        for target, factors, _ in solved:
+            target.assign(factors, seed)
+        rows = [row for _, _, row in solved]
+        workspace.save_block(index, adapters.take(model, [target for target, _, _ in solved]), rows)
+
+    try:
+        plan = meter.plan(stream, targets, form, settings, data, crew, chosen.get("batch_size", batch_size))
+        if workspace:
+            workspace.choose(batch_size=plan.batch_size)
+        with Progress(len(stream.blocks), enabled=progress and crew.leads) as bar, meter:
+            loop = Loop(
+                model=stream,
+                plan=plan,
+                settings=settings,
+                quantized_weight=lambda target, weight: quantize(weight, form),
+                finish=finish,
+                crew=crew,
+                progress=bar,
+                stages=stages,
+                folder=output.resolve().parent,
+            )
+            unreached = loop.run(targets, list(crew.share(data).batches(plan.batch_size)), finished)
+        report = None
+        if workspace:
+            layers = workspace.layers
+            _check_some(layers, unreached)
+            notes = [*_notes(stream), *_resumed(finished)]
+            report = Report(layers, left | unreached, notes, record, stages.seconds, meter.figures(plan))
+            with workspace.finish() as folder, stages("write"):
+                made = workspace.tensors()
+                adapters.save(model, folder, made | adapters.rest(model, stream, seed, made))
+                report.save(folder)
+                write_files(folder, {"README.md": model_card(record, report)})
+    except KeyboardInterrupt as interruption:
+        raise KeyboardInterrupt(f"interrupted{_kept(workspace)}") from interruption
+    except QuailoraError as error:
+        raise type(error)(f"{error}{_kept(workspace)}") from error
+    except Exception:
+        _kept(workspace)
+        raise
+    return crew.from_leader(report)  # type: ignore[return-value]
+
+
+def _identity(
+    record: dict[str, Any], targets: list[Target], meter: Meter, crew: Crew, batch_size: int | None
+) -> dict[str, Any]:
+    """What decides the factors: a run goes on with those of another only where all of it is the same."""
+    return {
+        "base": {name: record["base"][name] for name in ("fingerprint", "dtype", "quantization")},
+        "calibration": {k: v for k, v in record["calibration"].items() if k not in ("source", "seed")},
+        "solver": record["solver"],
+        "targets": {target.name: [target.rank, target.scaling] for target in targets},
+        "batch_size": batch_size,
+        "device": meter.device.type,
+        "processes": crew.size,
+        "versions": record["versions"] | {"quailora": record["quailora"]},
+    }
+
+
+def _kept(workspace: Workspace | None) -> str:
+    kept = workspace.leave() if workspace else ""
+    return f"; {kept}" if kept else ""
+
+
+def _resumed(finished: list[int]) -> list[str]:
+    if not finished:
+        return []
+    return [f"{len(finished)} blocks were solved by an earlier run that did not come to its end; times are this one's"]
 
 
 def initialize(
@@ -291,6 +224,8 @@ def initialize(
     split: str = "train",
     column: str | None = None,
     batch_size: int | None = None,
+    memory_budget: int | str | None = None,
+    host_memory_budget: int | str | None = None,
     adapter: str = "default",
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -308,6 +243,7 @@ def initialize(
         checkpoint: the full-precision checkpoint that the base was quantised from.
         adapter: the name of the adapter within `peft_model`.
         device: where to compute; None is where the model is.
+        memory_budget: besides the model that is loaded.
         Others as in `build_adapter`.
 
     Raises:
@@ -326,7 +262,8 @@ def initialize(
     if not targets:
         raise AdapterError(f"no quantised linear is targeted: {_enumerate(left)}; is the base loaded in 4 or 8 bits?")
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-    stream = StreamedModel(source, default_device(device or targets[0].base.weight.device), source.dtype)
+    meter = Meter(default_device(device or targets[0].base.weight.device), memory_budget, host_memory_budget)
+    stream = StreamedModel(source, meter.device, source.dtype)
     _check_shapes(peft_model, targets, stream)
     data = read_calibration(
         source,
@@ -347,22 +284,34 @@ def initialize(
         _check_belongs(target, weight, quantized, dtype)
         return quantized
 
-    found: list[tuple[Target, LoraFactors]] = []
-
-    def keep(target: Target, factors: LoraFactors) -> None:
-        found.append((target, replace(factors, A=factors.A.cpu(), B=factors.B.cpu())))
-
-    stages = Stages()
-    with Progress(len(stream.blocks), enabled=progress) as bar:
-        layers, unreached = run(stream, targets, data, held, keep, settings, bar, stages, batch_size)
+    form, stages, crew = quantization_of(targets[0].base), Stages(), Crew()
+    plan = meter.plan(stream, targets, form, settings, data, crew, batch_size)
+    found: list[Solved] = []
+    with (
+        Progress(len(stream.blocks), enabled=progress) as bar,
+        meter,
+        tempfile.TemporaryDirectory(prefix="quailora-") as folder,
+    ):
+        loop = Loop(
+            model=stream,
+            plan=plan,
+            settings=settings,
+            quantized_weight=held,
+            finish=lambda index, solved: found.extend(solved),
+            crew=crew,
+            progress=bar,
+            stages=stages,
+            folder=Path(folder),
+        )
+        unreached = loop.run(targets, list(data.batches(plan.batch_size)), ())
+    layers = [row for _, _, row in found]
     _check_some(layers, unreached)
-    for target, factors in found:
+    for target, factors, _ in found:
         target.assign(factors, seed)
     whole = getattr(base_config, "quantization_config", None)
     skipped = Quantization.from_config(whole).skip_modules if isinstance(whole, BitsAndBytesConfig) else None
-    form = replace(quantization_of(targets[0].base), skip_modules=skipped)
-    record = make_record(source, dtype, form, settings, data, config)
-    return Report(layers, left | unreached, _notes(stream), record, stages.seconds)
+    record = make_record(source, dtype, replace(form, skip_modules=skipped), settings, data, config)
+    return Report(layers, left | unreached, _notes(stream), record, stages.seconds, meter.figures(plan))
 
 
 def default_quantization(dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Report:
     notes: what else a person should know.
     record: plain JSON; what the adapter was made for and how. See `quailora.pipeline.make_record`.
     stages: seconds by stage.
+    memory: bytes: the budget, the plan's peak, and the peak measured. See `quailora.meter.Meter`.
     """
 
     layers: list[LayerReport]
@@ -60,6 +61,7 @@ class Report:
     notes: list[str]
     record: dict[str, Any]
     stages: dict[str, float]
+    memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def error_left(self) -> float:
@@ -124,6 +126,11 @@ class Report:
             *(["## Notes", "\n".join(f"- {note}" for note in self.notes)] if self.notes else []),
             "## Time",
             _table(stages),
+            *(
+                ["## Memory", _table([{"of": k, "GiB": v / 2**30} for k, v in self.memory.items()])]
+                if self.memory
+                else []
+            ),
         ]
         return "\n\n".join(parts) + "\n"
 

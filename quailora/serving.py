@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from quailora.adapter import adapted_skeleton, check_new_folder, new_folder, put, quantized_skeleton
+from quailora.adapter import adapted_skeleton, put, quantized_skeleton
 from quailora.blocks import StreamedModel
 from quailora.checkpoint import INDEX, Checkpoint
 from quailora.errors import AdapterError, MismatchError
+from quailora.files import check_new_folder, new_folder
 from quailora.pipeline import default_device, load_tokenizer
 from quailora.quantized import Quantization, is_quantized, quantize
 from quailora.report import RECORD, read_record

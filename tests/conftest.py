@@ -14,6 +14,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 # No test needs a model hub; without this, one that asks it for a missing file waits for its time-outs first.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Tests run side by side, one process to a core, and their models are tiny: more threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]

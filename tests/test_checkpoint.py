@@ -1,6 +1,7 @@
 """Full-precision weights from safetensors: one file or shards, a folder or the hub's cache, whatever the names."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quailora
+from quailora import checkpoint as checkpoints
 from quailora.blocks import StreamedModel
 from quailora.calibration import Calibration
-from quailora.checkpoint import INDEX, SINGLE, Checkpoint
+from quailora.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint
 from quailora.errors import CheckpointError
 
 CPU = torch.device("cpu")
@@ -316,3 +318,123 @@ def test_a_pickle_is_named_and_never_opened(tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch ran'\ntR.")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle, .* convert it to safetensors"):
         Checkpoint(folder)
+
+
+def with_tensors(folder: Path, tensors: Tensors) -> Checkpoint:
+    """A checkpoint that holds these tensors and no model."""
+    tiny.checkpoint(folder)
+    save_file(tensors, folder / SINGLE)
+    return Checkpoint(folder)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def assert_same_bits(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    assert torch.equal(bits(found), bits(expected))
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_is_read_as_safetensors_reads_it(name: str, tmp_path: Path) -> None:
+    dtype = DTYPES[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        count = torch.Size(shape).numel() * dtype.itemsize
+        return (
+            torch.randint(0, 2 if name == "BOOL" else 256, (count,), generator=generator).byte().view(dtype).view(shape)
+        )
+
+    # "large" has pages of its own.
+    tensors = {"matrix": some(3, 5), "scalar": some(), "empty": some(0, 4), "one": some(1), "large": some(257, 300)}
+    found, expected = with_tensors(tmp_path / "model", tensors), load_file(tmp_path / "model" / SINGLE)
+    assert {entry.dtype for entry in found.tensors.values()} == {name}
+    lazy = found.slices(tensors)
+    for key in tensors:
+        assert_same_bits(found.tensors[key].read(), expected[key])
+        assert_same_bits(found.tensor(key), expected[key])
+        assert_same_bits(lazy[key][...], expected[key])
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_casting_piece_by_piece_is_casting(
+    stored: torch.dtype, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_PIECE", 1000)  # bytes: no tensor below is a multiple of it
+    tensors = {
+        "matrix": torch.randn(37, 41).to(stored),
+        "scalar": torch.tensor(0.3).to(stored),
+        "empty": torch.empty(0, 2).to(stored),
+    }
+    found = with_tensors(tmp_path / "model", tensors)
+    lazy = found.slices(tensors, dict.fromkeys(tensors, dtype))
+    for key, tensor in tensors.items():
+        assert_same_bits(lazy[key][...], tensor.to(dtype))
+
+
+def test_a_read_may_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does from 2 GiB on."""
+    tensor = torch.randn(1000)
+    found = with_tensors(tmp_path / "model", {"a": tensor})
+    opened = Path.open
+
+    class Slow:
+        def __init__(self, file: object) -> None:
+            self.file = file
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.file, name)
+
+        def __enter__(self) -> "Slow":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def readinto(self, buffer: memoryview) -> int:
+            return self.file.readinto(buffer[:300])
+
+    monkeypatch.setattr(Path, "open", lambda *args, **options: Slow(opened(*args, **options)))
+    assert torch.equal(found.tensor("a"), tensor)
+
+
+def test_a_dtype_that_torch_has_not_is_named(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    (folder / SINGLE).write_bytes(file(HEADER.replace(b"F32", b"F8_E8M0").replace(b"[2]", b"[8]")))
+    found = Checkpoint(folder)
+    with pytest.raises(CheckpointError, match=rf"{SINGLE} holds a tensor of F8_E8M0, for which torch has no dtype"):
+        found.tensor("a")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["by its date", "unseen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["as it is", "cast"])
+def test_a_file_that_is_cut_off_after_opening(
+    known: bool, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = with_tensors(tmp_path / "model", {"a": torch.randn(100), "b": torch.randn(100)})
+    path = tmp_path / "model" / SINGLE
+    if not known:  # it shrinks between the look at its date and the read
+        monkeypatch.setattr(checkpoints, "_version", lambda _: found.tensors["a"].version)
+    os.truncate(path, path.stat().st_size - 3)
+    message = "has changed since it was opened" if known else "ends 3 bytes too early"
+    with pytest.raises(CheckpointError, match=rf"{SINGLE} {message}: fetch it again"):
+        found.tensors["b"].read(dtype)
+
+
+def test_a_file_of_the_same_size_that_took_its_place_is_not_read(tmp_path: Path) -> None:
+    found = with_tensors(tmp_path / "model", {"a": torch.randn(100)})
+    path = tmp_path / "model" / SINGLE
+    save_file({"a": torch.randn(100)}, path)
+    os.utime(path, ns=(0, found.tensors["a"].version[1] + 1))
+    with pytest.raises(CheckpointError, match=rf"{SINGLE} has changed since it was opened: fetch it again"):
+        found.tensor("a")
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    found = with_tensors(tmp_path / "model", {"a": torch.randn(100)})
+    (tmp_path / "model" / SINGLE).unlink()
+    with pytest.raises(CheckpointError, match=rf"{SINGLE} cannot be read: .*No such file.*; fetch it again"):
+        found.tensor("a")

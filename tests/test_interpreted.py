@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 def test_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", HERE / "interpreted"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-n", "logical", HERE / "interpreted"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

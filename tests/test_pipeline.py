@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import quailora
-import quailora.pipeline
+import quailora.blockwise
 from quailora.adapter import find_targets
 from quailora.blocks import StreamedModel
 from quailora.calibration import Calibration
@@ -329,7 +329,9 @@ def test_by_default_sequences_are_as_long_as_the_model_has_positions(tmp_path: P
     assert report.record["calibration"]["sequence_length"] == 64
 
 
-@pytest.mark.parametrize("where", [(quailora.pipeline, "solve_group"), (StreamedModel, "_load")], ids=["solve", "load"])
+@pytest.mark.parametrize(
+    "where", [(quailora.blockwise, "solve_group"), (StreamedModel, "_load")], ids=["solve", "load"]
+)
 def test_out_of_memory_says_what_to_lower(
     where: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

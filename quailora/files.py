@@ -1,0 +1,144 @@
+"""What is written: folders that appear when all in them is there, and safetensors files larger than the memory."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quailora.errors import QuailoraError
+
+# What safetensors calls the dtypes that an adapter can have.
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under its own name only when all in it is written; otherwise nothing is left.
+
+    Raises:
+        QuailoraError: the folder has something in it already, or cannot be written (a full disk included).
+    """
+    check_new_folder(path)
+    path = path.resolve()  # a link stays, and what it points to is filled
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield partial
+            partial.chmod(0o755)
+            if path.exists():
+                path.rmdir()
+            partial.replace(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raises QuailoraError where `path` is anything but absent or an empty folder."""
+    if path.is_dir() and any(path.iterdir()):
+        raise QuailoraError(f"the output folder {path} is not empty: give another, or remove it")
+    if path.exists() and not path.is_dir():
+        raise QuailoraError(f"{path} is a file: the output is a folder")
+    if os.path.ismount(path):
+        raise QuailoraError(f"{path} is a mount point, which no finished folder can replace: give a folder within it")
+
+
+@contextmanager
+def writing(path: Path, advice: str | None = None) -> Iterator[None]:
+    """Within it, what the operating system refuses is a QuailoraError that names `path` and ends with `advice`."""
+    advice = advice or f"nothing was left under {path}"
+    try:
+        yield
+    except Exception as error:
+        if _is_out_of_space(error):
+            raise QuailoraError(f"the disk that holds {path.parent} is full: {advice}") from error
+        if isinstance(error, OSError):
+            raise QuailoraError(f"{path} cannot be written: {error}; {advice}") from error
+        raise
+
+
+def _is_out_of_space(error: BaseException) -> bool:
+    # safetensors writes from Rust and reports the operating system's error in words.
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, which what was written under it takes once it is on the disk: whole or not."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new name is on the disk once its folder is. (Windows opens no folders, and keeps names by itself.)"""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when it is written: only its shape and dtype are known before."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(path: Path, tensors: dict[str, LazyTensor]) -> None:
+    """A safetensors file, one tensor in memory at a time: the bytes that `safetensors.torch.save_file` would write.
+
+    Its format: 8 bytes of length (little-endian), a JSON header padded to 8 bytes, then the data; the widest dtypes
+    stand first, and by name among themselves.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in ordered:
+        stop = start + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in ordered:
+            value = tensor.read().contiguous()
+            assert tuple(value.shape) == tensor.shape and value.dtype == tensor.dtype, name
+            file.write(as_bytes(value))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, to be read from or written to."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,66 @@
+"""Freed host memory: malloc of glibc keeps it for later, and all the while it counts as the process's."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_OWN_PAGES = 256 * 2**10
+_GLIBC_MOST = 32 * 2**20  # where glibc's threshold, which grows by itself with what is freed, ends
+_IS_MMAPPED = 2  # malloc.c: a bit of the size that stands before every chunk
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Within it every allocation of 256 KiB or more has pages of its own, which go when it is freed: resident memory is
+    then within some hundredths of what is live. Without it gaps between tensors add half to the peak of a small model.
+
+    It costs a page fault for every 4 KiB that is allocated anew. Afterwards the threshold is fixed at 32 MiB.
+    """
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
+    gaps = list(_gaps(libc))
+    try:
+        yield
+    finally:
+        for gap in gaps:
+            libc.free(gap)
+        libc.mallopt(_M_MMAP_THRESHOLD, _GLIBC_MOST)
+
+
+def _gaps(libc: ctypes.CDLL) -> Iterator[int]:
+    """Take what the heap has free in pieces of that size, which malloc would use first. Nothing is written to them, so
+    that after `malloc_trim` they are address space and no memory."""
+    libc.malloc_trim(0)
+    while True:
+        chunk = libc.malloc(_OWN_PAGES)
+        if ctypes.c_size_t.from_address(chunk - ctypes.sizeof(ctypes.c_size_t)).value & _IS_MMAPPED:
+            libc.free(chunk)
+            return
+        yield chunk
+
+
+def return_freed_memory() -> None:
+    """Give the operating system what was freed, of the heaps of all threads."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, where it is that of GNU."""
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return None
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    return libc

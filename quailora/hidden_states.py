@@ -1,0 +1,82 @@
+"""The hidden states of every micro-batch between two blocks, in memory or in a file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from quailora.files import as_bytes, writing
+
+
+class HiddenStates:
+    """Batch number -> hidden states (b, t, d), replaced in place as block follows block.
+
+    Args:
+        device: where they are wanted.
+        folder: where the file is to be; None keeps them in memory, pinned if the device is a GPU.
+
+    The file has no name, so that nothing of it is left however the process ends. It is read and written, not mapped:
+    mapped pages would count as the process's memory, and a full disk would kill it instead of raising an error.
+    Raises QuailoraError where the disk is full.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+        self._device, self._folder = device, folder
+        self._memory: dict[int, Tensor] = {}
+        self._places: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
+        self._size = 0
+        self._file = None
+        if folder is not None:
+            with writing(folder / "hidden states"):
+                self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  (closed by __exit__)
+
+    def __enter__(self) -> HiddenStates:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._memory.clear()
+        if self._file is not None:
+            self._file.close()
+
+    def __getitem__(self, number: int) -> Tensor:
+        """Those of a batch, on the device."""
+        if self._file is None:
+            return self._memory[number].to(self._device, non_blocking=True)
+        start, shape, dtype = self._places[number]
+        hidden = torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
+        rest = as_bytes(hidden)
+        while rest:
+            read = os.preadv(self._file.fileno(), [rest], start)
+            assert read, "the file is as long as what was written to it"
+            rest, start = rest[read:], start + read
+        return hidden.to(self._device)
+
+    def __setitem__(self, number: int, hidden: Tensor) -> None:
+        if self._file is None:
+            self._remember(number, hidden)
+            return
+        hidden = hidden.contiguous().cpu()
+        start, shape, dtype = self._places.setdefault(number, (self._size, hidden.shape, hidden.dtype))
+        assert (shape, dtype) == (hidden.shape, hidden.dtype), "a block changes no shape"
+        self._size = max(self._size, start + hidden.nbytes)
+        rest = as_bytes(hidden)
+        with writing(self._folder / "hidden states", "give it room, or --host-memory-budget more memory"):  # type: ignore[operator]
+            while rest:
+                written = os.pwrite(self._file.fileno(), rest, start)
+                rest, start = rest[written:], start + written
+
+    def _remember(self, number: int, hidden: Tensor) -> None:
+        if self._device.type != "cuda":
+            self._memory[number] = hidden
+            return
+        # To and from pinned memory the host waits for no copy: all are in the order of the stream.
+        if number not in self._memory:
+            self._memory[number] = torch.empty_like(hidden, device="cpu", pin_memory=True)
+        self._memory[number].copy_(hidden, non_blocking=True)
