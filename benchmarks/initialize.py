@@ -14,6 +14,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -29,6 +30,7 @@ from transformers import AutoModelForCausalLM
 import quailora
 from quailora import methods, ops, solvers
 from quailora.blocks import StreamedModel, linear_weight
+from quailora.budget import describe_bytes
 from quailora.checkpoint import Checkpoint
 from quailora.gram import Gram
 from quailora.pipeline import ALPHA, RANK, default_batch_size, default_device, read_calibration
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--solve", action="store_true", help="print what the solve is made of")
+    parser.add_argument("--memory-budget", nargs="*", default=[], help="also within each of these, such as 300MiB")
     parser.add_argument("--json", type=Path, help="where to keep the figures")
     arguments = parser.parse_args()
 
@@ -129,7 +132,17 @@ def main() -> None:
         stages.append(found | {"H": of_parts.pop("H")})
         parts.append(of_parts | {"the rest": found["solve"] - sum(of_parts.values())})
 
-    timings = alternate({"forward": forward, "initialise": initialise}, rounds=arguments.rounds)
+    plans: dict[str, str] = {}
+
+    def within(budget: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            report = quailora.build_adapter(
+                checkpoint, config, data, Path(folder) / "adapter", memory_budget=budget, progress=False
+            )
+        plans[budget] = ", ".join(f"{name} {describe_bytes(size)}" for name, size in report.memory.items())
+
+    budgets = {f"within {budget}": partial(within, budget) for budget in arguments.memory_budget}
+    timings = alternate({"forward": forward, "initialise": initialise, **budgets}, rounds=arguments.rounds)
     bare = timings["forward"].median
     ratio = timings["initialise"].over(timings["forward"])
     shares = {stage: median(run[stage] for run in stages[1:]) / bare for stage in STAGES}
@@ -139,6 +152,8 @@ def main() -> None:
     for stage, share in shares.items():
         print(f"| {stage} | {f'{share:.2f}' if apart or stage != 'H' else 'within forward'} |")
     print(f"| **total** | **{ratio:.2f}** (floor {floor(checkpoint):.2f}; bare forward pass {bare:.1f} s) |")
+    for name, budget in zip(budgets, arguments.memory_budget, strict=True):
+        print(f"| {name} | {timings[name].over(timings['forward']):.2f} ({plans[budget]}) |")
     if arguments.solve and apart:
         whole = median(run["solve"] for run in stages[1:])
         print("\n| part of the solve | share |\n| --- | ---: |")
@@ -149,6 +164,7 @@ def main() -> None:
             "tokens": arguments.samples * data.longest,
             "forward_seconds": timings["forward"].seconds,
             "initialise_seconds": timings["initialise"].seconds,
+            "budgets": {name: {"seconds": timings[name].seconds} for name in budgets},
             "ratio": ratio,
             "shares": shares if apart else {stage: share for stage, share in shares.items() if stage != "H"},
             "backend_of_H": quailora.backends(device)["gram_"].backend,

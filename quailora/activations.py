@@ -57,14 +57,14 @@ class Calls:
         first: list[Tensor] = []
 
         def bypass(block: Block, *args: Any, **kwargs: Any) -> Any:
-            hidden, call = _split(args, kwargs)
+            hidden, call = split_call(args, kwargs)
             first.append(hidden)
             if hidden is not first[0] or block is not self._model.blocks[len(calls) % len(self._model.blocks)]:
                 raise CheckpointError(NOT_A_CHAIN)
             calls.append(Call(_map_tensors(call.args, self._shared), _map_tensors(call.kwargs, self._shared)))
             return (hidden, None) if self._tuples[type(block.module)] else hidden
 
-        with _replaced_forward(self._model.blocks, bypass):
+        with replaced_forward(self._model.blocks, bypass):
             self._run(batch.input_ids)
         if len(calls) != len(self._model.blocks):
             raise CheckpointError(NOT_A_CHAIN)
@@ -86,11 +86,11 @@ class Calls:
                 at: Block, *args: Any, index: int = index, forward: Any = block.module.forward, **kwargs: Any
             ) -> Any:
                 if at is not self._model.blocks[index]:
-                    hidden, _ = _split(args, kwargs)
+                    hidden, _ = split_call(args, kwargs)
                     return (hidden, None) if self._tuples[type(at.module)] else hidden
                 raise _Seen(isinstance(forward(*args, **kwargs), tuple))
 
-            with self._model.resident(f"{block.name}."), _replaced_forward(self._model.blocks, probe):
+            with self._model.resident(f"{block.name}."), replaced_forward(self._model.blocks, probe):
                 try:
                     self._run(batch.input_ids[:1, :1])
                 except _Seen as seen:
@@ -149,14 +149,14 @@ class _Seen(Exception):
         self.is_tuple = is_tuple
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     if args:
         return args[0], Call(args[1:], kwargs)
     return kwargs["hidden_states"], Call((), {key: value for key, value in kwargs.items() if key != "hidden_states"})
 
 
 @contextmanager
-def _replaced_forward(blocks: list[Block], forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(blocks: list[Block], forward: Callable[..., Any]) -> Iterator[None]:
     """Within it `forward(block, *args, **kwargs)` answers in place of every block's own forward."""
     try:
         for block in blocks:

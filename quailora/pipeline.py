@@ -21,6 +21,7 @@ from quailora import adapter as adapters
 from quailora.adapter import Target
 from quailora.blocks import StreamedModel, linear_weight
 from quailora.blockwise import DEFAULT_DAMPING, Loop, Settings, Solved, Stages
+from quailora.budget import TOKENS_PER_BATCH
 from quailora.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration, load_calibration
 from quailora.checkpoint import Checkpoint
 from quailora.crew import Crew
@@ -33,7 +34,6 @@ from quailora.report import LayerReport, Report, model_card, write_files
 from quailora.workspace import Workspace
 
 RANK, ALPHA = 64, 16
-TOKENS_PER_BATCH = 8192
 
 
 def build_adapter(

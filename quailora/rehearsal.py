@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop
 from transformers import masking_utils
 
 from quailora import ops
-from quailora.activations import NOT_A_CHAIN, _replaced_forward, _split
+from quailora.activations import NOT_A_CHAIN, replaced_forward, split_call
 from quailora.blocks import Block, StreamedModel
 from quailora.error_matrices import ErrorMatrices, choose_form
 from quailora.errors import CheckpointError
@@ -211,7 +211,7 @@ def forward(
         def stand_in(block: Block, *args: Any, **kwargs: Any) -> Any:
             if len(runs) == len(stream.blocks) or block is not stream.blocks[len(runs)]:
                 raise CheckpointError(NOT_A_CHAIN)
-            hidden, call = _split(args, kwargs)
+            hidden, call = split_call(args, kwargs)
             kind = _kind(block, targets, (call.args, call.kwargs))
             if kind not in known:
                 footprint.answer = False
@@ -223,7 +223,7 @@ def forward(
             return (hidden, None) if is_tuple else hidden
 
         try:
-            with _replaced_forward(stream.blocks, stand_in):
+            with replaced_forward(stream.blocks, stand_in):
                 torch.func.functional_call(decoder, values, (), {"input_ids": tokens, "use_cache": False})
         except _NOT_BY_SHAPES:
             pass  # outside the blocks: what was not reached is bounded
@@ -325,7 +325,7 @@ def _run_block(
     # The first batch makes each H when its input comes; later ones find them all, and hold no input.
     first, later = once(hold=True, with_grams=True)[0], once(hold=False, with_grams=False)[0]
     grams = sum(4 * features**2 for features, _ in inputs.found.values())
-    hidden, call = _split(args, kwargs)
+    hidden, call = split_call(args, kwargs)
     seen = [Input(features, tuple(names)) for features, names in inputs.found.values()]
     missed = [name for name in linears if not any(name in one.linears for one in seen)]
     run = BlockRun(

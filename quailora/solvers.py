@@ -325,7 +325,7 @@ def _finish(
 def _measure(errors: ErrorMatrices, index: int, h: Tensor, left: Tensor, right: Tensor) -> tuple[float, float]:
     """The objective and ‖R‖²_F of the residual R = E - A Bᵀ itself, in fp64."""
     energy, square = (torch.zeros((), dtype=torch.float64, device=h.device) for _ in range(2))
-    for rows, panel in errors.panels(index):
+    for rows, panel in errors.panels(index, whole=False):  # fp64 takes room
         residual = panel.double() - left[rows].double() @ right.double().T
         energy += ops.gram_energy(h, residual) / 2
         square += residual.square().sum()
