@@ -207,7 +207,7 @@ def _kept(workspace: Workspace | None) -> str:
 def _resumed(finished: list[int]) -> list[str]:
     if not finished:
         return []
-    return [f"{len(finished)} blocks were solved by an earlier run that did not come to its end; times are this one's"]
+    return [f"blocks solved by an earlier run, which did not come to its end: {len(finished)}; times are this run's"]
 
 
 def initialize(

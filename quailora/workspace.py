@@ -109,7 +109,7 @@ class Workspace:
         """Remove the folder where nothing in it is worth keeping. Returns what to tell a person, "" for nothing."""
         if self.folder.exists() and self.finished:
             return (
-                f"the factors of {len(self.finished)} blocks are kept in {self.folder}, "
+                f"the factors of {len(self.finished)} block{'s' * (len(self.finished) > 1)} are kept in {self.folder}, "
                 "and the same command goes on from there"
             )
         shutil.rmtree(self.folder, ignore_errors=True)

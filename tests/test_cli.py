@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import quailora
 from quailora import cli, ops, pipeline
 from quailora.errors import CheckpointError, QuailoraError
+from quailora.workspace import Workspace
 
 QUAILORA = Path(sys.executable).parent / "quailora"
 LINES = [f"the {i} th line says that {i * i % 97} is what comes after {i}\n" for i in range(40)]
@@ -176,6 +177,39 @@ def test_options_reach_build_adapter(
 
     config, quantization, _ = call("--quant", "int8", "--target-modules", r"model\.layers\.\d+\.mlp\..*")
     assert quantization.load_in_8bit and config.target_modules == r"model\.layers\.\d+\.mlp\..*"
+
+
+def test_ctrl_c_is_one_line_that_says_what_is_kept(
+    run: Ran, checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = Workspace.save_block, []
+
+    def interrupt(self: Workspace, *arguments: Any) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save(self, *arguments))
+
+    options = (
+        "--data",
+        corpus,
+        "--samples",
+        "4",
+        "--sequence-length",
+        "32",
+        "--rank",
+        "4",
+        "--output",
+        tmp_path / "out",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "save_block", interrupt)
+        code, out, err = run("init", checkpoint, *options)
+    assert (code, out) == (130, "")
+    kept = tmp_path / ".out.quailora"
+    assert err == f"interrupted; the factors of 1 block are kept in {kept}, and the same command goes on from there\n"
+    code, out, _ = run("init", checkpoint, *options)
+    assert code == 0 and "blocks solved by an earlier run, which did not come to its end: 1" in out
+    assert not kept.exists()
 
 
 @pytest.mark.parametrize(

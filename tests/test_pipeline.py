@@ -20,8 +20,10 @@ import quailora
 import quailora.blockwise
 from quailora.adapter import find_targets
 from quailora.blocks import StreamedModel
+from quailora.budget import Plan
 from quailora.calibration import Calibration
 from quailora.errors import MismatchError, QuailoraError
+from quailora.meter import Meter
 from quailora.precision import exact_products
 from quailora.quantized import is_quantized, read
 from quailora.report import Report
@@ -378,3 +380,28 @@ def test_at_most_one_block_is_in_memory_and_neither_model_is_ever_whole(
     build(tiny.checkpoint(tmp_path / "model", num_hidden_layers=5), tmp_path / "adapter")
     # The embeddings, then block 0 beside them (to see what a block returns), then every block by itself.
     assert seen == [(0, 1), (1, 0), *[(1, 0)] * 5]
+
+
+SHARING = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+@pytest.mark.parametrize("change", ["states", "prefetch", "passes", "all of it"])
+def test_whatever_the_plan_the_bits_are_the_same(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a thing is, and when it is read, changes no sum."""
+    folder = tiny.checkpoint(tmp_path / "model", num_hidden_layers=3)
+    build(folder, tmp_path / "plain", batch_size=2)
+    plan_of = Meter.plan
+
+    def other_plan(self: Meter, *args: Any) -> Plan:
+        plan = plan_of(self, *args)
+        assert (plan.states, plan.prefetch, [len(turns) for turns in plan.passes]) == ("host", True, [1] * 3)
+        in_turn = tuple(
+            tuple(tuple(n for n in names if n.endswith(one)) for one in SHARING) for (names,) in plan.passes
+        )
+        changes: dict[str, Any] = {"states": "disk", "prefetch": False, "passes": in_turn}
+        return replace(plan, **(changes if change == "all of it" else {change: changes[change]}))
+
+    monkeypatch.setattr(Meter, "plan", other_plan)
+    build(folder, tmp_path / "changed", batch_size=2)
+    plain, changed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "changed"))
+    assert plain.keys() == changed.keys() and all(torch.equal(changed[name], plain[name]) for name in plain)
