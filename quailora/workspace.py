@@ -108,10 +108,8 @@ class Workspace:
     def leave(self) -> str:
         """Remove the folder where nothing in it is worth keeping. Returns what to tell a person, "" for nothing."""
         if self.folder.exists() and self.finished:
-            return (
-                f"the factors of {len(self.finished)} block{'s' * (len(self.finished) > 1)} are kept in {self.folder}, "
-                "and the same command goes on from there"
-            )
+            kept = "1 block is" if len(self.finished) == 1 else f"{len(self.finished)} blocks are"
+            return f"the factors of {kept} kept in {self.folder}, and the same command goes on from there"
         shutil.rmtree(self.folder, ignore_errors=True)
         return ""
 

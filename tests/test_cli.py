@@ -206,7 +206,7 @@ def test_ctrl_c_is_one_line_that_says_what_is_kept(
         code, out, err = run("init", checkpoint, *options)
     assert (code, out) == (130, "")
     kept = tmp_path / ".out.quailora"
-    assert err == f"interrupted; the factors of 1 block are kept in {kept}, and the same command goes on from there\n"
+    assert err == f"interrupted; the factors of 1 block is kept in {kept}, and the same command goes on from there\n"
     code, out, _ = run("init", checkpoint, *options)
     assert code == 0 and "blocks solved by an earlier run, which did not come to its end: 1" in out
     assert not kept.exists()
