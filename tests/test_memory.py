@@ -19,9 +19,8 @@ import memory
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="takes Linux's /proc")
 
 SMALL = memory.Size(hidden=768, inner=3072, blocks=4, heads=4, groups=2, vocabulary=256)
-LARGER = replace(SMALL, hidden=1024, inner=5120)
-
-SKELETON = 2**19  # bytes that the modules of a block take, with no weights in them: 0.4 MiB were measured
+# Bytes that the modules of a block take, with no weights in them, in the model and in the one that PEFT adapts.
+SKELETON = 3 * 2**18
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +39,15 @@ def measure(model: Path, samples: int, budget: str, batch_size: int | None = Non
     return found
 
 
-@pytest.mark.parametrize(
-    "size, budget, skeleton",
-    [(SMALL, "170MiB", SKELETON), pytest.param(LARGER, "370MiB", 0, marks=pytest.mark.slow)],
-    ids=["small", "larger"],
-)
-def test_the_peak_grows_neither_with_depth_nor_with_data(
-    size: memory.Size, budget: str, skeleton: int, tmp_path: Path
-) -> None:
-    """In a model of this size the modules themselves, empty as they are, are more than 5 %; in a larger one not."""
+def test_the_peak_grows_neither_with_depth_nor_with_data(tmp_path: Path) -> None:
+    """The budget has one block in memory at a time, and the hidden states of many samples on disk. The modules
+    themselves, empty as they are, grow with the depth, which shows in a model as small as this."""
     shallow, deep = tmp_path / "shallow", tmp_path / "deep"
-    memory.write_model(shallow, size)
-    memory.write_model(deep, replace(size, blocks=32))
+    memory.write_model(shallow, SMALL)
+    memory.write_model(deep, replace(SMALL, blocks=32))
     runs = ((shallow, 16), (deep, 16), (shallow, 512))
-    base, deeper, longer = (measure(model, samples, budget, 8)["measured"] for model, samples in runs)
-    assert deeper == pytest.approx(base, rel=0.05, abs=28 * skeleton)
+    base, deeper, longer = (measure(model, samples, "148MiB", 8)["measured"] for model, samples in runs)
+    assert deeper - base < 0.05 * base + 28 * SKELETON
     assert longer == pytest.approx(base, rel=0.05)
 
 
