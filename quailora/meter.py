@@ -19,6 +19,9 @@ from quailora.crew import Crew
 from quailora.heap import freed_at_once
 from quailora.quantized import Quantization
 
+# How many times the planned peak a heap with gaps comes to: 1.6 were measured. With more room than that, time is saved.
+_WITH_GAPS = 2
+
 _OF_FREE = 0.9  # what is taken of free memory by itself: others may come to need some
 
 
@@ -37,7 +40,7 @@ class Meter:
         own = 1 if device.type == "cuda" else beside
         self.budget = _bytes(memory_budget) or int(_OF_FREE * free_memory(device) / own)
         self.host_budget = _bytes(host_memory_budget) or int(_OF_FREE * free_memory(torch.device("cpu")) / beside)
-        self._named = memory_budget is not None
+        self._named, self._tight = memory_budget is not None, False
         self._start = self._held()
         self._peak = 0
         self._heap = ExitStack()
@@ -53,7 +56,7 @@ class Meter:
         batch_size: int | None,
     ) -> Plan:
         """The fastest plan that fits, the same for all processes. Raises BudgetError."""
-        return make_plan(
+        plan = make_plan(
             stream,
             {target.name: target.rank for target in targets},
             form,
@@ -65,6 +68,8 @@ class Meter:
             batch_size=batch_size,
             held=-crew.least(-max(0, self._held() - self._start)),
         )
+        self._tight = self._named and _WITH_GAPS * plan.peak > self.budget
+        return plan
 
     def figures(self, plan: Plan) -> dict[str, int]:
         """Bytes, for the report."""
@@ -76,7 +81,7 @@ class Meter:
             self._fraction = torch.cuda.get_per_process_memory_fraction(self.device)
             torch.cuda.set_per_process_memory_fraction(min(1.0, (self._start + self.budget) / total), self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif self._named:
+        elif self._tight:
             self._heap.enter_context(freed_at_once())
         return self
 
