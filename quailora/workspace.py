@@ -115,11 +115,12 @@ class Workspace:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._record.read_text(encoding="utf-8"))
+            known = json.loads(self._record.read_text(encoding="utf-8"))
+            return {name: known[name] for name in ("identity", "chosen")}
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise QuailoraError(f"{self._record} is damaged ({error}): {_DISCARD}") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise QuailoraError(f"{self._record} is damaged ({error!r}): {_DISCARD}") from error
 
     def _check_same(self, known: dict[str, Any]) -> None:
         differences = list(_differences(known, self._identity))

@@ -253,6 +253,15 @@ def test_a_damaged_block_is_named(model: Path, tmp_path: Path) -> None:
         build(model, tmp_path / "out")
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_record_is_named(text: str, model: Path, tmp_path: Path) -> None:
+    with stopping_after(1, Stop()), pytest.raises(Stop):
+        build(model, tmp_path / "out")
+    (work(tmp_path / "out") / "run.json").write_text(text)
+    with pytest.raises(QuailoraError, match=r"run.json is damaged .*--no-resume"):
+        build(model, tmp_path / "out")
+
+
 # ---- faults and interruptions
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
