@@ -1,0 +1,162 @@
+"""The experiments of the paper (arXiv 2410.14713), by name, with its solver and this project's.
+
+    python benchmarks/paper.py --scale small --data roleplay=FILE codegen=FILE --text CALIBRATE MEASURE
+
+    start          before training: what the start gives back, by rank and by solver (no table of the paper's)
+    perplexity     Tables 2 and 4: 4 and 8 bits, from zero and from QuAILoRA, and LoRA on 16 bits
+    convergence    Figure 2: the course of training; beside it other learning rates, and random factors of the same
+                   norms, to tell what the start knows from what it is to be away from zero
+    rank           Figure 1: after training, by rank
+    calibration    Table 1: texts to make the start from against texts to train on
+    downstream     Tables 3 and 5: tasks, by lm-eval
+
+The models, data sets and settings of the scale `paper` are the paper's; it needs a GPU and a data hub. `small` takes
+two CPU cores some hours, with SmolLM2-135M-Instruct and the texts that are named; `tiny` shows within two minutes that
+it all works. A set of --data is trained on, and the first is what starts are made from; one of --calibrate only makes
+starts. What has run is kept in --results, one file a cell, and is not run again; what failed is, with --retry. Two
+processes share the work with --part 1/2 and --part 2/2. At the end the tables are printed; `results.py` puts them into
+the documentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import tables
+from smollm2 import fetch
+from study import LEARNING_RATE, RANK, SCALES, SMOLLM2, Cell, Study
+
+RATES = (LEARNING_RATE, 1e-3, 2e-3, 4e-3)
+RANKS = (8, 16, 32, 64, 128, 256)
+FEW_RANKS = (8, RANK, 256)  # where every cell is a fine-tuning
+CALIBRATE, MEASURE = "text-calibrate", "text-measure"
+PAIRS = (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"), ("int8", "quailora"), ("bf16", "zero"))
+
+
+# ---- The cells of each experiment, what they share first
+
+
+def start(study: Study) -> Iterator[Cell]:
+    if MEASURE not in study.sets:
+        return
+    length = 4 * study.scale.length
+    for model in study.scale.models:
+        kinds = [(base, "zero", RANK) for base in ("bf16", "nf4", "int8")]
+        kinds += [("nf4", "quailora", rank) for rank in RANKS]
+        kinds += [("nf4", solver, RANK) for solver in ("als", "closed-form", "svd")] + [("int8", "quailora", RANK)]
+        for base, kind, rank in kinds:
+            yield study.cell(model, MEASURE, base, kind, CALIBRATE, 0, rank=rank, steps=0, length=length)
+
+
+def perplexity(study: Study) -> Iterator[Cell]:
+    for seed in study.scale.seeds:
+        for model in study.scale.models:
+            for name in study.trained:
+                for base, kind in PAIRS:
+                    yield study.cell(model, name, base, kind, study.trained[0], seed)
+    for model in study.scale.models:
+        for name in study.trained:
+            yield study.cell(model, name, "nf4", "als", study.trained[0], 0)
+
+
+def convergence(study: Study) -> Iterator[Cell]:
+    """On the first set and seed: the starts of both kinds, and the control, at every rate."""
+    for model in study.scale.models:
+        for rate in RATES:
+            for base, kind in (("nf4", "zero"), ("nf4", "quailora"), ("nf4", "random"), ("bf16", "zero")):
+                yield study.cell(model, study.trained[0], base, kind, study.trained[0], 0, learning_rate=rate)
+
+
+def rank(study: Study) -> Iterator[Cell]:
+    ranks = RANKS if study.scale.name == "paper" else FEW_RANKS
+    for model in study.scale.models:
+        for each in ranks:
+            for kind in ("zero", "quailora"):
+                yield study.cell(model, study.trained[0], "nf4", kind, study.trained[0], 0, rank=each)
+
+
+def calibration(study: Study) -> Iterator[Cell]:
+    calibrate = [name for name in study.sets if name not in (CALIBRATE, MEASURE)]
+    for model in study.scale.models:
+        for name in study.trained:
+            yield study.cell(model, name, "nf4", "zero", study.trained[0], 0)
+            for source in calibrate:
+                yield study.cell(model, name, "nf4", "quailora", source, 0)
+
+
+def downstream(study: Study) -> Iterator[Cell]:
+    """Their fine-tuned adapters are what the tasks are solved with."""
+    for model in study.scale.models:
+        for base, kind in PAIRS:
+            yield study.cell(model, study.trained[0], base, kind, study.trained[0], 0)
+
+
+EXPERIMENTS: dict[str, Callable[[Study], Iterator[Cell]]] = {
+    "start": start,
+    "perplexity": perplexity,
+    "convergence": convergence,
+    "calibration": calibration,
+    "rank": rank,
+    "downstream": downstream,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of a study, for `read_study`."""
+    named = "NAME=FILE"
+    parser.add_argument("--scale", choices=SCALES, default="paper")
+    parser.add_argument("--model", metavar="FOLDER", help=f"instead of the models of the scale ({SMOLLM2} by default)")
+    parser.add_argument("--data", nargs="+", default=[], metavar=named, help="sets to train on, or NAME=FILE:COLUMN")
+    parser.add_argument("--calibrate", nargs="+", default=[], metavar=named, help="sets that only starts are made from")
+    parser.add_argument(
+        "--text", nargs=2, metavar=("CALIBRATE", "MEASURE"), help="texts, for the start before training"
+    )
+    parser.add_argument("--results", type=Path, help="where the cells are; docs/results/SCALE by default")
+    parser.add_argument("--work", type=Path, help="where adapters are kept; build/evidence/SCALE by default")
+    parser.add_argument("--part", default="1/1", metavar="K/N", help="run only the k-th of n parts")
+    parser.add_argument("--retry", action="store_true", help="run again what failed")
+
+
+def read_study(arguments: argparse.Namespace) -> Study:
+    """Raises SystemExit, with its reason, where no data is named."""
+    scale = SCALES[arguments.scale]
+    sets = dict(scale.sets)
+    for entry in (*arguments.data, *arguments.calibrate):
+        name, _, source = entry.partition("=")
+        file, _, column = source.partition(":")
+        sets[name] = (file, column or None)
+    trained = tuple(entry.partition("=")[0] for entry in arguments.data) or scale.trained
+    if not trained:
+        raise SystemExit(f"--scale {scale.name} has no data sets of its own: name some with --data NAME=FILE")
+    if arguments.text:
+        sets |= {CALIBRATE: (arguments.text[0], None), MEASURE: (arguments.text[1], None)}
+    checkpoints = {model: arguments.model or (str(fetch()) if model == SMOLLM2 else model) for model in scale.models}
+    return Study(
+        scale,
+        arguments.results or Path("docs/results") / scale.name,
+        arguments.work or Path("build/evidence") / scale.name,
+        checkpoints,
+        sets,
+        trained,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    study = read_study(arguments)
+    part, _, parts = arguments.part.partition("/")
+    for name in arguments.experiment:
+        cells = list(dict.fromkeys(EXPERIMENTS[name](study)))
+        study.save_index(name, cells)
+        study.run(cells, int(part) - 1, int(parts), arguments.retry)
+    for name in arguments.experiment:
+        print(f"\n## {name}\n\n{tables.TABLES[name](tables.read(study.results, name))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The starts that people have today, side by side: on the same NF4 base, rank, calibration data and test text.
+
+    python benchmarks/peers.py --scale small --data roleplay=FILE [...]
+
+QLoRA's zero, PEFT's LoftQ as it is and with its scaling put right, the SVD of E, EVA and CorDA where they accept the
+model, the closed form of CLoQ and QERA (exact), the paper's alternation, and this project's default. Each is made in a
+process of its own, which tells its time, that beside a bare forward pass over the same data, and its peak memory over
+what the imports take; then it is fine-tuned by study.py, at one learning rate for all. The options are those of
+paper.py, and what has run is kept in the same way. What fails is shown as failed, with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+import psutil
+import tables
+import torch
+from paper import add_arguments, read_study
+from starts import keep, load, lora
+from study import LORA_ALPHA, Cell, Study, circumstances
+
+from quailora.report import to_json, write_files
+
+PEERS = ("zero", "loftq", "loftq-scaled", "svd", "eva", "corda", "closed-form", "als", "quailora")
+LIMIT = 900  # seconds that a start may take
+
+
+def peers(study: Study) -> list[Cell]:
+    (model, *_), name = study.scale.models, study.trained[0]
+    return [study.cell(model, name, "nf4", start, name, study.scale.seeds[0]) for start in PEERS]
+
+
+def cost(study: Study, cell: Cell) -> dict[str, Any]:
+    """Make a start anew. bytes: the peak of resident memory above that after the imports."""
+    checkpoint = study.checkpoint(cell.model)
+    data = study.texts(cell.model, cell.calibrate or "", cell.length)
+    calibration = data.calibration(study.scale.calibration, cell.seed, cell.calibrate or "")
+    before = psutil.Process().memory_info().rss
+    started = time.perf_counter()
+    keep(study.work, checkpoint, cell.base, cell.start, calibration, lora(cell.rank, LORA_ALPHA), cell.seed)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    model = load(checkpoint, "bf16")
+    batches = list(calibration.batches(max(1, 8192 // cell.length)))
+    passes = []
+    with torch.no_grad():
+        for _ in range(2):  # the first warms up
+            started = time.perf_counter()
+            for batch in batches:
+                model.base_model(batch.input_ids.to(model.device), use_cache=False)
+            passes.append(time.perf_counter() - started)
+    return {"seconds": seconds, "forward_seconds": passes[-1], "bytes": peak, "made_with": circumstances()}
+
+
+def costs(study: Study, cells: list[Cell], arguments: list[str], retry: bool) -> None:
+    """Each start that takes any making, in a process of its own, if that has not been done."""
+    for cell in cells:
+        path = study.results / "costs" / f"{cell.slug}.json"
+        if cell.calibrate is None or (path.is_file() and not (retry and "error" in json.loads(path.read_text()))):
+            continue
+        command = [sys.executable, __file__, *arguments, "--make", cell.start]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            found = {"error": f"not made within {LIMIT} s"}
+        else:
+            lines = (run.stderr if run.returncode else run.stdout).strip().splitlines()
+            found = {"error": lines[-1][:300]} if run.returncode else json.loads(lines[-1])
+        write_files(study.results / "costs", {f"{cell.slug}.json": to_json(found)})
+        print(f"{cell.start}: {found.get('error') or '{:.0f} s'.format(found['seconds'])}", flush=True)
+
+
+def read_cost(study: Study, cell: Cell) -> dict[str, Any]:
+    """Empty where the start was not made yet."""
+    path = study.results / "costs" / f"{cell.slug}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--make", choices=PEERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    study = read_study(arguments)
+    cells = peers(study)
+    if arguments.make:
+        print(json.dumps(cost(study, cells[PEERS.index(arguments.make)])))
+        return
+    study.save_index("peers", cells)
+    costs(study, cells, sys.argv[1:], arguments.retry)
+    study.run([cell for cell in cells if "error" not in read_cost(study, cell)], retry=arguments.retry)
+    print(tables.peers(tables.read(study.results, "peers"), study.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""What the studies of fine-tuning share: their scales, the texts, and one fine-tuning after another as cells on disk.
+
+A cell is one fine-tuning: a base, a start of its LoRA factors, a learning rate and so on, with what was measured
+before, during and after it. Cells are JSON files: a study that is called again goes on where it stopped, and several may run
+side by side, each with a part of the cells.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import platform
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from starts import PREPARED, SOLVERS, kept, load
+from tables import Record, slug
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+import quailora
+from quailora.calibration import Calibration
+from quailora.checkpoint import Checkpoint
+from quailora.errors import QuailoraError
+from quailora.pipeline import load_tokenizer, read_calibration
+from quailora.report import Report, to_json, write_files
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+LORA_ALPHA = 16
+LEARNING_RATE = 2e-4  # this and those below are the paper's
+WARM_UP = 0.03
+RANK = 64
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a study is. Everything is cut into sequences of `length` tokens.
+
+    sets: name -> what `quailora.calibration.load_calibration` reads, with the column that holds the text, if need be.
+    held_out: tokens that are measured. probe: those of them that KL and the course of training are measured on.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    sets: dict[str, tuple[str, str | None]]
+    steps: int
+    batch: int
+    micro_batch: int
+    length: int
+    calibration: int  # tokens
+    held_out: int
+    probe: int
+    seeds: tuple[int, ...]
+    points: int  # of the course of training
+    learning_rate: float = LEARNING_RATE
+    trained: tuple[str, ...] = ()  # those of `sets` that are trained on
+    longer: dict[str, int] = field(default_factory=dict)  # steps of models that take others
+
+
+SCALES = {
+    "paper": Scale(
+        name="paper",
+        models=(
+            "huggyllama/llama-7b",
+            "huggyllama/llama-13b",
+            "huggyllama/llama-30b",
+            "facebook/opt-13b",
+            "facebook/opt-30b",
+            "bigscience/bloom-560m",
+            "bigscience/bloom-3b",
+            "EleutherAI/pythia-70m",
+            "EleutherAI/pythia-410m",
+            "EleutherAI/pythia-12b",
+        ),
+        sets={
+            "alpaca": ("tatsu-lab/alpaca", None),
+            "unified-chip2": ("laion/OIG:unified_chip2", None),
+            "self-instruct": ("yizhongw/self_instruct", None),
+            "hh-rlhf": ("Anthropic/hh-rlhf", "chosen"),
+            "slimorca": ("Open-Orca/SlimOrca", None),
+        },
+        trained=("alpaca", "unified-chip2", "self-instruct", "hh-rlhf"),
+        steps=1000,
+        batch=16,
+        micro_batch=4,
+        length=512,
+        calibration=2000 * 512,
+        held_out=256 * 512,
+        probe=32 * 512,
+        seeds=(0, 1, 2),
+        points=10,
+        longer={"EleutherAI/pythia-70m": 10_000},
+    ),
+    "small": Scale(
+        name="small",
+        models=(SMOLLM2,),
+        sets={},
+        steps=48,
+        batch=4,
+        micro_batch=4,
+        length=128,
+        calibration=256 * 128,
+        held_out=48 * 128,
+        probe=12 * 128,
+        seeds=(0, 1, 2),
+        points=4,
+        # Between the best rates of the two starts in so few steps (the experiment `convergence`): at the paper's,
+        # factors that start from zero hardly get away from it.
+        learning_rate=2e-3,
+    ),
+    "tiny": Scale(
+        name="tiny",
+        models=(SMOLLM2,),
+        sets={},
+        steps=2,
+        batch=2,
+        micro_batch=1,
+        length=32,
+        calibration=16 * 32,
+        held_out=4 * 32,
+        probe=2 * 32,
+        seeds=(0,),
+        points=1,
+    ),
+}
+
+
+# ---- Cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning. With no steps, the start alone is measured.
+
+    train: the set that is trained on, whose held-out part is measured.
+    base: of `starts.BASES`. start: of `starts.STARTS`. calibrate: the set the start is made from, where it takes one.
+    seed: of the order of the training data, of random factors, and of the draw of calibration data.
+    """
+
+    model: str
+    train: str
+    base: str
+    start: str
+    calibrate: str | None
+    seed: int
+    learning_rate: float
+    steps: int
+    length: int
+    rank: int = RANK
+
+    @property
+    def slug(self) -> str:
+        """A name for files."""
+        return slug(asdict(self))
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where cells are found and run. results: their JSON. work: adapters, which may be deleted."""
+
+    scale: Scale
+    results: Path
+    work: Path
+    checkpoints: dict[str, str]  # model -> folder or id
+    sets: dict[str, tuple[str, str | None]]
+    trained: tuple[str, ...]  # those of the sets that are trained on; starts are made from the first
+
+    def cell(self, model: str, train: str, base: str, start: str, calibrate: str, seed: int, **others: Any) -> Cell:
+        """With the steps, the length and the learning rate of the scale, where none are given."""
+        defaults = {
+            "length": self.scale.length,
+            "steps": self.scale.longer.get(model, self.scale.steps),
+            "learning_rate": self.scale.learning_rate,
+        }
+        return Cell(model, train, base, start, calibrate if start in PREPARED else None, seed, **(defaults | others))
+
+    def found(self, cell: Cell) -> Record | None:
+        """What a cell gave; None where it has not run. A failed one has an "error"."""
+        path = self._path(cell)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def save_index(self, experiment: str, cells: Iterable[Cell]) -> None:
+        """Which cells make an experiment, and in which order its tables show them."""
+        write_files(self.results, {f"{experiment}.json": json.dumps([cell.slug for cell in cells], indent=1) + "\n"})
+
+    def run(self, cells: Iterable[Cell], part: int = 0, parts: int = 1, retry: bool = False) -> None:
+        """Run those of a part which have not run yet; failed ones again on `retry`. A failure is kept as a result."""
+        mine = list(dict.fromkeys(cells))[part::parts]
+        for number, cell in enumerate(mine, 1):
+            if (found := self.found(cell)) is not None and not (retry and "error" in found):
+                continue
+            started = time.perf_counter()
+            try:
+                result = run_cell(self, cell)
+                shown = f"perplexity {result['start']['perplexity']:.3f}"
+                if "end" in result:
+                    shown += f" -> {result['end']['perplexity']:.3f}"
+            except Exception as error:  # of any library: a table shows it in its place, and the others go on
+                traceback.print_exc()
+                result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+                shown = result["error"]
+            record = {"cell": asdict(cell), "scale": self.scale.name, **result, "made_with": circumstances()}
+            write_files(self.results / "cells", {self._path(cell).name: to_json(record)})
+            took = time.perf_counter() - started
+            print(f"{number}/{len(mine)} {cell.slug}: {shown}, {took:.0f} s", flush=True)
+            gc.collect()
+
+    def _path(self, cell: Cell) -> Path:
+        return self.results / "cells" / f"{cell.slug}.json"
+
+    @cache  # noqa: B019  one study lives as long as its process
+    def checkpoint(self, model: str) -> Checkpoint:
+        return Checkpoint(self.checkpoints[model])
+
+    @cache  # noqa: B019
+    def texts(self, model: str, name: str, length: int) -> Texts:
+        """Raises QuailoraError for a set that was not named, or holds too little."""
+        if name not in self.sets:
+            raise QuailoraError(f"no data set '{name}': give it with --data {name}=FILE, beside {', '.join(self.sets)}")
+        source, column = self.sets[name]
+        return read_texts(self.checkpoint(model), source, column, length, self.scale)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def circumstances() -> dict[str, Any]:
+    """Versions and machine."""
+    libraries = ("torch", "transformers", "peft", "bitsandbytes")
+    return {
+        "quailora": quailora.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in libraries},
+        "machine": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "cores": psutil.cpu_count(logical=False),
+        "threads": torch.get_num_threads(),
+    }
+
+
+# ---- Texts
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Sequences of one length, without padding, each (length,) int64. No record stands in both."""
+
+    train: tuple[Tensor, ...]
+    held_out: tuple[Tensor, ...]
+
+    def calibration(self, tokens: int, seed: int, source: str) -> Calibration:
+        """As many sequences of the training part as make `tokens`, drawn without replacement."""
+        wanted = tokens // len(self.train[0])
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))[:wanted]
+        return Calibration(tuple(self.train[index] for index in order), source, seed)
+
+
+def read_texts(checkpoint: Checkpoint, source: str, column: str | None, length: int, scale: Scale) -> Texts:
+    """Records in random order, or a text in its own, with an end-of-sequence token after each, cut into sequences.
+
+    The first make the held-out part.
+    """
+    steps = max(scale.steps, *scale.longer.values()) if scale.longer else scale.steps
+    tokens = scale.held_out + max(scale.calibration, steps * scale.batch * length)
+    data = read_calibration(checkpoint, source, samples=max(64, tokens // 16), sequence_length=1024, column=column)
+    text = Path(source).suffix in (".txt", ".md")
+    order = range(len(data)) if text else torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    tokenizer = load_tokenizer(checkpoint)
+    end = torch.tensor([] if text or tokenizer is None else [tokenizer.eos_token_id], dtype=torch.int64)
+    records = [torch.cat([data.sequences[index], end]) for index in order]
+    count, first = 0, 0
+    while first < len(records) and count < scale.held_out:
+        count, first = count + len(records[first]), first + 1
+    held_out, train = _cut(records[:first], length), _cut(records[first:], length)
+    if count < scale.held_out or len(train) < scale.batch:
+        raise QuailoraError(f"{source} holds {sum(map(len, records))} tokens, too few to measure on and to train on")
+    return Texts(train, held_out[: max(1, scale.held_out // length)])
+
+
+def _cut(records: Sequence[Tensor], length: int) -> tuple[Tensor, ...]:
+    stream = torch.cat(list(records)) if records else torch.empty(0, dtype=torch.int64)
+    return tuple(piece.clone() for piece in stream.split(length) if len(piece) == length)
+
+
+# ---- One cell
+
+
+def run_cell(study: Study, cell: Cell) -> Record:
+    """Make or load its start, measure, train, measure again."""
+    scale, texts = study.scale, study.texts(cell.model, cell.train, cell.length)
+    checkpoint = study.checkpoint(cell.model)
+    held_out = torch.stack(texts.held_out)
+    batches = held_out.split(max(1, 512 // cell.length))
+    probe = held_out[: max(1, scale.probe // cell.length)].split(max(1, 512 // cell.length))
+    calibration = None
+    if cell.calibrate is not None:
+        source = study.texts(cell.model, cell.calibrate, cell.length)
+        calibration = source.calibration(scale.calibration, cell.seed, cell.calibrate)
+    reference = load(checkpoint, "bf16")
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    torch.manual_seed(cell.seed)
+    model = load(checkpoint, cell.base, cell.start, calibration, cell.rank, LORA_ALPHA, cell.seed, study.work)
+    seconds["start"] = time.perf_counter() - started
+
+    def measured() -> dict[str, float]:
+        return {
+            "perplexity": quailora.evaluate.perplexity(model, batches),
+            "kl": quailora.evaluate.kl_divergence(model, reference, probe),
+        }
+
+    result: Record = {"tokens": held_out.numel(), "start": measured(), "seconds": seconds}
+    if not cell.steps and cell.start in SOLVERS and calibration is not None:
+        report = Report.load(kept(study.work, checkpoint, cell.base, cell.start, calibration, cell.rank))
+        result["layers"] = [[layer.name, layer.output_error, layer.output_error_after] for layer in report.layers]
+    if cell.steps:
+        started = time.perf_counter()
+        result |= train(model, texts.train, cell, scale, probe)
+        seconds["train"] = time.perf_counter() - started
+        result["end"] = measured()
+        model.save_pretrained(study.work / "trained" / cell.slug)
+    return result
+
+
+def train(
+    model: Any, sequences: Sequence[Tensor], cell: Cell, scale: Scale, probe: Sequence[Tensor]
+) -> dict[str, list[Any]]:
+    """Fine-tune in place: AdamW and a linear schedule, by transformers' trainer.
+
+    Returns the loss of every step, and with the first seed the perplexity on the probe every so many steps.
+    """
+    course: list[tuple[int, float]] = []
+    followed = cell.seed == scale.seeds[0]
+    every = max(1, cell.steps // scale.points)
+
+    class Course(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if followed and state.global_step % every == 0:
+                course.append((state.global_step, quailora.evaluate.perplexity(model, probe)))
+
+    if followed:
+        course.append((0, quailora.evaluate.perplexity(model, probe)))
+    model.config.use_cache = False
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=cell.steps,
+            per_device_train_batch_size=scale.micro_batch,
+            gradient_accumulation_steps=scale.batch // scale.micro_batch,
+            learning_rate=cell.learning_rate,
+            warmup_steps=math.ceil(WARM_UP * cell.steps),
+            lr_scheduler_type="linear",
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=cell.seed,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=[{"input_ids": each, "labels": each} for each in sequences],
+            data_collator=default_data_collator,
+            callbacks=[Course()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return {"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "course": course}
