@@ -1,8 +1,10 @@
 """The compiled accumulation of H against torch.addmm in fp32, and against what the machine's matrix units can do.
 
-    python benchmarks/gram.py [--tokens 2048] [--features 576 1536 2048 4096] [--rounds 9]
+    python benchmarks/gram.py [--tokens 2048] [--features 576 1536 2048 4096] [--rounds 9] [--json PATH]
 
 Each result is first compared with fp64. `addmm` is H + Xᵀ X by torch, all of the square, with X given to it in fp32.
+The floor is that of the triangle: its multiply-adds at the rate of the quicker of the products below, or a copy of the
+bytes of X and of the triangle, read and written, whichever takes longer.
 The shares are of the rate at which the n (n + 1) / 2 values of the triangle come, of the rate of torch's own product of
 two 2048 x 2048 matrices, of that dtype and of bf16, a round of which follows each run. Where the processor multiplies
 bf16 by instructions of their own (AVX512-BF16, AMX), the latter comes near to its peak, and fp32 cannot.
@@ -10,22 +12,31 @@ bf16 by instructions of their own (AVX512-BF16, AMX), the latter comes near to i
 
 import argparse
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from timing import alternate
+from timing import alternate, copy_rate, keep, require
 from torch import Tensor
 
 from quailora import extension
 
 PEAK = 2048
 
+# Relative, in the Frobenius norm: several times what sums in fp32 round by, addmm's longer ones included.
+TOLERANCE = 1e-6
 
-def error(x: Tensor) -> float:
-    """Relative Frobenius error of the triangle, against fp64."""
-    h = torch.zeros(x.shape[1], x.shape[1])
-    extension.gram_(h, x)
+
+def error(h: Tensor, x: Tensor) -> float:
+    """Relative Frobenius error of the triangle of H, against fp64."""
     exact = (x.double().T @ x.double()).tril()
-    return float((h.double() - exact).norm() / exact.norm())
+    return float((h.tril().double() - exact).norm() / exact.norm())
+
+
+def work(tokens: int, features: int, element: int) -> tuple[float, float]:
+    """FLOPs of the triangle, and bytes: X, of so many bytes an element, and the triangle of H, read and written."""
+    triangle = features * (features + 1) / 2
+    return 2 * tokens * triangle, element * tokens * features + 8 * triangle
 
 
 def main() -> None:
@@ -33,6 +44,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--features", type=int, nargs="+", default=[576, 1536, 2048, 4096])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="where to keep the figures")
     options = parser.parse_args()
     if reason := extension.obstacle(torch.device("cpu")):
         parser.exit(1, f"quailora._C: {reason}\n")
@@ -41,17 +53,23 @@ def main() -> None:
     print(
         f"{_C.cpu_path()}, {options.tokens} tokens, median of {options.rounds} rounds, ± half the middle half's range\n"
     )
-    print("| threads | dtype | features | error | addmm | ours | times | of its matmul | of bf16 matmul |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| threads | dtype | features | error | addmm | ours | floor | times | of its matmul | of bf16 matmul |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    rows: list[dict[str, Any]] = []
     squares = {dtype: torch.randn(PEAK, PEAK).to(dtype) for dtype in (torch.bfloat16, torch.float32)}
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
+        rate = copy_rate(torch.device("cpu"), 8 * PEAK**2)
         for dtype, square in squares.items():
             peak = squares[torch.bfloat16]
+            name = str(dtype).removeprefix("torch.")
             for features in options.features:
                 x = torch.randn(options.tokens, features).to(dtype)
                 wide, h, sums = x.float(), torch.zeros(features, features), torch.zeros(features, features)
-                off = error(x)
+                extension.gram_(h, x)
+                off = error(h, x)
+                require(off, TOLERANCE, f"ours, of {features} features in {name},")
+                require(error(torch.addmm(sums, wide.T, wide), x), TOLERANCE, f"addmm, of {features} features,")
                 times = alternate(
                     {
                         "addmm": partial(torch.addmm, sums, wide.T, wide, out=sums),
@@ -61,17 +79,22 @@ def main() -> None:
                     },
                     options.rounds,
                 )
-                # Relative to the peak: multiply-adds over multiply-adds, then time over time.
-                work = options.tokens * features * (features + 1) / 2 / PEAK**3
+                flops, moved = work(options.tokens, features, x.element_size())
+                relative = flops / (2 * PEAK**3)  # to the work of a matmul
+                floor = max(relative * min(times["matmul"].median, times["bf16 matmul"].median), moved / rate)
+                shares = {peer: relative * times[peer].over(times["ours"]) for peer in ("matmul", "bf16 matmul")}
                 print(
-                    f"| {threads} | {str(dtype).removeprefix('torch.')} | {features} | {off:.1e} "
-                    f"| {1e3 * times['addmm'].median:.1f} ms ± {50 * times['addmm'].spread:.0f} % "
-                    f"| {1e3 * times['ours'].median:.1f} ms ± {50 * times['ours'].spread:.0f} % "
-                    f"| {times['addmm'].over(times['ours']):.1f} "
-                    f"| {100 * work * times['matmul'].over(times['ours']):.0f} % "
-                    f"| {100 * work * times['bf16 matmul'].over(times['ours']):.0f} % |",
+                    f"| {threads} | {name} | {features} | {off:.1e} | {times['addmm']} | {times['ours']} "
+                    f"| {1e3 * floor:.3g} ms | {times['addmm'].over(times['ours']):.1f} "
+                    f"| {100 * shares['matmul']:.0f} % | {100 * shares['bf16 matmul']:.0f} % |",
                     flush=True,
                 )
+                rows.append(
+                    {"threads": threads, "dtype": name, "features": features, "error": off, "floor": floor}
+                    | {"flops": flops, "bytes": moved, "shares": shares}
+                    | {"seconds": {candidate: timing.seconds for candidate, timing in times.items()}}
+                )
+    keep(options.json, torch.device("cpu"), {"path": _C.cpu_path(), "tokens": options.tokens, "rows": rows})
 
 
 if __name__ == "__main__":

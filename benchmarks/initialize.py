@@ -3,14 +3,16 @@
     python benchmarks/initialize.py TEXT [--samples 64] [--sequence-length 512] [--rounds 3] [--model PATH] [--solve]
 
 The two alternate in one process: `quailora.build_adapter`, reading the checkpoint and writing the adapter included; and
-the decoder of the model, loaded beforehand by transformers. The floor of the ratio is the forward pass with one
-triangle of every distinct H added up at the same speed. Medians. On a GPU, where H is added up beside the forward pass,
-its time is within that of the forward pass. `--solve` prints what the solve is made of, on CPUs.
+the decoder of the model, loaded beforehand by transformers. Before that, an adapter made from the first sequence is
+checked: with the inputs that the loaded model's last block has, in fp64, it must leave the output errors reported.
+
+Shown are medians, ± half the range of the middle half of the rounds. The floor of a stage is what was counted of it:
+the FLOPs of one triangle of every distinct H, and of the solve, at the speed of the bare forward pass; and of loading,
+quantising and writing a copy of the bytes. On a GPU, where H is added up beside the forward pass, its time is within
+that of the forward pass. `--solve` prints what the solve is made of, on CPUs.
 """
 
 import argparse
-import json
-import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,17 +25,29 @@ from unittest.mock import patch
 
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from smollm2 import fetch
-from timing import alternate
+from solver import krylov_flops
+from timing import Timing, alternate, copy_rate, keep, require
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import quailora
 from quailora import methods, ops, solvers
 from quailora.blocks import StreamedModel, linear_weight
 from quailora.budget import describe_bytes
+from quailora.calibration import Calibration
 from quailora.checkpoint import Checkpoint
 from quailora.gram import Gram
-from quailora.pipeline import ALPHA, RANK, default_batch_size, default_device, read_calibration
+from quailora.pipeline import (
+    ALPHA,
+    RANK,
+    default_batch_size,
+    default_device,
+    default_quantization,
+    read_calibration,
+)
+from quailora.quantized import Quantization, quantize
 
 STAGES = ("load", "forward", "H", "quantise", "solve", "write")
 
@@ -73,25 +87,74 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
         yield
 
 
-def floor(checkpoint: Checkpoint) -> float:
-    """(FLOPs of the linears + FLOPs of one triangle of every distinct H) / FLOPs of the linears, attention left out.
+def floors(checkpoint: Checkpoint, tokens: int, bare: float, rate: float) -> dict[str, float]:
+    """The least that each stage can take, in bare forward passes of `bare` seconds; the device copies `rate` bytes/s.
 
-    A linear makes 2 m n FLOPs a token, a triangle n².
+    A linear makes 2 m n FLOPs a token, a triangle n²; attention is left out.
     """
     stream = StreamedModel(checkpoint, torch.device("cpu"), checkpoint.dtype)
-    linears = triangles = 0
+    linears = triangles = elements = factors = 0
+    solves = 0.0
+    depth = methods.METHODS["krylov"].iterations or 0
     for block in stream.blocks:
         inputs = {}
         for name, linear in block.linears().items():
             m, n = linear_weight(linear).shape
-            linears += 2 * m * n
+            rank = min(RANK, m, n)
+            linears += 2 * m * n * tokens
+            solves += krylov_flops(m, n, rank, depth)
+            elements += m * n
+            factors += (m + n) * rank
             # q, k and v share an input, gate and up do: told by their names, for this count only.
             stem = name.rpartition(".")[2]
             inputs[
                 "qkv" if stem in ("q_proj", "k_proj", "v_proj") else "mlp" if stem in ("gate_proj", "up_proj") else stem
             ] = n
-        triangles += sum(n * n for n in inputs.values())
-    return 1 + triangles / linears
+        triangles += sum(n * n for n in inputs.values()) * tokens
+    element = checkpoint.dtype.itemsize
+    moved = {"load": 2 * element * elements, "quantise": (element + 0.5 + 4 / 64) * elements, "write": 2 * 4 * factors}
+    found = {"forward": 1.0, "H": triangles / linears, "solve": solves / linears}
+    return found | {stage: size / rate / bare for stage, size in moved.items()}
+
+
+# Between the output errors that a report gives and those of fp64, relative to that of A Bᵀ = 0. Two forward passes may
+# round single inputs differently, in bf16 by up to 4e-3, but a root mean square of many by far less.
+AGREEMENT = 1e-3
+
+
+@torch.no_grad()
+def check(checkpoint: Checkpoint, model: Any, config: LoraConfig, data: Calibration) -> None:
+    """Initialise from the first sequence of `data`. Ends the program where the last block's report is not true.
+
+    model: the checkpoint, loaded by transformers.
+    """
+    first = Calibration(data.sequences[:1], data.source)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "adapter"
+        report = quailora.build_adapter(checkpoint, config, first, output, progress=False)
+        tensors = load_file(output / "adapter_model.safetensors")
+    block = report.layers[-1].name.rpartition(".")[0].rpartition(".")[0]
+    layers = {model.get_submodule(row.name): row for row in report.layers if row.name.startswith(f"{block}.")}
+    seen: dict[nn.Module, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs: seen.update({layer: inputs[0].flatten(0, -2).double()}))
+        for layer in layers
+    ]
+    model.base_model(first.sequences[0][None].to(model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    form = Quantization.from_config(default_quantization(checkpoint.dtype))
+    for layer, row in layers.items():
+        weight = linear_weight(layer)
+        a, b = (tensors[f"base_model.model.{row.name}.lora_{part}.weight"].to(weight.device).double() for part in "AB")
+        error = weight.double() - quantize(weight, form).dequantize().double()
+        for residual, reported in (
+            (error, row.output_error),
+            (error - config.lora_alpha / config.r * b @ a, row.output_error_after),
+        ):
+            found = float((seen[layer] @ residual.T).square().sum(dim=1).mean().sqrt())
+            off = (found - reported) / row.output_error
+            require(off, AGREEMENT, f"{row.name}: the output error, against the report's,")
 
 
 def main() -> None:
@@ -114,6 +177,7 @@ def main() -> None:
     batches = list(data.batches(default_batch_size(data)))
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=checkpoint.dtype, device_map=device)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    check(checkpoint, model, config, data)
     stages: list[dict[str, float]] = []
     parts: list[dict[str, float]] = []
     apart = device.type == "cpu"  # whether H takes time of its own
@@ -145,35 +209,39 @@ def main() -> None:
     timings = alternate({"forward": forward, "initialise": initialise, **budgets}, rounds=arguments.rounds)
     bare = timings["forward"].median
     ratio = timings["initialise"].over(timings["forward"])
-    shares = {stage: median(run[stage] for run in stages[1:]) / bare for stage in STAGES}
+    # In bare forward passes; the first run is not measured.
+    shares = {stage: Timing(tuple(run[stage] / bare for run in stages[1:])) for stage in STAGES}
+    tokens = arguments.samples * data.longest
+    least = floors(checkpoint, tokens, bare, copy_rate(device, 2**28))
     print(f"{checkpoint.name}, {checkpoint.dtype}, {arguments.samples} x {data.longest} tokens, {device}")
     print(f"H by {quailora.backends(device)['gram_'].backend}, {torch.get_num_threads()} threads\n")
-    print("| stage | of the bare forward pass |\n| --- | ---: |")
+    print("| stage | of the bare forward pass | ± | floor |\n| --- | ---: | ---: | ---: |")
     for stage, share in shares.items():
-        print(f"| {stage} | {f'{share:.2f}' if apart or stage != 'H' else 'within forward'} |")
-    print(f"| **total** | **{ratio:.2f}** (floor {floor(checkpoint):.2f}; bare forward pass {bare:.1f} s) |")
+        shown = f"{share.median:.2f} | {50 * share.spread:.0f} %" if apart or stage != "H" else "within forward | "
+        print(f"| {stage} | {shown} | {least[stage]:.2f} |")
+    print(f"| **total** | **{ratio:.2f}** | {50 * timings['initialise'].spread:.0f} % | {sum(least.values()):.2f} |")
     for name, budget in zip(budgets, arguments.memory_budget, strict=True):
-        print(f"| {name} | {timings[name].over(timings['forward']):.2f} ({plans[budget]}) |")
+        print(
+            f"| {name} ({plans[budget]}) | {timings[name].over(timings['forward']):.2f} "
+            f"| {50 * timings[name].spread:.0f} % | |"
+        )
+    print(f"\nThe bare forward pass: {timings['forward']}")
     if arguments.solve and apart:
         whole = median(run["solve"] for run in stages[1:])
         print("\n| part of the solve | share |\n| --- | ---: |")
         for part in parts[0]:
             print(f"| {part} | {100 * median(run[part] for run in parts[1:]) / whole:.0f} % |")
-    if arguments.json:
-        record = {
-            "tokens": arguments.samples * data.longest,
-            "forward_seconds": timings["forward"].seconds,
-            "initialise_seconds": timings["initialise"].seconds,
-            "budgets": {name: {"seconds": timings[name].seconds} for name in budgets},
-            "ratio": ratio,
-            "shares": shares if apart else {stage: share for stage, share in shares.items() if stage != "H"},
-            "backend_of_H": quailora.backends(device)["gram_"].backend,
-            "threads": torch.get_num_threads(),
-            "machine": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    record = {
+        "tokens": tokens,
+        "forward_seconds": timings["forward"].seconds,
+        "initialise_seconds": timings["initialise"].seconds,
+        "budgets": {name: {"seconds": timings[name].seconds} for name in budgets},
+        "ratio": ratio,
+        "shares": {stage: share.median for stage, share in shares.items() if apart or stage != "H"},
+        "floors": least,
+        "backend_of_H": quailora.backends(device)["gram_"].backend,
+    }
+    keep(arguments.json, device, record)
 
 
 if __name__ == "__main__":

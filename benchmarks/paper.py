@@ -21,12 +21,20 @@ the documentation.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import tables
 from smollm2 import fetch
+from starts import load_trained
 from study import LEARNING_RATE, RANK, SCALES, SMOLLM2, Cell, Study
+from timing import circumstances
+
+from quailora.pipeline import load_tokenizer
+from quailora.report import to_json, write_files
 
 RATES = (LEARNING_RATE, 1e-3, 2e-3, 4e-3)
 RANKS = (8, 16, 32, 64, 128, 256)
@@ -93,6 +101,32 @@ def downstream(study: Study) -> Iterator[Cell]:
             yield study.cell(model, study.trained[0], base, kind, study.trained[0], 0)
 
 
+def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
+    """The tasks, before and after the training of each cell that has run: results/tasks, one file a cell.
+
+    At the scale of the paper they are the harness's; otherwise one is made of the text that --text measures on.
+    """
+    from downstream import PAPER_TASKS, score, write_choices  # lm-eval is an extra
+
+    for cell in cells:
+        trained = study.work / "trained" / cell.slug
+        path = study.results / "tasks" / f"{cell.slug}.json"
+        if not trained.is_dir() or (path.is_file() and not retry):
+            continue
+        checkpoint = study.checkpoint(cell.model)
+        tokenizer = load_tokenizer(checkpoint)
+        with tempfile.TemporaryDirectory() as folder:
+            tasks: list[Any] = list(PAPER_TASKS)
+            if study.scale.name != "paper":
+                tasks = [write_choices(Path(study.sets[MEASURE][0]), Path(folder), study.scale.questions, seed=0)]
+            found = {}
+            for when in ("before", "after"):
+                model = study.load(cell) if when == "before" else load_trained(checkpoint, cell.base, trained)
+                found[when] = score(model, tokenizer, tasks, None, 8)
+        write_files(path.parent, {path.name: to_json({"cell": asdict(cell), **found, "made_with": circumstances()})})
+        print(f"{cell.slug}: {found}", flush=True)
+
+
 EXPERIMENTS: dict[str, Callable[[Study], Iterator[Cell]]] = {
     "start": start,
     "perplexity": perplexity,
@@ -108,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     named = "NAME=FILE"
     parser.add_argument("--scale", choices=SCALES, default="paper")
     parser.add_argument("--model", metavar="FOLDER", help=f"instead of the models of the scale ({SMOLLM2} by default)")
-    parser.add_argument("--data", nargs="+", default=[], metavar=named, help="sets to train on, or NAME=FILE:COLUMN")
+    parser.add_argument("--data", nargs="+", default=[], metavar=named, help="sets to train on, or NAME=FILE@COLUMN")
     parser.add_argument("--calibrate", nargs="+", default=[], metavar=named, help="sets that only starts are made from")
     parser.add_argument(
         "--text", nargs=2, metavar=("CALIBRATE", "MEASURE"), help="texts, for the start before training"
@@ -125,7 +159,7 @@ def read_study(arguments: argparse.Namespace) -> Study:
     sets = dict(scale.sets)
     for entry in (*arguments.data, *arguments.calibrate):
         name, _, source = entry.partition("=")
-        file, _, column = source.partition(":")
+        file, _, column = source.partition("@")
         sets[name] = (file, column or None)
     trained = tuple(entry.partition("=")[0] for entry in arguments.data) or scale.trained
     if not trained:
@@ -154,8 +188,15 @@ def main() -> None:
         cells = list(dict.fromkeys(EXPERIMENTS[name](study)))
         study.save_index(name, cells)
         study.run(cells, int(part) - 1, int(parts), arguments.retry)
+        if name == "downstream":
+            score_tasks(study, cells[int(part) - 1 :: int(parts)], arguments.retry)
     for name in arguments.experiment:
-        print(f"\n## {name}\n\n{tables.TABLES[name](tables.read(study.results, name))}")
+        shown = (
+            tables.downstream(study.results)
+            if name == "downstream"
+            else tables.TABLES[name](tables.read(study.results, name))
+        )
+        print(f"\n## {name}\n\n{shown}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ import tables
 import torch
 from paper import add_arguments, read_study
 from starts import keep, load, lora
-from study import LORA_ALPHA, Cell, Study, circumstances
+from study import LORA_ALPHA, Cell, Study
+from timing import circumstances
 
 from quailora.report import to_json, write_files
 
@@ -40,8 +41,7 @@ def peers(study: Study) -> list[Cell]:
 def cost(study: Study, cell: Cell) -> dict[str, Any]:
     """Make a start anew. bytes: the peak of resident memory above that after the imports."""
     checkpoint = study.checkpoint(cell.model)
-    data = study.texts(cell.model, cell.calibrate or "", cell.length)
-    calibration = data.calibration(study.scale.calibration, cell.seed, cell.calibrate or "")
+    calibration = study.calibration(cell)
     before = psutil.Process().memory_info().rss
     started = time.perf_counter()
     keep(study.work, checkpoint, cell.base, cell.start, calibration, lora(cell.rank, LORA_ALPHA), cell.seed)
@@ -74,7 +74,7 @@ def costs(study: Study, cells: list[Cell], arguments: list[str], retry: bool) ->
             lines = (run.stderr if run.returncode else run.stdout).strip().splitlines()
             found = {"error": lines[-1][:300]} if run.returncode else json.loads(lines[-1])
         write_files(study.results / "costs", {f"{cell.slug}.json": to_json(found)})
-        print(f"{cell.start}: {found.get('error') or '{:.0f} s'.format(found['seconds'])}", flush=True)
+        print(f"{cell.start}: {found.get('error') or 'made'}", flush=True)
 
 
 def read_cost(study: Study, cell: Cell) -> dict[str, Any]:

@@ -11,9 +11,10 @@ Linears that share an input are solved together, from NF4 with double quantisati
     whole          `quailora.solve_group`: what it checks of its inputs and finds out of its outcome included
 
 The first four are given (W, codes, H) and return A and B. What they return is checked before anything is timed, on a
-small shape against fp64 and on every shape against one another. Beside each stands the time in which the device copies
-the bytes that were counted for it, by the formulas of "Counted". With no GPU, the plain PyTorch of small shapes is
-timed, and a roofline printed for GPUs that are not there.
+small shape against fp64 and on every shape against one another. Times are medians, ± half the range of the middle half
+of the rounds. Beside each stands the time in which the device copies the bytes that were counted for it, by the
+formulas of "Counted". With no GPU, the plain PyTorch of small shapes is timed, and a roofline printed for GPUs that are
+not there.
 
 --compare exits with 1 where something takes more than 1.2 times as long as in OLD.json, made on the same device. Where
 there is no such file yet, it says so.
@@ -21,7 +22,6 @@ there is no such file yet, it says so.
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import alternate
+from timing import alternate, copy_rate, describe, keep, require
 from torch import Tensor
 
 import quailora
@@ -132,6 +132,27 @@ def solve_work(group: Group, solver: str, form: str, rank: int, triangle: bool =
         others = [error_product(m, n, r, form, method.precision)] * (method.products(iterations) - 1)
         work += [Work(TO_MAKE[form] * m * n), *others, *last]
     return work
+
+
+def krylov_flops(m: int, n: int, r: int, depth: int, coarse: bool = False) -> float:
+    """All FLOPs of `quailora.solve` by krylov, of a linear: what is thin and small too. One of fp64 counts for two.
+
+    coarse: with the precise product at the end that kernels make. Dense decompositions as Golub and Van Loan count them
+    (Matrix Computations, 4th edition): of k columns, an eigenproblem takes 9 k³, 4/3 k³ without its vectors; a QR
+    decomposition of m rows 4 m k², its Q included; an SVD 21 k³.
+    """
+    k = r * (depth + 1)
+    ends = 1 + coarse
+    products = (2 * depth + 1 + ends) * error_product(m, n, r, "dense", "ieee").flops
+    products += (depth + 1 + ends) * gram_product(n, r, "ieee").flops
+    initial = m * n * n
+    # Twice over: the basis taken out of each block but the first, then the block by its own Gram matrix.
+    blocks = 2 * (4 * m * r * r * depth * (depth + 1) / 2 + (depth + 1) * (4 * m * r * r + 9 * r**3))
+    ritz = 2 * n * k * k + 9 * k**3 + sum(4 / 3 * (step * r) ** 3 for step in range(1, depth + 1))
+    factors = 2 * (m if coarse else m + 2 * n) * k * r
+    objectives = (2 + coarse) * 2 * (m + n) * r * r
+    balancing = 4 * (m + n) * r * r + (2 + 21) * r**3 + 2 * (m + n) * r * r
+    return products + initial + factors + 2 * (blocks + ritz + objectives + balancing)
 
 
 @dataclass(frozen=True)
@@ -436,25 +457,13 @@ def check(candidates: Mapping[str, Candidate], solver: str, rank: int, device: t
                 for product, error, thin in zip(products, exact, thins, strict=True):
                     true = (error if side else error.T) @ thin.double()
                     off = float((product.cpu() - true).norm() / true.norm())
-                    _require(off, TOLERANCES[METHODS[solver].precision], f"{name}: a product with E")
+                    require(off, TOLERANCES[METHODS[solver].precision], f"{name}: a product with E")
         case.restore()
         found = left([(a.cpu(), b.cpu()) for a, b in candidate.run(case, solver)])
-        _require(found / reference - 1, AGREEMENT, f"{name}: the objective of {solver}, against that on the host,")
-
-
-def _require(value: float, allowed: float, what: str) -> None:
-    if not abs(value) <= allowed:  # NaN is not
-        sys.exit(f"{what} is off by {value:.3g}, and {allowed:.3g} is allowed: nothing is timed")
+        require(found / reference - 1, AGREEMENT, f"{name}: the objective of {solver}, against that on the host,")
 
 
 # ---- Measured
-
-
-def copy_rate(device: torch.device, size: int) -> float:
-    """Bytes a second that a copy of `size` bytes moves: each is read and written."""
-    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    return 2 * size / alternate({"copy": lambda: target.copy_(source)})["copy"].median
 
 
 def measure(
@@ -469,7 +478,7 @@ def measure(
         left[name] = case.objective(factors)
     least = min(left.values())
     for name, value in left.items():
-        _require(value / least - 1, AGREEMENT, f"{case.group.name}: the objective of {name}, against the least,")
+        require(value / least - 1, AGREEMENT, f"{case.group.name}: the objective of {name}, against the least,")
     runs: dict[str, Callable[[], object]] = {}
     for name, candidate in candidates.items():
         runs |= {f"before {name}": case.restore, name: partial(candidate.run, case, solver)}
@@ -480,12 +489,14 @@ def measure(
         form = candidate.form or choose_form(
             case.weights[0], case.quantized[0], METHODS[solver].products(METHODS[solver].iterations or 0), True
         )
-        counted = sum(each.bytes for each in solve_work(case.group, solver, form, case.rank, candidate.triangle))
+        work = solve_work(case.group, solver, form, case.rank, candidate.triangle)
         if name == "whole":
-            counted += sum(each.bytes for each in initial_objective(case.group))
+            work += initial_objective(case.group)
+        counted = {"bytes": sum(each.bytes for each in work), "flops": sum(each.flops for each in work)}
         rows.append(
             {"solver": solver, "candidate": name, "objective": left[name], "peak_bytes": peaks[name]}
-            | {"bytes": counted, "floor": counted / rate, "seconds": timing.median, "spread": timing.spread}
+            | counted
+            | {"floor": counted["bytes"] / rate, "seconds": timing.median, "spread": timing.spread}
         )
     return rows
 
@@ -498,13 +509,6 @@ def _with_peak(run: Callable[[], Factors], device: torch.device) -> tuple[Factor
     torch.cuda.reset_peak_memory_stats(device)
     found = run()
     return found, torch.cuda.max_memory_allocated(device) - before
-
-
-def describe(device: torch.device) -> str:
-    """What two runs must have in common for their times to be comparable."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 # ---- Compared with an earlier run
@@ -554,7 +558,10 @@ def main() -> None:
             check(candidates, solver, arguments.rank, device)
         rate = copy_rate(device, 2**30 if scale == "full" else 2**24)
         print(f"{describe(device)}, which copies {rate / 1e9:.0f} GB/s; rank {arguments.rank}, sizes: {scale}\n")
-        print(f"{'model':5} {'linears':9} {'solver':7} {'candidate':11} {'ms':>9} {'floor ms':>9} {'MB':>7}  objective")
+        print(
+            f"{'model':5} {'linears':9} {'solver':7} {'candidate':11} {'ms':>9}   ± % {'floor ms':>9} {'MB':>7}"
+            "  objective"
+        )
         for model in arguments.shapes:
             for group in groups(model, SCALES[scale]):
                 case = Case.draw(group, arguments.rank, device)
@@ -564,7 +571,7 @@ def main() -> None:
                         memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
                         print(
                             f"{model:5} {group.name:9} {solver:7} {row['candidate']:11} {1e3 * row['seconds']:9.3f}"
-                            f" {1e3 * row['floor']:9.3f} {memory:>7}  {row['objective']:.6g}",
+                            f" {50 * row['spread']:5.0f} {1e3 * row['floor']:9.3f} {memory:>7}  {row['objective']:.6g}",
                             flush=True,
                         )
     for name, reason in missing.items():
@@ -574,16 +581,13 @@ def main() -> None:
         print(f"\nThe least ms that A100 and H100 can take, counted:\n\n{counted}")
     results = {
         "device": describe(device),
-        "torch": torch.__version__,
         "rank": arguments.rank,
         "scale": scale,
         "copy_rate": rate,
         "missing": missing,
         "rows": rows,
     }
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=2))
+    keep(arguments.json, device, results)
     if arguments.compare and not arguments.compare.exists():
         print(f"\nNothing to compare with: there is no {arguments.compare}")
     elif arguments.compare:

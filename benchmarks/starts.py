@@ -113,6 +113,12 @@ def load(
     return adapted
 
 
+def load_trained(checkpoint: Checkpoint, base: str, folder: Path) -> Any:
+    """The base, and on it an adapter from `folder`."""
+    with _quiet():
+        return PeftModel.from_pretrained(load(checkpoint, base), str(folder))
+
+
 def lora(rank: int, alpha: int) -> LoraConfig:
     """Of every linear layer, as in the paper."""
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -1,8 +1,8 @@
 """What the studies of fine-tuning share: their scales, the texts, and one fine-tuning after another as cells on disk.
 
 A cell is one fine-tuning: a base, a start of its LoRA factors, a learning rate and so on, with what was measured
-before, during and after it. Cells are JSON files: a study that is called again goes on where it stopped, and several may run
-side by side, each with a part of the cells.
+before, during and after it. Cells are JSON files: a study that is called again goes on where it stopped, and several
+may run side by side, each with a part of the cells.
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ from __future__ import annotations
 import gc
 import json
 import math
-import platform
 import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from starts import PREPARED, SOLVERS, kept, load
 from tables import Record, slug
+from timing import circumstances
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
@@ -62,6 +60,7 @@ class Scale:
     probe: int
     seeds: tuple[int, ...]
     points: int  # of the course of training
+    questions: int = 200  # of a task made of a text
     learning_rate: float = LEARNING_RATE
     trained: tuple[str, ...] = ()  # those of `sets` that are trained on
     longer: dict[str, int] = field(default_factory=dict)  # steps of models that take others
@@ -131,6 +130,7 @@ SCALES = {
         probe=2 * 32,
         seeds=(0,),
         points=1,
+        questions=4,
     ),
 }
 
@@ -230,22 +230,21 @@ class Study:
         source, column = self.sets[name]
         return read_texts(self.checkpoint(model), source, column, length, self.scale)
 
+    def calibration(self, cell: Cell) -> Calibration:
+        """What a start of `starts.PREPARED` is made from."""
+        assert cell.calibrate is not None
+        texts = self.texts(cell.model, cell.calibrate, cell.length)
+        return texts.calibration(self.scale.calibration, cell.seed, cell.calibrate)
+
+    def load(self, cell: Cell) -> Any:
+        """The model of a cell before training."""
+        torch.manual_seed(cell.seed)
+        calibration = self.calibration(cell) if cell.calibrate else None
+        checkpoint = self.checkpoint(cell.model)
+        return load(checkpoint, cell.base, cell.start, calibration, cell.rank, LORA_ALPHA, cell.seed, self.work)
+
     def __hash__(self) -> int:
         return id(self)
-
-
-def circumstances() -> dict[str, Any]:
-    """Versions and machine."""
-    libraries = ("torch", "transformers", "peft", "bitsandbytes")
-    return {
-        "quailora": quailora.__version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in libraries},
-        "machine": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "cores": psutil.cpu_count(logical=False),
-        "threads": torch.get_num_threads(),
-    }
 
 
 # ---- Texts
@@ -302,15 +301,10 @@ def run_cell(study: Study, cell: Cell) -> Record:
     held_out = torch.stack(texts.held_out)
     batches = held_out.split(max(1, 512 // cell.length))
     probe = held_out[: max(1, scale.probe // cell.length)].split(max(1, 512 // cell.length))
-    calibration = None
-    if cell.calibrate is not None:
-        source = study.texts(cell.model, cell.calibrate, cell.length)
-        calibration = source.calibration(scale.calibration, cell.seed, cell.calibrate)
     reference = load(checkpoint, "bf16")
     seconds: dict[str, float] = {}
     started = time.perf_counter()
-    torch.manual_seed(cell.seed)
-    model = load(checkpoint, cell.base, cell.start, calibration, cell.rank, LORA_ALPHA, cell.seed, study.work)
+    model = study.load(cell)
     seconds["start"] = time.perf_counter() - started
 
     def measured() -> dict[str, float]:
@@ -320,7 +314,8 @@ def run_cell(study: Study, cell: Cell) -> Record:
         }
 
     result: Record = {"tokens": held_out.numel(), "start": measured(), "seconds": seconds}
-    if not cell.steps and cell.start in SOLVERS and calibration is not None:
+    if not cell.steps and cell.start in SOLVERS:
+        calibration = study.calibration(cell)
         report = Report.load(kept(study.work, checkpoint, cell.base, cell.start, calibration, cell.rank))
         result["layers"] = [[layer.name, layer.output_error, layer.output_error_after] for layer in report.layers]
     if cell.steps:

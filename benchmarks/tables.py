@@ -295,3 +295,42 @@ def peers(records: Sequence[Record], results: Path) -> str:
         "KL after",
     )
     return table(heads, rows)
+
+
+def downstream(results: Path) -> str:
+    """Accuracy on tasks before and after training, with the harness's standard error."""
+    records = (
+        [
+            json.loads(path.read_text(encoding="utf-8"))
+            for slug in json.loads(index.read_text(encoding="utf-8"))
+            if (path := results / "tasks" / f"{slug}.json").is_file()
+        ]
+        if (index := results / "downstream.json").is_file()
+        else []
+    )
+    tasks = list(dict.fromkeys(task for record in records for task in record["after"]))
+    rows = []
+    for record in records:
+        cell = record["cell"]
+        scores = [record[when][task] for task in tasks for when in ("before", "after")]
+        shown = (f"{100 * each['acc']:.1f} ± {100 * each.get('acc_stderr', 0):.1f}" for each in scores)
+        rows.append((BITS[cell["base"]], NAMES[cell["start"]], *shown))
+    heads = [f"{task.replace('_', ' ')}, {when}" for task in tasks for when in ("before", "after")]
+    return table(("bits", "start", *heads), rows, left=2)
+
+
+def circumstances(results: Path) -> str:
+    """What the cells were made with, and how much of what they were given."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "cells").glob("*.json"))]
+    made = [record["made_with"] for record in records]
+    shown = {name: sorted({str(each[name]) for each in made}) for name in (made[0] if made else ())}
+    lines = [f"- {name}: {', '.join(found)}" for name, found in shown.items()]
+    trained = select(records, steps=lambda steps: steps > 0)
+    if trained:
+        steps, lengths = unique(trained, "steps"), unique(trained, "length")
+        lines += [
+            f"- fine-tunings: {len(trained)}, of {', '.join(map(str, steps))} steps, "
+            f"on sequences of {', '.join(map(str, lengths))} tokens",
+            f"- tokens measured: {', '.join(sorted({str(each['tokens']) for each in trained if not failed(each)}))}",
+        ]
+    return "\n".join(lines)

@@ -5,6 +5,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,20 @@ import tiny
 import torch
 from test_fake_cuda import CUDA, Launches, launches, linear  # noqa: F401  a fixture
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import quailora
-from quailora import ops
+from quailora import extension, ops
 from quailora.gram import Gram
 from quailora.methods import METHODS
 from quailora.precision import PRECISIONS
 from quailora.solvers import Linear, solve_group
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import gram
+import initialize
 import precision
+import scaling
 import solver
 import timing
 
@@ -46,6 +51,168 @@ def test_runs_alternate_and_the_first_do_not_count() -> None:
     timings = timing.alternate(candidates, rounds=2)
     assert "".join(calls) == "ab" * 3
     assert {len(each.seconds) for each in timings.values()} == {2}
+
+
+def test_a_timing_shows_its_median_and_half_its_spread() -> None:
+    assert str(timing.Timing((0.01, 0.011, 0.012))) == "11 ms ± 9 %"
+    assert str(timing.Timing((2.0, 2.0))) == "2 s ± 0 %"
+
+
+def test_what_is_kept_says_where_it_was_measured(tmp_path: Path) -> None:
+    timing.keep(tmp_path / "new" / "found.json", CPU, {"figure": 1.0})
+    found = json.loads((tmp_path / "new" / "found.json").read_text())
+    assert found.keys() == {"quailora", "python", "torch", "machine", "device", "threads", "figure"}
+    assert (found["quailora"], found["threads"]) == (quailora.__version__, torch.get_num_threads())
+
+
+# ---- gram.py
+
+
+@pytest.mark.skipif(extension.obstacle(CPU) is not None, reason="the extension is not built")
+def test_gram_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gram, "PEAK", 64)
+    output = tmp_path / "found.json"
+    threads = torch.get_num_threads()
+    run(gram.main, monkeypatch, "--tokens", "40", "--features", "32", "48", "--rounds", "2", "--json", output)
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 2 * 2 * len({1, threads})
+    assert all(0 < row["error"] < gram.TOLERANCE and row["floor"] > 0 for row in rows)
+    assert rows[0]["flops"] == 40 * 32 * 33
+    monkeypatch.setattr(extension, "gram_", lambda h, x: h.copy_(1.00001 * x.float().T @ x.float()))
+    with pytest.raises(SystemExit, match=r"ours, of 32 features in bfloat16, is off by 1e-05, .* nothing is timed"):
+        run(gram.main, monkeypatch, "--tokens", "40", "--features", "32", "--rounds", "2")
+
+
+# ---- initialize.py
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint whose linears have room for the rank, and a text."""
+    folder = tmp_path_factory.mktemp("job")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
+    checkpoint = tiny.checkpoint(folder / "model", dtype=torch.bfloat16, **sizes)
+    test_training.tokenizer().save_pretrained(checkpoint)
+    (folder / "text.txt").write_text("\n".join(test_training.TEXTS))
+    return checkpoint, folder / "text.txt"
+
+
+@pytest.mark.slow
+def test_initialize_on_a_cpu(
+    job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, text = job
+    output = tmp_path / "found.json"
+    small = ["--samples", "4", "--sequence-length", "16", "--rounds", "2", "--solve"]
+    run(initialize.main, monkeypatch, text, "--model", checkpoint, *small, "--json", output)
+    found, shown = json.loads(output.read_text()), capsys.readouterr().out
+    assert found["tokens"] == 4 * 16
+    assert found["floors"].keys() == found["shares"].keys() == set(initialize.STAGES)
+    # Per block and token 4 x 128² + 3 x 128 x 256 multiply-adds, and half of 3 x 128² + 256² for H.
+    assert found["floors"]["H"] == pytest.approx((3 * 128**2 + 256**2) / 2 / (4 * 128**2 + 3 * 128 * 256))
+    assert f"| {sum(found['floors'].values()):.2f} |" in shown
+
+
+@pytest.mark.slow
+def test_an_untrue_report_is_not_timed(job: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    built = quailora.build_adapter
+
+    def flattering(*arguments: Any, **settings: Any) -> Any:
+        report = built(*arguments, **settings)
+        report.layers = [replace(row, output_error=0.9 * row.output_error) for row in report.layers]
+        return report
+
+    monkeypatch.setattr(quailora, "build_adapter", flattering)
+    checkpoint, text = job
+    with pytest.raises(SystemExit, match=r"the output error, against the report's, is off by 0\.11.* nothing is timed"):
+        run(initialize.main, monkeypatch, text, "--model", checkpoint, "--samples", "1", "--sequence-length", "16")
+
+
+# ---- scaling.py
+
+
+def test_the_exponent_of_a_power_law() -> None:
+    assert scaling.exponent({size: 3e-9 * size**1.7 for size in (10, 20, 50, 400)}) == pytest.approx(1.7)
+    assert scaling.exponent({2: 5.0, 8: 5.0}) == pytest.approx(0)
+
+
+def test_expected_exponents() -> None:
+    sizes = (2**20, 2**22)  # beside which everything else is small
+    scale = replace(scaling.SCALES["tiny"], length=1)
+
+    def expected(flops: Callable[[int], float]) -> float:
+        return scaling.exponent({size: flops(size) for size in sizes})
+
+    assert expected(lambda t: scaling.gram_flops(t, 64)) == pytest.approx(1)
+    assert expected(lambda n: scaling.gram_flops(64, n)) == pytest.approx(2, abs=1e-5)
+    assert expected(lambda m: solver.krylov_flops(m, 64, 4, 3)) == pytest.approx(1, abs=1e-2)
+    assert expected(lambda n: solver.krylov_flops(64, n, 4, 3)) == pytest.approx(2, abs=1e-2)
+    assert expected(lambda r: solver.krylov_flops(64, 64, r, 3)) == pytest.approx(3, abs=1e-2)
+    assert expected(lambda blocks: scaling.adapter_flops(scale, 4, blocks, 64)) == pytest.approx(1)
+    assert expected(lambda t: scaling.adapter_flops(scale, 4, 2, t)) == pytest.approx(1, abs=1e-2)
+
+
+class Counted(TorchDispatchMode):
+    """Adds up the FLOPs of the products and dense decompositions within it; one of fp64 counts for two."""
+
+    flops = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
+        result = function(*arguments, **(settings or {}))
+        name, first = function.__name__.partition(".")[0], arguments[0] if arguments else None
+        if isinstance(first, Tensor) and first.dim() == 2:
+            (m, k), twice = first.shape, first.dtype.itemsize // 4
+            counts = {
+                "mm": lambda: 2 * m * k * arguments[1].shape[1],
+                "_linalg_eigh": lambda: 9 * k**3,
+                "linalg_qr": lambda: 4 * m * k**2,
+                "_linalg_svd": lambda: 21 * k**3,
+            }
+            self.flops += twice * counts[name]() if name in counts else 0
+        return result
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_counted_flops_are_those_made(coarse: bool) -> None:
+    m, n, r = 96, 160, 8
+    case = solver.Case.draw(solver.Group("one", (m,), n), r, CPU)
+    q = case.quantized[0].dequantize()
+    with Counted() as energy:  # of all of H here, and counted as that of one triangle
+        ops.gram_energy(case.gram, case.originals[0].float())
+    with precision.emulated() if coarse else nullcontext(), Counted() as counted:
+        quailora.solve(case.originals[0], q, case.gram, r, precision="tf32")
+    made = counted.flops - energy.flops + m * n * n
+    made -= 2 * (9 - 4 / 3) * sum((step * r) ** 3 for step in (1, 2, 3))  # eigvalsh: when looked into, it makes vectors
+    if coarse:  # of the six products with H and the precise one with Eᵀ the emulation makes two each
+        made -= 6 * 2 * n * n * r + 2 * m * n * r
+    assert made == pytest.approx(solver.krylov_flops(m, n, r, 3, coarse))
+
+
+@pytest.mark.slow
+def test_scaling_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "found.json"
+    run(scaling.main, monkeypatch, "--scale", "tiny", "--json", output)
+    found, shown = json.loads(output.read_text()), capsys.readouterr().out
+    assert [row["over"] for row in found["rows"]] == ["t", "n", "m", "n", "r", "blocks", "t"]
+    for row in found["rows"]:
+        assert scaling.line(row) in shown
+        assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in row["seconds"])
+        assert min(row["floors"]) > 0
+    assert [round(row["expected"], 2) for row in found["rows"][:2]] == [1.0, 1.99]
+    assert found["rows"][5]["expected"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("part", ["H", "solve"])
+def test_scaling_times_only_what_is_right(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if part == "H":
+        monkeypatch.setattr(ops, "gram_", lambda h, x, keep=None: h.add_(1.01 * (x.float().T @ x.float())))
+        sweeps = scaling.gram_sweeps
+    else:
+        solve = quailora.solve
+        monkeypatch.setattr(quailora, "solve", lambda *a, **k: solve(*a, **({"solver": "svd"} | k)))
+        sweeps = scaling.solve_sweeps
+    with pytest.raises(SystemExit, match=f"{'H of' if part == 'H' else 'the objective of a solve'}.* nothing is timed"):
+        next(sweeps(scaling.SCALES["tiny"], CPU))
 
 
 # ---- solver.py

@@ -1,0 +1,79 @@
+"""Put the tables and plots of the studies into the documentation, from the JSON files beside it.
+
+    python benchmarks/results.py            # writes
+    python benchmarks/results.py --check    # exits with 1 where something is not what the JSON says
+
+A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, where NAME is one of those below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import claims
+import plots
+import tables
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results" / "small"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "method.md", ROOT / "docs" / "results.md")
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "circumstances": lambda results: tables.circumstances(results),
+    "start": lambda results: tables.start(tables.read(results, "start")),
+    "perplexity": lambda results: tables.perplexity(tables.read(results, "perplexity")),
+    "gaps": lambda results: tables.gaps(tables.read(results, "perplexity")),
+    "rates": lambda results: tables.rates(tables.read(results, "convergence")),
+    "convergence": lambda results: tables.convergence(tables.read(results, "convergence")),
+    "calibration": lambda results: tables.calibration(tables.read(results, "calibration")),
+    "rank": lambda results: tables.rank(tables.read(results, "rank")),
+    "peers": lambda results: tables.peers(tables.read(results, "peers"), results),
+    "downstream": lambda results: tables.downstream(results),
+    "claims": claims.table,
+}
+
+
+def fill(text: str, results: Path) -> str:
+    """The text of a document with every block made anew. Raises KeyError for a block that is not of BLOCKS."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- {name} -->\n{BLOCKS[name](results)}\n<!-- end of {name} -->"
+
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end of \1 -->", block, text, flags=re.DOTALL)
+
+
+def stale(results: Path = RESULTS, documents: tuple[Path, ...] = DOCUMENTS) -> list[Path]:
+    """The files that are not what the results make of them."""
+    found = [document for document in documents if fill(text := document.read_text(encoding="utf-8"), results) != text]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, save in plots.draw(results).items():
+            save(path := Path(folder) / name)
+            if not (results / name).is_file() or (results / name).read_bytes() != path.read_bytes():
+                found.append(results / name)
+    return found
+
+
+def write(results: Path = RESULTS, documents: tuple[Path, ...] = DOCUMENTS) -> None:
+    for document in documents:
+        document.write_text(fill(document.read_text(encoding="utf-8"), results), encoding="utf-8")
+    for name, save in plots.draw(results).items():
+        save(results / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    if not parser.parse_args().check:
+        write()
+    elif found := stale():
+        sys.exit(f"not what the results say: {', '.join(str(path.relative_to(ROOT)) for path in found)}")
+
+
+if __name__ == "__main__":
+    main()
