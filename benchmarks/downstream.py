@@ -33,7 +33,6 @@ from lm_eval.tasks import TaskManager
 from starts import BASES, load
 from tqdm import tqdm
 
-from quailora.blocks import no_progress_bar
 from quailora.checkpoint import Checkpoint
 from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.evaluate import _evaluating, _with_adapter
@@ -219,8 +218,7 @@ def read_model(checkpoint: Checkpoint, base: str, adapter: Path | None) -> Any:
             if quantization is None:
                 raise MismatchError(f"{adapter} was made for a quantised base: on {base} its factors do harm")
             check_base(record, checkpoint, quantization, adapter)
-    with no_progress_bar():
-        model = load(checkpoint, base)
+    model = load(checkpoint, base)
     return model if adapter is None else _with_adapter(model, adapter)
 
 

@@ -21,24 +21,25 @@ the documentation.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import tables
 from smollm2 import fetch
 from starts import load_trained
-from study import LEARNING_RATE, RANK, SCALES, SMOLLM2, Cell, Study
+from study import RANK, SCALES, SMOLLM2, TWO_BLOCKS, Cell, Study
 from timing import circumstances
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quailora.blocks import no_progress_bar
 from quailora.pipeline import load_tokenizer
 from quailora.report import to_json, write_files
 
-RATES = (LEARNING_RATE, 1e-3, 2e-3, 4e-3)
-RANKS = (8, 16, 32, 64, 128, 256)
-FEW_RANKS = (8, RANK, 256)  # where every cell is a fine-tuning
 CALIBRATE, MEASURE = "text-calibrate", "text-measure"
 PAIRS = (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"), ("int8", "quailora"), ("bf16", "zero"))
 
@@ -52,7 +53,7 @@ def start(study: Study) -> Iterator[Cell]:
     length = 4 * study.scale.length
     for model in study.scale.models:
         kinds = [(base, "zero", RANK) for base in ("bf16", "nf4", "int8")]
-        kinds += [("nf4", "quailora", rank) for rank in RANKS]
+        kinds += [("nf4", "quailora", rank) for rank in study.scale.ranks]
         kinds += [("nf4", solver, RANK) for solver in ("als", "closed-form", "svd")] + [("int8", "quailora", RANK)]
         for base, kind, rank in kinds:
             yield study.cell(model, MEASURE, base, kind, CALIBRATE, 0, rank=rank, steps=0, length=length)
@@ -72,15 +73,14 @@ def perplexity(study: Study) -> Iterator[Cell]:
 def convergence(study: Study) -> Iterator[Cell]:
     """On the first set and seed: the starts of both kinds, and the control, at every rate."""
     for model in study.scale.models:
-        for rate in RATES:
+        for rate in study.scale.rates:
             for base, kind in (("nf4", "zero"), ("nf4", "quailora"), ("nf4", "random"), ("bf16", "zero")):
                 yield study.cell(model, study.trained[0], base, kind, study.trained[0], 0, learning_rate=rate)
 
 
 def rank(study: Study) -> Iterator[Cell]:
-    ranks = RANKS if study.scale.name == "paper" else FEW_RANKS
     for model in study.scale.models:
-        for each in ranks:
+        for each in study.scale.trained_ranks:
             for kind in ("zero", "quailora"):
                 yield study.cell(model, study.trained[0], "nf4", kind, study.trained[0], 0, rank=each)
 
@@ -156,6 +156,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_study(arguments: argparse.Namespace) -> Study:
     """Raises SystemExit, with its reason, where no data is named."""
     scale = SCALES[arguments.scale]
+    work = arguments.work or Path("build/evidence") / scale.name
+    if scale.name == "tiny" and not arguments.data:
+        arguments.data, arguments.text = write_texts(work / "texts")
     sets = dict(scale.sets)
     for entry in (*arguments.data, *arguments.calibrate):
         name, _, source = entry.partition("=")
@@ -166,15 +169,41 @@ def read_study(arguments: argparse.Namespace) -> Study:
         raise SystemExit(f"--scale {scale.name} has no data sets of its own: name some with --data NAME=FILE")
     if arguments.text:
         sets |= {CALIBRATE: (arguments.text[0], None), MEASURE: (arguments.text[1], None)}
-    checkpoints = {model: arguments.model or (str(fetch()) if model == SMOLLM2 else model) for model in scale.models}
+    checkpoints = {model: arguments.model or provide(model, work) for model in scale.models}
     return Study(
         scale,
         arguments.results or Path("docs/results") / scale.name,
-        arguments.work or Path("build/evidence") / scale.name,
+        work,
         checkpoints,
         sets,
         trained,
     )
+
+
+def provide(model: str, work: Path) -> str:
+    """The folder of a model that is made here, or the id of one on the hub."""
+    if model == SMOLLM2:
+        return str(fetch())
+    if model != TWO_BLOCKS:
+        return model
+    folder = work / TWO_BLOCKS
+    if not folder.is_dir():
+        with no_progress_bar():
+            whole: Any = AutoModelForCausalLM.from_pretrained(fetch(), dtype="auto")
+            whole.model.layers = whole.model.layers[:2]
+            whole.config.num_hidden_layers = 2
+            whole.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(fetch()).save_pretrained(folder)
+    return str(folder)
+
+
+def write_texts(folder: Path) -> tuple[list[str], list[str]]:
+    """--data and --text of the Python reference that every Python carries."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, text = folder / "topics.json", folder / "topics.txt"
+    data.write_text(json.dumps([{"text": topics[name]} for name in sorted(topics)]), encoding="utf-8")
+    text.write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return [f"topics={data}"], [str(text), str(text)]
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import quailora
+from quailora.blocks import no_progress_bar
 from quailora.calibration import Calibration
 from quailora.checkpoint import Checkpoint
 from quailora.pipeline import default_quantization
@@ -91,13 +92,14 @@ def load(
     Adapters of PREPARED are kept below `work` and made where they are missing.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.name,
-        revision=checkpoint.revision,
-        dtype=checkpoint.dtype,
-        quantization_config=BASES[base](checkpoint.dtype),
-        device_map={"": device},
-    )
+    with no_progress_bar():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.name,
+            revision=checkpoint.revision,
+            dtype=checkpoint.dtype,
+            quantization_config=BASES[base](checkpoint.dtype),
+            device_map={"": device},
+        )
     if start is None:
         return model
     config = lora(rank, alpha)

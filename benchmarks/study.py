@@ -34,6 +34,7 @@ from quailora.pipeline import load_tokenizer, read_calibration
 from quailora.report import Report, to_json, write_files
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
+TWO_BLOCKS = f"{SMOLLM2}-2-blocks"
 LORA_ALPHA = 16
 LEARNING_RATE = 2e-4  # this and those below are the paper's
 WARM_UP = 0.03
@@ -60,6 +61,9 @@ class Scale:
     probe: int
     seeds: tuple[int, ...]
     points: int  # of the course of training
+    rates: tuple[float, ...]  # of the experiment `convergence`
+    ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256)  # before training
+    trained_ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
     questions: int = 200  # of a task made of a text
     learning_rate: float = LEARNING_RATE
     trained: tuple[str, ...] = ()  # those of `sets` that are trained on
@@ -98,6 +102,7 @@ SCALES = {
         probe=32 * 512,
         seeds=(0, 1, 2),
         points=10,
+        rates=(LEARNING_RATE, 5e-4, 1e-3),
         longer={"EleutherAI/pythia-70m": 10_000},
     ),
     "small": Scale(
@@ -113,13 +118,15 @@ SCALES = {
         probe=12 * 128,
         seeds=(0, 1, 2),
         points=4,
+        rates=(LEARNING_RATE, 1e-3, 2e-3, 4e-3),
+        trained_ranks=(8, RANK, 256),
         # Between the best rates of the two starts in so few steps (the experiment `convergence`): at the paper's,
         # factors that start from zero hardly get away from it.
         learning_rate=2e-3,
     ),
     "tiny": Scale(
         name="tiny",
-        models=(SMOLLM2,),
+        models=(TWO_BLOCKS,),
         sets={},
         steps=2,
         batch=2,
@@ -130,6 +137,9 @@ SCALES = {
         probe=2 * 32,
         seeds=(0,),
         points=1,
+        rates=(LEARNING_RATE,),
+        ranks=(8, RANK),
+        trained_ranks=(8, RANK),
         questions=4,
     ),
 }

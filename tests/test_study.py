@@ -60,12 +60,12 @@ def run(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 @pytest.fixture
 def small_study(folder: Path, tmp_path: Path) -> study.Study:
     sets = {name: (str(folder / f"{name}.json"), None) for name in ("one", "two")}
-    models = {study.SMOLLM2: str(folder / "model")}
+    models = {study.TWO_BLOCKS: str(folder / "model")}
     return study.Study(TINY, tmp_path / "results", tmp_path / "work", models, sets, ("one", "two"))
 
 
 def cell(small_study: study.Study, start: str = "zero", base: str = "nf4", seed: int = 0, **others: Any) -> study.Cell:
-    return small_study.cell(study.SMOLLM2, "one", base, start, "one", seed, **others)
+    return small_study.cell(study.TWO_BLOCKS, "one", base, start, "one", seed, **others)
 
 
 # ---- Gaps
@@ -161,6 +161,23 @@ def test_claims_are_decided_by_the_cells(tmp_path: Path) -> None:
     assert claims.not_faster(tmp_path).verdict == claims.REPRODUCED
 
 
+def test_plots_are_drawn_of_what_has_run_and_alike_each_time(tmp_path: Path) -> None:
+    assert plots.draw(tmp_path) == {}
+    ends = {"zero": 8.8, "quailora": 8.2, "random": 8.6}
+    courses = [record("nf4", start, 20, after) for start, after in ends.items()]
+    keep_cells(tmp_path, "convergence", [*courses, record("bf16", "zero", 15, 8.0)])
+    ranks = [record("nf4", "quailora", 18 - rank / 32, 9, rank=rank) for rank in (8, 64)]
+    ranks[1]["layers"] = [[f"model.layers.{i}.self_attn.{kind}", 2.0, 0.5] for i in range(2) for kind in ("q", "k")]
+    keep_cells(tmp_path, "start", [record("bf16", "zero", 15, 8.0), record("nf4", "zero", 20, 9), *ranks])
+    drawn = plots.draw(tmp_path)
+    assert set(drawn) == {f"{name}.svg" for name in plots.PLOTS}
+    for name, save in drawn.items():
+        save(tmp_path / name)
+        plots.draw(tmp_path)[name](tmp_path / "again.svg")
+        assert (tmp_path / name).read_bytes() == (tmp_path / "again.svg").read_bytes()
+    assert "random, of the same norms" in (tmp_path / "convergence.svg").read_text()
+
+
 # ---- Cells
 
 
@@ -200,16 +217,16 @@ def test_parts_share_the_cells(small_study: study.Study, monkeypatch: pytest.Mon
 def test_no_record_is_both_trained_on_and_held_out(small_study: study.Study, tmp_path: Path) -> None:
     file = tmp_path / "data.json"
     file.write_text(json.dumps([{"text": " ".join([f"w{i}"] * 20)} for i in range(100)]))
-    texts = study.read_texts(small_study.checkpoint(study.SMOLLM2), str(file), None, 32, TINY)
+    texts = study.read_texts(small_study.checkpoint(study.TWO_BLOCKS), str(file), None, 32, TINY)
     words = [{int(token) for each in part for token in each} - {0} for part in (texts.train, texts.held_out)]
     assert not words[0] & words[1]
 
 
 def test_texts_are_the_same_each_time(small_study: study.Study) -> None:
-    texts = small_study.texts(study.SMOLLM2, "one", 32)
+    texts = small_study.texts(study.TWO_BLOCKS, "one", 32)
     assert {len(each) for each in (*texts.train, *texts.held_out)} == {32}
     assert len(texts.held_out) == TINY.held_out // 32
-    again = study.read_texts(small_study.checkpoint(study.SMOLLM2), *small_study.sets["one"], 32, TINY)
+    again = study.read_texts(small_study.checkpoint(study.TWO_BLOCKS), *small_study.sets["one"], 32, TINY)
     assert all(torch.equal(*pair) for pair in zip(texts.held_out, again.held_out, strict=True))
     draws = [texts.calibration(4 * 32, seed, "one") for seed in (0, 0, 1)]
     assert draws[0].fingerprint() == draws[1].fingerprint() != draws[2].fingerprint()
@@ -217,11 +234,11 @@ def test_texts_are_the_same_each_time(small_study: study.Study) -> None:
 
 def test_bad_data_is_named(small_study: study.Study, tmp_path: Path) -> None:
     with pytest.raises(QuailoraError, match="no data set 'three': give it with --data three=FILE"):
-        small_study.texts(study.SMOLLM2, "three", 32)
+        small_study.texts(study.TWO_BLOCKS, "three", 32)
     short = tmp_path / "short.json"
     short.write_text(json.dumps([{"text": "w1 w2 w3"}]))
     with pytest.raises(QuailoraError, match=r"short.json holds \d+ tokens, too few"):
-        study.read_texts(small_study.checkpoint(study.SMOLLM2), str(short), None, 32, TINY)
+        study.read_texts(small_study.checkpoint(study.TWO_BLOCKS), str(short), None, 32, TINY)
 
 
 # ---- Starts
@@ -254,7 +271,9 @@ def test_loftq_of_peft_lacks_the_scaling(small_study: study.Study) -> None:
         ]
         torch.testing.assert_close(products[0] * 4, products[1])  # alpha / r is 1 / 4
         # The best approximation of E in both, but for fp32 on their way and that theirs is of W in fp32.
-        torch.testing.assert_close(products[1], products[2], rtol=0, atol=0.02 * float(products[2].abs().max()))
+        torch.testing.assert_close(
+            products[1], products[2], rtol=0, atol=0.02 * float(products[2].detach().abs().max())
+        )
 
 
 def test_corda_does_not_take_a_quantised_base(small_study: study.Study) -> None:
@@ -281,11 +300,7 @@ def test_an_experiment_of_the_paper(
     assert len(trained["losses"]) == TINY.steps
     assert [step for step, _ in trained["course"]] == [0, TINY.steps]
     assert trained["end"] != trained["start"]
-    drawn = plots.draw(tmp_path / "results")
-    assert set(drawn) == {"errors.svg", "rank.svg"}
-    for name, save in drawn.items():
-        save(tmp_path / name)
-        assert (tmp_path / name).read_text().startswith("<?xml")
+    assert "errors.svg" in plots.draw(tmp_path / "results")
 
 
 @pytest.mark.slow
@@ -300,7 +315,6 @@ def test_every_experiment_and_peer(
     shown = capsys.readouterr().out
     assert re.search(r"\| CorDA .* failed: ", shown)
     assert shown.count("failed: ") == 1
-    assert set(plots.draw(tmp_path / "results")) == {f"{name}.svg" for name in plots.PLOTS}
     for name in tables.TABLES:
         assert "–" not in tables.TABLES[name](tables.read(tmp_path / "results", name))
 
