@@ -213,7 +213,7 @@ def read_model(checkpoint: Checkpoint, base: str, adapter: Path | None) -> Any:
     if adapter is not None:
         if not (adapter / "adapter_config.json").is_file():
             raise AdapterError(f"{adapter} is no adapter: it has no adapter_config.json")
-        quantization = BASES[base](checkpoint.dtype)
+        quantization = BASES[base]
         if (record := base_of(adapter)) is not None:
             if quantization is None:
                 raise MismatchError(f"{adapter} was made for a quantised base: on {base} its factors do harm")

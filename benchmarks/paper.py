@@ -10,29 +10,35 @@
     calibration    Table 1: texts to make the start from against texts to train on
     downstream     Tables 3 and 5: tasks, by lm-eval
 
-The models, data sets and settings of the scale `paper` are the paper's; it needs a GPU and a data hub. `small` takes
-two CPU cores some hours, with SmolLM2-135M-Instruct and the texts that are named; `tiny` shows within two minutes that
-it all works. A set of --data is trained on, and the first is what starts are made from; one of --calibrate only makes
-starts. What has run is kept in --results, one file a cell, and is not run again; what failed is, with --retry. Two
-processes share the work with --part 1/2 and --part 2/2. At the end the tables are printed; `results.py` puts them into
-the documentation.
+The models, data sets and settings of the scale `paper` are the paper's; it needs a GPU and a data hub, and has not been
+run. Alpaca and HH-RLHF it takes from the hub; name the files of the other two sets yourself, as in `--data
+alpaca=tatsu-lab/alpaca unified-chip2=unified_chip2.jsonl self-instruct=FILE hh-rlhf=Anthropic/hh-rlhf@chosen`.
+
+`small` takes two CPU cores some hours, with SmolLM2-135M-Instruct and the texts that are named; `tiny` shows within two
+minutes that it all works.
+
+A set of --data is trained on, and the first is what starts are made from; one of --calibrate only makes starts. What
+has run is kept in --results, one file a cell, and is not run again; what failed is, with --retry. Two processes share
+the work with --part 1/2 and --part 2/2. At the end the tables are printed; `results.py` puts them into the
+documentation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import tables
 from smollm2 import fetch
 from starts import load_trained
-from study import RANK, SCALES, SMOLLM2, TWO_BLOCKS, Cell, Study
+from study import CALIBRATE, MEASURE, RANK, SCALES, SMOLLM2, TWO_BLOCKS, Cell, Study
 from timing import circumstances
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,7 +46,6 @@ from quailora.blocks import no_progress_bar
 from quailora.pipeline import load_tokenizer
 from quailora.report import to_json, write_files
 
-CALIBRATE, MEASURE = "text-calibrate", "text-measure"
 PAIRS = (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"), ("int8", "quailora"), ("bf16", "zero"))
 
 
@@ -96,6 +101,8 @@ def calibration(study: Study) -> Iterator[Cell]:
 
 def downstream(study: Study) -> Iterator[Cell]:
     """Their fine-tuned adapters are what the tasks are solved with."""
+    if study.scale.name != "paper" and MEASURE not in study.sets:
+        return
     for model in study.scale.models:
         for base, kind in PAIRS:
             yield study.cell(model, study.trained[0], base, kind, study.trained[0], 0)
@@ -111,18 +118,25 @@ def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
     for cell in cells:
         trained = study.work / "trained" / cell.slug
         path = study.results / "tasks" / f"{cell.slug}.json"
-        if not trained.is_dir() or (path.is_file() and not retry):
+        if (before := tables.read_json(path)) is not None and not (retry and "error" in before):
+            continue
+        if not trained.is_dir():
+            print(f"{cell.slug}: its trained adapter is not in {trained.parent}; run its cell again for it", flush=True)
             continue
         checkpoint = study.checkpoint(cell.model)
-        tokenizer = load_tokenizer(checkpoint)
-        with tempfile.TemporaryDirectory() as folder:
-            tasks: list[Any] = list(PAPER_TASKS)
-            if study.scale.name != "paper":
-                tasks = [write_choices(Path(study.sets[MEASURE][0]), Path(folder), study.scale.questions, seed=0)]
-            found = {}
-            for when in ("before", "after"):
-                model = study.load(cell) if when == "before" else load_trained(checkpoint, cell.base, trained)
-                found[when] = score(model, tokenizer, tasks, None, 8)
+        found: dict[str, Any] = {}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                tasks: list[Any] = list(PAPER_TASKS)
+                if study.scale.name != "paper":
+                    text = Path(study.sets[MEASURE][0])
+                    tasks = [write_choices(text, Path(folder), study.scale.questions, seed=0)]
+                for when in ("before", "after"):
+                    model = study.load(cell) if when == "before" else load_trained(checkpoint, cell.base, trained)
+                    found[when] = score(model, load_tokenizer(checkpoint), tasks, None, 8)
+        except Exception as error:  # as in `Study.run`
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         write_files(path.parent, {path.name: to_json({"cell": asdict(cell), **found, "made_with": circumstances()})})
         print(f"{cell.slug}: {found}", flush=True)
 
@@ -135,6 +149,9 @@ EXPERIMENTS: dict[str, Callable[[Study], Iterator[Cell]]] = {
     "rank": rank,
     "downstream": downstream,
 }
+
+
+SHOWN = {"perplexity": ("perplexity", "gaps"), "convergence": ("rates", "convergence")}  # tables of an experiment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +181,7 @@ def read_study(arguments: argparse.Namespace) -> Study:
         name, _, source = entry.partition("=")
         file, _, column = source.partition("@")
         sets[name] = (file, column or None)
-    trained = tuple(entry.partition("=")[0] for entry in arguments.data) or scale.trained
+    trained = tuple(entry.partition("=")[0] for entry in arguments.data) or tuple(scale.sets)
     if not trained:
         raise SystemExit(f"--scale {scale.name} has no data sets of its own: name some with --data NAME=FILE")
     if arguments.text:
@@ -178,6 +195,14 @@ def read_study(arguments: argparse.Namespace) -> Study:
         sets,
         trained,
     )
+
+
+def read_part(words: str) -> tuple[int, int]:
+    """ "2/3" -> (1, 3). Raises SystemExit for what is no part."""
+    match = re.fullmatch(r"(\d+)/(\d+)", words)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise SystemExit(f"--part {words}: expected K/N with K from 1 to N, such as 1/2")
+    return int(match[1]) - 1, int(match[2])
 
 
 def provide(model: str, work: Path) -> str:
@@ -199,11 +224,15 @@ def provide(model: str, work: Path) -> str:
 
 def write_texts(folder: Path) -> tuple[list[str], list[str]]:
     """--data and --text of the Python reference that every Python carries."""
+    from pydoc_data.topics import topics
+
     folder.mkdir(parents=True, exist_ok=True)
-    data, text = folder / "topics.json", folder / "topics.txt"
-    data.write_text(json.dumps([{"text": topics[name]} for name in sorted(topics)]), encoding="utf-8")
-    text.write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
-    return [f"topics={data}"], [str(text), str(text)]
+    texts = [topics[name] for name in sorted(topics)]
+    parts = {"topics.json": json.dumps([{"text": text} for text in texts])}
+    parts |= {"calibrate.txt": "\n".join(texts[::2]), "measure.txt": "\n".join(texts[1::2])}
+    for name, content in parts.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return [f"topics={folder / 'topics.json'}"], [str(folder / "calibrate.txt"), str(folder / "measure.txt")]
 
 
 def main() -> None:
@@ -212,20 +241,20 @@ def main() -> None:
     add_arguments(parser)
     arguments = parser.parse_args()
     study = read_study(arguments)
-    part, _, parts = arguments.part.partition("/")
+    part, parts = read_part(arguments.part)
     for name in arguments.experiment:
         cells = list(dict.fromkeys(EXPERIMENTS[name](study)))
+        if not cells:
+            print(f"{name}: nothing to run, for it needs --text", flush=True)
+            continue
         study.save_index(name, cells)
-        study.run(cells, int(part) - 1, int(parts), arguments.retry)
+        study.run(cells, part, parts, arguments.retry)
         if name == "downstream":
-            score_tasks(study, cells[int(part) - 1 :: int(parts)], arguments.retry)
+            score_tasks(study, cells[part::parts], arguments.retry)
     for name in arguments.experiment:
-        shown = (
-            tables.downstream(study.results)
-            if name == "downstream"
-            else tables.TABLES[name](tables.read(study.results, name))
-        )
-        print(f"\n## {name}\n\n{shown}")
+        for table in SHOWN.get(name, (name,)):
+            shown = tables.downstream(study.results) if table == "downstream" else tables.draw(table, study.results)
+            print(f"\n## {table}\n\n{shown}")
 
 
 if __name__ == "__main__":

@@ -16,21 +16,22 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 import tables
 import torch
 from paper import add_arguments, read_study
-from starts import keep, load, lora
+from starts import kept, load, lora, prepare, put
 from study import LORA_ALPHA, Cell, Study
 from timing import circumstances
 
 from quailora.report import to_json, write_files
 
 PEERS = ("zero", "loftq", "loftq-scaled", "svd", "eva", "corda", "closed-form", "als", "quailora")
-LIMIT = 900  # seconds that a start may take
 
 
 def peers(study: Study) -> list[Cell]:
@@ -44,9 +45,12 @@ def cost(study: Study, cell: Cell) -> dict[str, Any]:
     calibration = study.calibration(cell)
     before = psutil.Process().memory_info().rss
     started = time.perf_counter()
-    keep(study.work, checkpoint, cell.base, cell.start, calibration, lora(cell.rank, LORA_ALPHA), cell.seed)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    with tempfile.TemporaryDirectory() as folder:  # anew, also where a study has made it before
+        made = Path(folder) / "adapter"
+        prepare(cell.start, checkpoint, cell.base, calibration, lora(cell.rank, LORA_ALPHA), cell.seed, made)
+        seconds = time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        put(made, kept(study.work, checkpoint, cell.base, cell.start, calibration, cell.rank))
     model = load(checkpoint, "bf16")
     batches = list(calibration.batches(max(1, 8192 // cell.length)))
     passes = []
@@ -55,6 +59,8 @@ def cost(study: Study, cell: Cell) -> dict[str, Any]:
             started = time.perf_counter()
             for batch in batches:
                 model.base_model(batch.input_ids.to(model.device), use_cache=False)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             passes.append(time.perf_counter() - started)
     return {"seconds": seconds, "forward_seconds": passes[-1], "bytes": peak, "made_with": circumstances()}
 
@@ -67,11 +73,12 @@ def costs(study: Study, cells: list[Cell], arguments: list[str], retry: bool) ->
             continue
         command = [sys.executable, __file__, *arguments, "--make", cell.start]
         try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+            run = subprocess.run(command, capture_output=True, text=True, timeout=study.scale.patience)
         except subprocess.TimeoutExpired:
-            found = {"error": f"not made within {LIMIT} s"}
+            found = {"error": f"not made within {study.scale.patience} s"}
         else:
-            lines = (run.stderr if run.returncode else run.stdout).strip().splitlines()
+            said = (run.stderr if run.returncode else run.stdout).strip().splitlines()
+            lines = said or [f"ended with status {run.returncode}"]  # killed, perhaps for its memory
             found = {"error": lines[-1][:300]} if run.returncode else json.loads(lines[-1])
         write_files(study.results / "costs", {f"{cell.slug}.json": to_json(found)})
         print(f"{cell.start}: {found.get('error') or 'made'}", flush=True)
@@ -79,8 +86,7 @@ def costs(study: Study, cells: list[Cell], arguments: list[str], retry: bool) ->
 
 def read_cost(study: Study, cell: Cell) -> dict[str, Any]:
     """Empty where the start was not made yet."""
-    path = study.results / "costs" / f"{cell.slug}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return tables.read_json(study.results / "costs" / f"{cell.slug}.json") or {}
 
 
 def main() -> None:
@@ -96,7 +102,7 @@ def main() -> None:
     study.save_index("peers", cells)
     costs(study, cells, sys.argv[1:], arguments.retry)
     study.run([cell for cell in cells if "error" not in read_cost(study, cell)], retry=arguments.retry)
-    print(tables.peers(tables.read(study.results, "peers"), study.results))
+    print(tables.peers(study.results))
 
 
 if __name__ == "__main__":

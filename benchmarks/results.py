@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import claims
@@ -24,16 +25,10 @@ RESULTS = ROOT / "docs" / "results" / "small"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "method.md", ROOT / "docs" / "results.md")
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "circumstances": lambda results: tables.circumstances(results),
-    "start": lambda results: tables.start(tables.read(results, "start")),
-    "perplexity": lambda results: tables.perplexity(tables.read(results, "perplexity")),
-    "gaps": lambda results: tables.gaps(tables.read(results, "perplexity")),
-    "rates": lambda results: tables.rates(tables.read(results, "convergence")),
-    "convergence": lambda results: tables.convergence(tables.read(results, "convergence")),
-    "calibration": lambda results: tables.calibration(tables.read(results, "calibration")),
-    "rank": lambda results: tables.rank(tables.read(results, "rank")),
-    "peers": lambda results: tables.peers(tables.read(results, "peers"), results),
-    "downstream": lambda results: tables.downstream(results),
+    "circumstances": tables.circumstances,
+    **{name: partial(tables.draw, name) for name in tables.TABLES},
+    "peers": tables.peers,
+    "downstream": tables.downstream,
     "claims": claims.table,
 }
 

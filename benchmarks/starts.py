@@ -5,11 +5,13 @@ Those of PEFT are made by its own code. `prepare` makes an adapter's folder, `lo
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -34,11 +37,8 @@ from quailora.calibration import Calibration
 from quailora.checkpoint import Checkpoint
 from quailora.pipeline import default_quantization
 
-BASES = {
-    "nf4": default_quantization,
-    "int8": lambda dtype: BitsAndBytesConfig(load_in_8bit=True),
-    "bf16": lambda dtype: None,
-}
+DTYPE = torch.bfloat16  # whatever the checkpoint's: training is in bf16
+BASES = {"nf4": default_quantization(DTYPE), "int8": BitsAndBytesConfig(load_in_8bit=True), "bf16": None}
 SOLVERS = {"quailora": "krylov", "als": "als", "closed-form": "eigh", "svd": "svd"}
 MINUS = "minus"  # the frozen adapter that takes the product of the start `random` off the base
 
@@ -59,14 +59,14 @@ def prepare(
     loftq-scaled                      the same with PEFT's scaling, alpha / r, divided out
     eva, corda                         PEFT's
     """
-    quantization = BASES[base](checkpoint.dtype)
     if start in SOLVERS:
         quailora.build_adapter(
             checkpoint,
             config,
             calibration,
             folder,
-            quantization=quantization,
+            quantization=copy.deepcopy(BASES[base]),
+            dtype=DTYPE,
             solver=SOLVERS[start],
             seed=seed,
             progress=False,
@@ -87,8 +87,9 @@ def load(
 ) -> Any:
     """The base, and on it the LoRA factors of `start`, trainable in fp32. None: the base alone.
 
-    zero: PEFT's default, A random and B zero. random: as A and B those of quailora's norms, drawn at random, with their
-    product taken off the base by a second adapter, frozen: it starts where zero does, with A and B away from zero.
+    zero: PEFT's default, lora_A random and lora_B zero. random: both drawn at random, of the norms of quailora's, with
+    their product taken off the base by a second adapter, frozen: it starts where zero does, but for bf16's rounding of
+    either adapter's output, with lora_B away from zero.
     Adapters of PREPARED are kept below `work` and made where they are missing.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,8 +97,8 @@ def load(
         model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.name,
             revision=checkpoint.revision,
-            dtype=checkpoint.dtype,
-            quantization_config=BASES[base](checkpoint.dtype),
+            dtype=DTYPE,
+            quantization_config=copy.deepcopy(BASES[base]),  # loading writes into it
             device_map={"": device},
         )
     if start is None:
@@ -111,7 +112,7 @@ def load(
     with _quiet():
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     if start == "random":
-        _draw_at_random(adapted, config)
+        _draw_at_random(adapted, config, seed)
     return adapted
 
 
@@ -135,9 +136,16 @@ def keep(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
             prepare(start, checkpoint, base, calibration, config, seed, Path(temporary) / "adapter")
-            if not folder.is_dir():  # a study beside this one may have been quicker
-                shutil.move(Path(temporary) / "adapter", folder)
+            put(Path(temporary) / "adapter", folder)
     return folder
+
+
+def put(made: Path, folder: Path) -> None:
+    """Move an adapter to its place, unless a study beside this one was quicker."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        with suppress(FileExistsError):
+            shutil.move(made, folder)
 
 
 def kept(work: Path, checkpoint: Checkpoint, base: str, start: str, calibration: Calibration, rank: int) -> Path:
@@ -164,12 +172,13 @@ def lora_layers(model: Any) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def _draw_at_random(model: PeftModel, config: LoraConfig) -> None:
+def _draw_at_random(model: PeftModel, config: LoraConfig, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
     model.add_adapter(MINUS, config)
     for layer in lora_layers(model):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         for factor in (a, b):
-            drawn = torch.randn_like(factor)
+            drawn = torch.randn(factor.shape, generator=generator).to(factor)
             factor.copy_(drawn * (factor.norm() / drawn.norm()))
         layer.lora_A[MINUS].weight.copy_(a)
         layer.lora_B[MINUS].weight.copy_(-b)
@@ -196,9 +205,9 @@ def _loftq(
     checkpoint: Checkpoint, base: str, calibration: Calibration, config: LoraConfig, scaled: bool = False
 ) -> Any:
     model = _adapted(load(checkpoint, base), config)
-    (file,) = Path(checkpoint.name).glob("*.safetensors")
-    with _HereInsteadOfCuda():
-        replace_lora_weights_loftq(model, str(file))
+    files = list(Path(checkpoint.name).glob("*.safetensors"))
+    with _HereInsteadOfCuda():  # PEFT finds the files of a model on the hub, and those that are in parts
+        replace_lora_weights_loftq(model, str(files[0]) if len(files) == 1 else None)
     if scaled:
         for layer in lora_layers(model):
             layer.lora_B["default"].weight.data /= layer.scaling["default"]
@@ -206,8 +215,8 @@ def _loftq(
 
 
 def _eva(checkpoint: Checkpoint, base: str, calibration: Calibration, config: LoraConfig) -> Any:
-    config.init_lora_weights = "eva"
-    config.eva_config = EvaConfig(rho=1.0)  # the same rank everywhere, as all the others have
+    # rho = 1: the same rank everywhere, as all the others have.
+    config = replace(config, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
     model = _adapted(load(checkpoint, base), config, low_cpu_mem_usage=True)
     batches = [
         {"input_ids": batch.input_ids, "attention_mask": torch.ones_like(batch.input_ids)}
@@ -220,9 +229,10 @@ def _eva(checkpoint: Checkpoint, base: str, calibration: Calibration, config: Lo
 def _corda(checkpoint: Checkpoint, base: str, calibration: Calibration, config: LoraConfig) -> Any:
     from peft.tuners.lora.corda import preprocess_corda  # needs attrs, which PEFT does not install
 
-    config.init_lora_weights = "corda"
-    config.corda_config = CordaConfig(corda_method="kpm")
     model = load(checkpoint, base)
+    names = {name.rpartition(".")[2] for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
+    kpm = CordaConfig(corda_method="kpm")
+    config = replace(config, target_modules=sorted(names), init_lora_weights="corda", corda_config=kpm)
 
     @torch.no_grad()
     def run() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from starts import PREPARED, SOLVERS, kept, load
-from tables import Record, slug
+from tables import Record, read_json, slug
 from timing import circumstances
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
@@ -33,6 +33,7 @@ from quailora.errors import QuailoraError
 from quailora.pipeline import load_tokenizer, read_calibration
 from quailora.report import Report, to_json, write_files
 
+CALIBRATE, MEASURE = "text-calibrate", "text-measure"  # the names of the two texts of the experiment `start`
 SMOLLM2 = "SmolLM2-135M-Instruct"
 TWO_BLOCKS = f"{SMOLLM2}-2-blocks"
 LORA_ALPHA = 16
@@ -58,6 +59,7 @@ class Scale:
     length: int
     calibration: int  # tokens
     held_out: int
+    text: int  # of the text of the experiment `start`
     probe: int
     seeds: tuple[int, ...]
     points: int  # of the course of training
@@ -66,7 +68,7 @@ class Scale:
     trained_ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
     questions: int = 200  # of a task made of a text
     learning_rate: float = LEARNING_RATE
-    trained: tuple[str, ...] = ()  # those of `sets` that are trained on
+    patience: int = 900  # seconds that making a start may take
     longer: dict[str, int] = field(default_factory=dict)  # steps of models that take others
 
 
@@ -85,25 +87,21 @@ SCALES = {
             "EleutherAI/pythia-410m",
             "EleutherAI/pythia-12b",
         ),
-        sets={
-            "alpaca": ("tatsu-lab/alpaca", None),
-            "unified-chip2": ("laion/OIG:unified_chip2", None),
-            "self-instruct": ("yizhongw/self_instruct", None),
-            "hh-rlhf": ("Anthropic/hh-rlhf", "chosen"),
-            "slimorca": ("Open-Orca/SlimOrca", None),
-        },
-        trained=("alpaca", "unified-chip2", "self-instruct", "hh-rlhf"),
+        # The other two, Unified-Chip2 and Self-Instruct, are no data sets that can be loaded by name: --data.
+        sets={"alpaca": ("tatsu-lab/alpaca", None), "hh-rlhf": ("Anthropic/hh-rlhf", "chosen")},
         steps=1000,
         batch=16,
         micro_batch=4,
         length=512,
         calibration=2000 * 512,
         held_out=256 * 512,
+        text=256 * 2048,
         probe=32 * 512,
         seeds=(0, 1, 2),
         points=10,
         rates=(LEARNING_RATE, 5e-4, 1e-3),
         longer={"EleutherAI/pythia-70m": 10_000},
+        patience=36_000,
     ),
     "small": Scale(
         name="small",
@@ -115,11 +113,13 @@ SCALES = {
         length=128,
         calibration=256 * 128,
         held_out=48 * 128,
+        text=16 * 512,
         probe=12 * 128,
         seeds=(0, 1, 2),
         points=4,
-        rates=(LEARNING_RATE, 1e-3, 2e-3, 4e-3),
-        trained_ranks=(8, RANK, 256),
+        rates=(LEARNING_RATE, 1e-3, 2e-3, 4e-3, 8e-3),
+        ranks=(8, 16, 32, RANK, 128, 192),  # k and v have 192 outputs
+        trained_ranks=(8, RANK, 192),
         # Between the best rates of the two starts in so few steps (the experiment `convergence`): at the paper's,
         # factors that start from zero hardly get away from it.
         learning_rate=2e-3,
@@ -134,6 +134,7 @@ SCALES = {
         length=32,
         calibration=16 * 32,
         held_out=4 * 32,
+        text=2 * 128,
         probe=2 * 32,
         seeds=(0,),
         points=1,
@@ -174,7 +175,7 @@ class Cell:
         return slug(asdict(self))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Study:
     """Where cells are found and run. results: their JSON. work: adapters, which may be deleted."""
 
@@ -196,18 +197,23 @@ class Study:
 
     def found(self, cell: Cell) -> Record | None:
         """What a cell gave; None where it has not run. A failed one has an "error"."""
-        path = self._path(cell)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_json(self._path(cell))
 
     def save_index(self, experiment: str, cells: Iterable[Cell]) -> None:
-        """Which cells make an experiment, and in which order its tables show them."""
-        write_files(self.results, {f"{experiment}.json": json.dumps([cell.slug for cell in cells], indent=1) + "\n"})
+        """Which cells make an experiment, and in which order its tables show them; those of earlier calls stay."""
+        before = read_json(self.results / f"{experiment}.json") or []
+        slugs = list(dict.fromkeys([*(cell.slug for cell in cells), *before]))
+        write_files(self.results, {f"{experiment}.json": json.dumps(slugs, indent=1) + "\n"})
 
     def run(self, cells: Iterable[Cell], part: int = 0, parts: int = 1, retry: bool = False) -> None:
-        """Run those of a part which have not run yet; failed ones again on `retry`. A failure is kept as a result."""
+        """Run those of a part which have not run yet; failed ones again on `retry`. A failure is kept as a result.
+
+        Raises QuailoraError for results that are of another model or of other texts by the same names.
+        """
         mine = list(dict.fromkeys(cells))[part::parts]
         for number, cell in enumerate(mine, 1):
             if (found := self.found(cell)) is not None and not (retry and "error" in found):
+                self._check_same(cell, found)
                 continue
             started = time.perf_counter()
             try:
@@ -219,11 +225,35 @@ class Study:
                 traceback.print_exc()
                 result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
                 shown = result["error"]
-            record = {"cell": asdict(cell), "scale": self.scale.name, **result, "made_with": circumstances()}
+            record = {
+                "cell": asdict(cell),
+                "scale": self.scale.name,
+                "made_from": self._made_from(cell),
+                **result,
+                "made_with": circumstances(),
+            }
             write_files(self.results / "cells", {self._path(cell).name: to_json(record)})
             took = time.perf_counter() - started
             print(f"{number}/{len(mine)} {cell.slug}: {shown}, {took:.0f} s", flush=True)
             gc.collect()
+
+    def _made_from(self, cell: Cell) -> dict[str, str]:
+        """Fingerprints of the checkpoint and of the texts; of none that cannot be read, which is why a cell failed."""
+        try:
+            texts = self.texts(cell.model, cell.train, cell.length)
+            found = {"checkpoint": self.checkpoint(cell.model).fingerprint, "texts": texts.fingerprint()}
+            if cell.calibrate:
+                found["calibration"] = self.calibration(cell).fingerprint()
+        except QuailoraError:
+            return {}
+        return found
+
+    def _check_same(self, cell: Cell, found: Record) -> None:
+        for name, mine in self._made_from(cell).items():
+            if found.get("made_from", {}).get(name, mine) != mine:
+                raise QuailoraError(
+                    f"{self._path(cell)} has results of other data ({name}) under the same name: give another --results"
+                )
 
     def _path(self, cell: Cell) -> Path:
         return self.results / "cells" / f"{cell.slug}.json"
@@ -237,8 +267,11 @@ class Study:
         """Raises QuailoraError for a set that was not named, or holds too little."""
         if name not in self.sets:
             raise QuailoraError(f"no data set '{name}': give it with --data {name}=FILE, beside {', '.join(self.sets)}")
-        source, column = self.sets[name]
-        return read_texts(self.checkpoint(model), source, column, length, self.scale)
+        scale, source = self.scale, (self.checkpoint(model), *self.sets[name])
+        if name in (CALIBRATE, MEASURE):
+            return read_texts(*source, length, *((0, scale.calibration) if name == CALIBRATE else (scale.text, 0)))
+        steps = scale.longer.get(model, scale.steps)
+        return read_texts(*source, length, scale.held_out, max(scale.calibration, steps * scale.batch * length))
 
     def calibration(self, cell: Cell) -> Calibration:
         """What a start of `starts.PREPARED` is made from."""
@@ -253,47 +286,54 @@ class Study:
         checkpoint = self.checkpoint(cell.model)
         return load(checkpoint, cell.base, cell.start, calibration, cell.rank, LORA_ALPHA, cell.seed, self.work)
 
-    def __hash__(self) -> int:
-        return id(self)
-
 
 # ---- Texts
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Sequences of one length, without padding, each (length,) int64. No record stands in both."""
+    """Sequences of one length, without padding, each (length,) int64. No record stands in both.
+
+    ordered: they are a text, from its beginning on, and no records.
+    """
 
     train: tuple[Tensor, ...]
     held_out: tuple[Tensor, ...]
+    ordered: bool
+
+    def fingerprint(self) -> str:
+        return Calibration((*self.held_out, *self.train), "").fingerprint()
 
     def calibration(self, tokens: int, seed: int, source: str) -> Calibration:
-        """As many sequences of the training part as make `tokens`, drawn without replacement."""
+        """As many sequences of the training part as make `tokens`, or all: the first of a text, a draw of records."""
         wanted = tokens // len(self.train[0])
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))[:wanted]
-        return Calibration(tuple(self.train[index] for index in order), source, seed)
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = (range(len(self.train)) if self.ordered else order)[:wanted]
+        return Calibration(tuple(self.train[index] for index in chosen), source, seed)
 
 
-def read_texts(checkpoint: Checkpoint, source: str, column: str | None, length: int, scale: Scale) -> Texts:
+def read_texts(
+    checkpoint: Checkpoint, source: str, column: str | None, length: int, held_out: int, wanted: int
+) -> Texts:
     """Records in random order, or a text in its own, with an end-of-sequence token after each, cut into sequences.
 
-    The first make the held-out part.
+    held_out, wanted: tokens. The first make the held-out part; as many as wanted, or more, are trained on.
     """
-    steps = max(scale.steps, *scale.longer.values()) if scale.longer else scale.steps
-    tokens = scale.held_out + max(scale.calibration, steps * scale.batch * length)
-    data = read_calibration(checkpoint, source, samples=max(64, tokens // 16), sequence_length=1024, column=column)
-    text = Path(source).suffix in (".txt", ".md")
-    order = range(len(data)) if text else torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    samples = max(64, (held_out + wanted) // 16)
+    data = read_calibration(checkpoint, source, samples=samples, sequence_length=1024, column=column)
+    ordered = Path(source).suffix in (".txt", ".md")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     tokenizer = load_tokenizer(checkpoint)
-    end = torch.tensor([] if text or tokenizer is None else [tokenizer.eos_token_id], dtype=torch.int64)
-    records = [torch.cat([data.sequences[index], end]) for index in order]
+    eos = None if ordered or tokenizer is None else tokenizer.eos_token_id
+    end = torch.tensor([] if eos is None else [eos], dtype=torch.int64)
+    records = [torch.cat([data.sequences[index], end]) for index in (range(len(data)) if ordered else order)]
     count, first = 0, 0
-    while first < len(records) and count < scale.held_out:
+    while first < len(records) and count < held_out:
         count, first = count + len(records[first]), first + 1
-    held_out, train = _cut(records[:first], length), _cut(records[first:], length)
-    if count < scale.held_out or len(train) < scale.batch:
+    measured, rest = _cut(records[:first], length)[: held_out // length], _cut(records[first:], length)
+    if len(measured) < held_out // length or (wanted and not rest):
         raise QuailoraError(f"{source} holds {sum(map(len, records))} tokens, too few to measure on and to train on")
-    return Texts(train, held_out[: max(1, scale.held_out // length)])
+    return Texts(rest, measured, ordered)
 
 
 def _cut(records: Sequence[Tensor], length: int) -> tuple[Tensor, ...]:
@@ -311,7 +351,6 @@ def run_cell(study: Study, cell: Cell) -> Record:
     held_out = torch.stack(texts.held_out)
     batches = held_out.split(max(1, 512 // cell.length))
     probe = held_out[: max(1, scale.probe // cell.length)].split(max(1, 512 // cell.length))
-    reference = load(checkpoint, "bf16")
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     model = study.load(cell)
@@ -320,12 +359,14 @@ def run_cell(study: Study, cell: Cell) -> Record:
     def measured() -> dict[str, float]:
         return {
             "perplexity": quailora.evaluate.perplexity(model, batches),
-            "kl": quailora.evaluate.kl_divergence(model, reference, probe),
+            "kl": quailora.evaluate.kl_divergence(model, load(checkpoint, "bf16"), probe),  # not in memory meanwhile
         }
 
     result: Record = {"tokens": held_out.numel(), "start": measured(), "seconds": seconds}
-    if not cell.steps and cell.start in SOLVERS:
+    if cell.calibrate:
         calibration = study.calibration(cell)
+        result["calibration_tokens"] = calibration.tokens
+    if not cell.steps and cell.start in SOLVERS:
         report = Report.load(kept(study.work, checkpoint, cell.base, cell.start, calibration, cell.rank))
         result["layers"] = [[layer.name, layer.output_error, layer.output_error_after] for layer in report.layers]
     if cell.steps:

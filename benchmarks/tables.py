@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from quailora.evaluate import gap_closed
 
@@ -28,11 +28,13 @@ BITS = {"nf4": "4", "int8": "8", "bf16": "16"}
 
 def read(results: Path, experiment: str) -> list[Record]:
     """The cells of an experiment that have run, in its order: see `study.Study.save_index`."""
-    index = results / f"{experiment}.json"
-    if not index.is_file():
-        return []
-    paths = [results / "cells" / f"{slug}.json" for slug in json.loads(index.read_text(encoding="utf-8"))]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    slugs = read_json(results / f"{experiment}.json") or []
+    return [found for slug in slugs if (found := read_json(results / "cells" / f"{slug}.json")) is not None]
+
+
+def read_json(path: Path) -> Any:
+    """None where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def slug(cell: Mapping[str, Any]) -> str:
@@ -111,10 +113,25 @@ def values(records: Sequence[Record], when: str, what: str = "perplexity") -> li
     return [record[when][what] for record in records if not failed(record) and when in record]
 
 
+def shown(records: Sequence[Record], when: str, digits: int = 2, what: str = "perplexity") -> str:
+    """`spread` of `values`, and how many of the cells those are, where some failed."""
+    found = values(records, when, what)
+    if records and not found:
+        return "failed"
+    return spread(found, digits) + (f" ({len(found)} of {len(records)})" if len(found) < len(records) else "")
+
+
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Markdown; the first `left` columns are text, the others numbers."""
+    rows = list(rows)
+    if not rows:
+        return "Not run yet."
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * left}{' ---: |' * (len(heads) - left)}"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+    return "\n".join(lines + [f"| {' | '.join(map(_escaped, row))} |" for row in rows])
+
+
+def _escaped(cell: str) -> str:
+    return " ".join(cell.replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -152,12 +169,24 @@ def start(records: Sequence[Record]) -> str:
                 BITS[cell["base"]],
                 "" if plain else NAMES[cell["start"]],
                 "" if plain else str(cell["rank"]),
-                spread(values([record], "start")),
-                spread(values([record], "start", "kl"), 4),
+                shown([record], "start"),
+                shown([record], "start", 4, "kl"),
                 "" if plain else percent([start_gap(records, record)]),
             )
         )
     return table(("bits", "start", "rank", "perplexity", "KL, nats", "start gap closed"), rows, left=2)
+
+
+def start_settings(records: Sequence[Record]) -> str:
+    """How many tokens those were."""
+    tokens = {each.get("calibration_tokens") for each in records} - {None}
+    measured = {each["tokens"] for each in records if not failed(each)}
+    lengths = unique(records, "length")
+    return f"{_listed(tokens)} and {_listed(measured)} tokens, in sequences of {_listed(lengths)}."
+
+
+def _listed(numbers: Iterable[Any]) -> str:
+    return ", ".join(map(str, sorted(numbers))) or "–"
 
 
 def perplexity(records: Sequence[Record]) -> str:
@@ -168,45 +197,68 @@ def perplexity(records: Sequence[Record]) -> str:
         row = [BITS[base], NAMES[kind]]
         for name in sets:
             found = select(records, train=name, base=base, start=kind)
-            row += [spread(values(found, "start")), spread(values(found, "end"), 3)]
+            row += [shown(found, "start"), shown(found, "end", 3)]
         rows.append(row)
     heads = [f"{name}, {when}" for name in sets for when in ("before", "after")]
     return table(("bits", "start", *heads), rows, left=2)
 
 
 def gaps(records: Sequence[Record]) -> str:
-    """The three gaps, of the cells of `perplexity`, over seeds."""
-    closed = closed_gaps(records)
-    return table(("gap closed by QuAILoRA", "share"), [(name, percent(found)) for name, found in closed.items()])
+    """The three gaps, of the cells of `perplexity`."""
+    rows = []
+    for name, gap in closed_gaps(records).items():
+        seeds = ", ".join("n/a" if share is None else f"{100 * share:.0f}" for share in gap.seeds)
+        rows.append((name, "n/a" if gap.share is None else f"{100 * gap.share:.0f} %", seeds))
+    return table(("gap closed by QuAILoRA", "share", "by seed, %"), rows)
 
 
-def closed_gaps(records: Sequence[Record]) -> dict[str, list[float | None]]:
-    """Name of a gap -> its share in each seed where every set has run; the start gap in each set besides."""
-    found: dict[str, list[float | None]] = {"start gap": [], "paper's gap": [], "16-bit gap": []}
+class Gap(NamedTuple):
+    """share: of perplexities averaged over the seeds, for in one the gap may be next to none. seeds: each apart."""
+
+    share: float | None
+    seeds: list[float | None]
+
+
+def closed_gaps(records: Sequence[Record]) -> dict[str, Gap]:
+    """Name of a gap -> its share, of the cells of `perplexity` of one model. Only seeds that have run on every set."""
     sets = unique(records, "train")
+    kinds = [("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"), ("bf16", "zero")]
+    whole: dict[tuple[str, str, str], list[list[float]]] = {}  # when, base, start -> for each seed a value for each set
     for seed in unique(records, "seed"):
-        ours = select(records, seed=seed, base="nf4", start="quailora")
-        found["start gap"] += [start_gap(records, each) for each in ours]
-        ended = {
-            (base, kind): values(select(records, seed=seed, base=base, start=kind), "end")
-            for base, kind in (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"), ("bf16", "zero"))
+        found = {
+            (when, *kind): values(select(records, seed=seed, base=kind[0], start=kind[1]), when)
+            for kind in kinds
+            for when in ("start", "end")
         }
-        if all(len(each) == len(sets) for each in ended.values()):
-            both = ended["nf4", "zero"], ended["nf4", "quailora"]
-            found["paper's gap"].append(paper_gap(*both, ended["int8", "zero"]))
-            found["16-bit gap"].append(sixteen_bit_gap(*both, ended["bf16", "zero"]))
-    return found
+        if all(len(each) == len(sets) for each in found.values()):
+            for key, each in found.items():
+                whole.setdefault(key, []).append(each)
+
+    def gap(measure: Callable[..., float | None], when: str, other: str) -> Gap:
+        series = [whole.get((when, *kind), []) for kind in (("nf4", "zero"), ("nf4", "quailora"), (other, "zero"))]
+        seeds = [measure(*each) for each in zip(*series, strict=True)]
+        means = [[mean(each) for each in zip(*one, strict=True)] for one in series]
+        return Gap(measure(*means) if seeds else None, seeds)
+
+    return {
+        "start gap": gap(sixteen_bit_gap, "start", "bf16"),
+        "paper's gap": gap(paper_gap, "end", "int8"),
+        "16-bit gap": gap(sixteen_bit_gap, "end", "bf16"),
+    }
 
 
 def rates(records: Sequence[Record]) -> str:
-    """After training, by learning rate; the best of each start in bold."""
+    """After training, by learning rate; the best of each start in bold, and whether others were tried on both sides."""
     rows = []
     every = sorted(unique(records, "learning_rate"))
     for base, kind in dict.fromkeys((each["cell"]["base"], each["cell"]["start"]) for each in records):
         found = [values(select(records, base=base, start=kind, learning_rate=rate), "end") for rate in every]
-        best = min((each for each in found if each), default=None)
-        shown = [f"**{spread(each, 3)}**" if each and each == best else spread(each, 3) for each in found]
-        rows.append((BITS[base], NAMES[kind], *shown))
+        tried = [number for number, each in enumerate(found) if each]
+        best = min(tried, key=lambda number: found[number], default=None)
+        cells = [spread(each, 3) for each in found]
+        if best is not None:
+            cells[best] = f"**{cells[best]}**" + ("" if tried[0] < best < tried[-1] else " (at the edge)")
+        rows.append((BITS[base], NAMES[kind], *cells))
     return table(("bits", "start", *(f"{rate:g}" for rate in every)), rows, left=2)
 
 
@@ -235,7 +287,7 @@ def rank(records: Sequence[Record]) -> str:
         (
             str(each),
             *(
-                spread(values(select(records, rank=each, start=kind), when), 3)
+                shown(select(records, rank=each, start=kind), when, 3)
                 for kind in ("zero", "quailora")
                 for when in ("start", "end")
             ),
@@ -251,39 +303,65 @@ def calibration(records: Sequence[Record]) -> str:
     sets = unique(records, "train")
     rows = []
     for source in unique(records, "calibrate"):
+        found = select(records, calibrate=source)
+        tokens = ", ".join(sorted({str(each["calibration_tokens"]) for each in found if "calibration_tokens" in each}))
         name = f"QuAILoRA from {source}" if source else NAMES["zero"]
-        rows.append((name, *(spread(values(select(records, train=each, calibrate=source), "end"), 3) for each in sets)))
-    return table(("start", *(f"trained on {each}" for each in sets)), rows)
+        rows.append((name, tokens, *(shown(select(found, train=each), "end", 3) for each in sets)))
+    return table(("start", "calibration tokens", *(f"trained on {each}" for each in sets)), rows)
+
+
+def by_model(draw: Callable[[Sequence[Record]], str]) -> Callable[[Sequence[Record]], str]:
+    """A table for each model, under its name where there are several."""
+
+    def all_of_them(records: Sequence[Record]) -> str:
+        models = unique(records, "model")
+        if len(models) < 2:
+            return draw(records)
+        return "\n\n".join(f"**{model}**\n\n{draw(select(records, model=model))}" for model in models)
+
+    return all_of_them
 
 
 TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
-    "start": start,
-    "perplexity": lambda records: f"{perplexity(records)}\n\n{gaps(records)}",
-    "convergence": lambda records: f"{rates(records)}\n\n{convergence(records)}",
-    "calibration": calibration,
-    "rank": rank,
+    "start": by_model(start),
+    "start-settings": start_settings,
+    "perplexity": by_model(perplexity),
+    "gaps": by_model(gaps),
+    "rates": by_model(rates),
+    "convergence": by_model(convergence),
+    "calibration": by_model(calibration),
+    "rank": by_model(rank),
 }
+EXPERIMENTS = {
+    "gaps": "perplexity",
+    "rates": "convergence",
+    "start-settings": "start",
+}  # what a table is of, where it has not the same name
 
 
-def peers(records: Sequence[Record], results: Path) -> str:
+def draw(name: str, results: Path) -> str:
+    """One of TABLES, of what has run."""
+    return TABLES[name](read(results, EXPERIMENTS.get(name, name)))
+
+
+def peers(results: Path) -> str:
     """What each start costs to make, and what it gives before and after the same fine-tuning."""
     rows = []
-    for record in records:
+    for record in read(results, "peers"):
         cell = record["cell"]
-        file = results / "costs" / f"{slug(cell)}.json"
-        spent = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        spent = read_json(results / "costs" / f"{slug(cell)}.json") or {}
         made = ("–",) * 3 if spent else ("",) * 3
         if "seconds" in spent:
             ratio = spent["seconds"] / spent["forward_seconds"]
             made = (f"{spent['seconds']:.0f}", f"{ratio:.1f}", f"{spent['bytes'] / 2**30:.2f}")
-        shown = [
-            spread(values([record], when, what), digits)
+        found = [
+            shown([record], when, digits, what)
             for when in ("start", "end")
             for what, digits in (("perplexity", 3), ("kl", 4))
         ]
         if reason := spent.get("error") or record.get("error"):
-            shown = [f"failed: {reason}", "", "", ""]
-        rows.append((NAMES[cell["start"]], *made, *shown))
+            found = [f"failed: {reason}", "", "", ""]
+        rows.append((NAMES[cell["start"]], *made, *found))
     heads = (
         "start",
         "seconds",
@@ -299,32 +377,28 @@ def peers(records: Sequence[Record], results: Path) -> str:
 
 def downstream(results: Path) -> str:
     """Accuracy on tasks before and after training, with the harness's standard error."""
-    records = (
-        [
-            json.loads(path.read_text(encoding="utf-8"))
-            for slug in json.loads(index.read_text(encoding="utf-8"))
-            if (path := results / "tasks" / f"{slug}.json").is_file()
-        ]
-        if (index := results / "downstream.json").is_file()
-        else []
-    )
-    tasks = list(dict.fromkeys(task for record in records for task in record["after"]))
+    slugs = read_json(results / "downstream.json") or []
+    records = [found for each in slugs if (found := read_json(results / "tasks" / f"{each}.json")) is not None]
+    tasks = list(dict.fromkeys(task for record in records for task in record.get("after", ())))
     rows = []
     for record in records:
         cell = record["cell"]
-        scores = [record[when][task] for task in tasks for when in ("before", "after")]
-        shown = (f"{100 * each['acc']:.1f} ± {100 * each.get('acc_stderr', 0):.1f}" for each in scores)
-        rows.append((BITS[cell["base"]], NAMES[cell["start"]], *shown))
+        if failed(record):
+            found = [f"failed: {record['error']}"]
+        else:
+            scores = [record[when][task] for task in tasks for when in ("before", "after")]
+            found = [f"{100 * each['acc']:.1f} ± {100 * each.get('acc_stderr', 0):.1f}" for each in scores]
+        rows.append((BITS[cell["base"]], NAMES[cell["start"]], *found))
     heads = [f"{task.replace('_', ' ')}, {when}" for task in tasks for when in ("before", "after")]
     return table(("bits", "start", *heads), rows, left=2)
 
 
 def circumstances(results: Path) -> str:
     """What the cells were made with, and how much of what they were given."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "cells").glob("*.json"))]
+    records = [read_json(path) for path in sorted((results / "cells").glob("*.json"))]
     made = [record["made_with"] for record in records]
-    shown = {name: sorted({str(each[name]) for each in made}) for name in (made[0] if made else ())}
-    lines = [f"- {name}: {', '.join(found)}" for name, found in shown.items()]
+    found = {name: sorted({str(each[name]) for each in made}) for name in (made[0] if made else ())}
+    lines = [f"- {name}: {', '.join(each)}" for name, each in found.items()]
     trained = select(records, steps=lambda steps: steps > 0)
     if trained:
         steps, lengths = unique(trained, "steps"), unique(trained, "length")
