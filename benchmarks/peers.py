@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def costs(study: Study, cells: list[Cell], arguments: list[str], retry: bool) ->
             said = (run.stderr if run.returncode else run.stdout).strip().splitlines()
             lines = said or [f"ended with status {run.returncode}"]  # killed, perhaps for its memory
             found = {"error": lines[-1][:300]} if run.returncode else json.loads(lines[-1])
-        write_files(study.results / "costs", {f"{cell.slug}.json": to_json(found)})
+        write_files(study.results / "costs", {f"{cell.slug}.json": to_json({"cell": asdict(cell), **found})})
         print(f"{cell.start}: {found.get('error') or 'made'}", flush=True)
 
 

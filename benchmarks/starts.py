@@ -236,7 +236,7 @@ def _corda(checkpoint: Checkpoint, base: str, calibration: Calibration, config: 
 
     @torch.no_grad()
     def run() -> None:
-        for batch in calibration.batches(4):
+        for batch in calibration.batches(1):  # PEFT takes one sequence at a time
             model(batch.input_ids)
 
     preprocess_corda(model, config, run_model=run)

@@ -142,6 +142,7 @@ SCALES = {
         ranks=(8, RANK),
         trained_ranks=(8, RANK),
         questions=4,
+        patience=60,
     ),
 }
 

@@ -116,8 +116,8 @@ def values(records: Sequence[Record], when: str, what: str = "perplexity") -> li
 def shown(records: Sequence[Record], when: str, digits: int = 2, what: str = "perplexity") -> str:
     """`spread` of `values`, and how many of the cells those are, where some failed."""
     found = values(records, when, what)
-    if records and not found:
-        return "failed"
+    if not found:
+        return "failed" if any(map(failed, records)) else "–"
     return spread(found, digits) + (f" ({len(found)} of {len(records)})" if len(found) < len(records) else "")
 
 
@@ -347,9 +347,12 @@ def draw(name: str, results: Path) -> str:
 def peers(results: Path) -> str:
     """What each start costs to make, and what it gives before and after the same fine-tuning."""
     rows = []
-    for record in read(results, "peers"):
+    for name in read_json(results / "peers.json") or []:
+        spent = read_json(results / "costs" / f"{name}.json") or {}
+        record = read_json(results / "cells" / f"{name}.json") or spent
+        if not record:
+            continue
         cell = record["cell"]
-        spent = read_json(results / "costs" / f"{slug(cell)}.json") or {}
         made = ("–",) * 3 if spent else ("",) * 3
         if "seconds" in spent:
             ratio = spent["seconds"] / spent["forward_seconds"]
