@@ -84,7 +84,7 @@ def gap(results: Path) -> Finding:
         if any(each.seeds for each in gaps):
             return Finding(claim, "Table 2", UNTESTABLE, "8 bits end no better than 4")
         return Finding(claim, "Table 2", NOT_RUN, "")
-    return Finding(claim, "Table 2", REPRODUCED if mean(shares) >= 0.37 else NOT, f"{100 * mean(shares):.0f} %")
+    return Finding(claim, "Table 2", REPRODUCED if mean(shares) >= 0.37 else NOT, tables.percent(mean(shares)))
 
 
 def tasks(results: Path) -> Finding:
@@ -160,7 +160,7 @@ def uncalibrated(results: Path) -> Finding:
     svd_share, share = (mean(each) for each in zip(*pairs, strict=True))
     verdict = REPRODUCED if svd_share < share / 2 else NOT
     return Finding(
-        claim, "Section 3", verdict, f"{100 * svd_share:.0f} % of the start gap, QuAILoRA {100 * share:.0f} %"
+        claim, "Section 3", verdict, f"{tables.percent(svd_share)} of the start gap, QuAILoRA {tables.percent(share)}"
     )
 
 

@@ -16,17 +16,15 @@ import json
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import psutil
 import tables
 import torch
 from paper import add_arguments, read_study
-from starts import kept, load, lora, prepare, put
+from starts import kept, load, lora, making, prepare
 from study import LORA_ALPHA, Cell, Study
 from timing import circumstances
 
@@ -46,12 +44,11 @@ def cost(study: Study, cell: Cell) -> dict[str, Any]:
     calibration = study.calibration(cell)
     before = psutil.Process().memory_info().rss
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:  # anew, also where a study has made it before
-        made = Path(folder) / "adapter"
+    place = kept(study.work, checkpoint, cell.base, cell.start, calibration, cell.rank)
+    with making(place) as made:  # anew, also where a study has made it before
         prepare(cell.start, checkpoint, cell.base, calibration, lora(cell.rank, LORA_ALPHA), cell.seed, made)
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-        put(made, kept(study.work, checkpoint, cell.base, cell.start, calibration, cell.rank))
     model = load(checkpoint, "bf16")
     batches = list(calibration.batches(max(1, 8192 // cell.length)))
     passes = []
@@ -69,8 +66,8 @@ def cost(study: Study, cell: Cell) -> dict[str, Any]:
 def costs(study: Study, cells: list[Cell], arguments: list[str], retry: bool) -> None:
     """Each start that takes any making, in a process of its own, if that has not been done."""
     for cell in cells:
-        path = study.results / "costs" / f"{cell.slug}.json"
-        if cell.calibrate is None or (path.is_file() and not (retry and "error" in json.loads(path.read_text()))):
+        found = read_cost(study, cell)
+        if cell.calibrate is None or (found and not (retry and "error" in found)):
             continue
         command = [sys.executable, __file__, *arguments, "--make", cell.start]
         try:

@@ -18,14 +18,14 @@ STYLE: dict[Any, Any] = {"svg.hashsalt": "quailora", "svg.fonttype": "none", "fo
 
 def errors(results: Path) -> Figure | None:
     """Output error of every linear before and after, by block, a panel for each kind of linear."""
-    record = one(tables.read(results, "start"), base="nf4", start="quailora", rank=64)
+    record = one(tables.read(results, "start"), **tables.BY_LAYER)
     if record is None or failed(record):
         return None
     kinds: dict[str, list[tuple[float, float]]] = {}
     for name, before, after in record["layers"]:
         kinds.setdefault(name.rpartition(".")[2], []).append((before, after))
     figure = _figure(9.5, 2.4)
-    panels = figure.subplots(1, len(kinds), sharey=True)
+    (panels,) = figure.subplots(1, len(kinds), sharey=True, squeeze=False)
     for axes, (kind, pairs) in zip(panels, kinds.items(), strict=True):
         axes.plot([before for before, _ in pairs], color=COLOURS["zero"], label="zero")
         axes.plot([after for _, after in pairs], color=COLOURS["quailora"], label="QuAILoRA")

@@ -6,11 +6,10 @@ Those of PEFT are made by its own code. `prepare` makes an adapter's folder, `lo
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +55,7 @@ def prepare(
 
     quailora, als, closed-form, svd    this project's solvers; the closed form is that of CLoQ and of QERA (exact)
     loftq                              PEFT's `replace_lora_weights_loftq`, as it is
-    loftq-scaled                      the same with PEFT's scaling, alpha / r, divided out
+    loftq-scaled                       the same with PEFT's scaling, alpha / r, divided out
     eva, corda                         PEFT's
     """
     if start in SOLVERS:
@@ -133,19 +132,23 @@ def keep(
     """The folder of an adapter of PREPARED below `work`, made if it is missing."""
     folder = kept(work, checkpoint, base, start, calibration, config.r)
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
-            prepare(start, checkpoint, base, calibration, config, seed, Path(temporary) / "adapter")
-            put(Path(temporary) / "adapter", folder)
+        with making(folder) as made:
+            prepare(start, checkpoint, base, calibration, config, seed, made)
     return folder
 
 
-def put(made: Path, folder: Path) -> None:
-    """Move an adapter to its place, unless a study beside this one was quicker."""
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """A place beside `folder` to make an adapter in, which takes that name at the end, unless there is one by then."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if not folder.is_dir():
-        with suppress(FileExistsError):
-            shutil.move(made, folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+        made = Path(temporary) / "adapter"
+        yield made
+        try:
+            made.rename(folder)
+        except OSError:  # a study beside this one was quicker
+            if not folder.is_dir():
+                raise
 
 
 def kept(work: Path, checkpoint: Checkpoint, base: str, start: str, calibration: Calibration, rank: int) -> Path:
@@ -250,4 +253,3 @@ _OF_PEFT: dict[str, Callable[..., Any]] = {
     "corda": _corda,
 }
 PREPARED = (*SOLVERS, *_OF_PEFT, "random")
-STARTS = ("zero", *PREPARED)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from starts import PREPARED, SOLVERS, kept, load
-from tables import Record, read_json, slug
+from starts import PREPARED, kept, load
+from tables import BY_LAYER, Record, read_json, slug
 from timing import circumstances
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
@@ -155,7 +155,7 @@ class Cell:
     """One fine-tuning. With no steps, the start alone is measured.
 
     train: the set that is trained on, whose held-out part is measured.
-    base: of `starts.BASES`. start: of `starts.STARTS`. calibrate: the set the start is made from, where it takes one.
+    base: of `starts.BASES`. start: `zero`, or of `starts.PREPARED`, which are made from the set `calibrate`.
     seed: of the order of the training data, of random factors, and of the draw of calibration data.
     """
 
@@ -367,7 +367,7 @@ def run_cell(study: Study, cell: Cell) -> Record:
     if cell.calibrate:
         calibration = study.calibration(cell)
         result["calibration_tokens"] = calibration.tokens
-    if not cell.steps and cell.start in SOLVERS:
+    if not cell.steps and asdict(cell).items() >= BY_LAYER.items():
         report = Report.load(kept(study.work, checkpoint, cell.base, cell.start, calibration, cell.rank))
         result["layers"] = [[layer.name, layer.output_error, layer.output_error_after] for layer in report.layers]
     if cell.steps:

@@ -23,6 +23,7 @@ NAMES = {
     "eva": "EVA",
     "corda": "CorDA",
 }
+BY_LAYER = {"base": "nf4", "start": "quailora", "rank": 64}  # the cell of `start` that is shown linear by linear
 BITS = {"nf4": "4", "int8": "8", "bf16": "16"}
 
 
@@ -142,12 +143,9 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{shown} ± {stdev(values):.{digits}f}" if len(values) > 1 else shown
 
 
-def percent(values: Sequence[float | None]) -> str:
-    """As `spread`, of shares; "–" for none, "n/a" where a gap is not there."""
-    found = [100 * value for value in values if value is not None]
-    if values and not found:
-        return "n/a"
-    return spread(found, 0) + (" %" if found else "")
+def percent(share: float | None) -> str:
+    """ "n/a" where there is no gap to have a share of."""
+    return "n/a" if share is None else f"{100 * share:.0f} %"
 
 
 def unique(records: Iterable[Record], setting: str) -> list[Any]:
@@ -171,7 +169,7 @@ def start(records: Sequence[Record]) -> str:
                 "" if plain else str(cell["rank"]),
                 shown([record], "start"),
                 shown([record], "start", 4, "kl"),
-                "" if plain else percent([start_gap(records, record)]),
+                "" if plain else percent(start_gap(records, record)),
             )
         )
     return table(("bits", "start", "rank", "perplexity", "KL, nats", "start gap closed"), rows, left=2)
@@ -207,9 +205,8 @@ def gaps(records: Sequence[Record]) -> str:
     """The three gaps, of the cells of `perplexity`."""
     rows = []
     for name, gap in closed_gaps(records).items():
-        seeds = ", ".join("n/a" if share is None else f"{100 * share:.0f}" for share in gap.seeds)
-        rows.append((name, "n/a" if gap.share is None else f"{100 * gap.share:.0f} %", seeds))
-    return table(("gap closed by QuAILoRA", "share", "by seed, %"), rows)
+        rows.append((name, percent(gap.share), ", ".join(map(percent, gap.seeds))))
+    return table(("gap closed by QuAILoRA", "share", "by seed"), rows)
 
 
 class Gap(NamedTuple):
@@ -332,11 +329,8 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "calibration": by_model(calibration),
     "rank": by_model(rank),
 }
-EXPERIMENTS = {
-    "gaps": "perplexity",
-    "rates": "convergence",
-    "start-settings": "start",
-}  # what a table is of, where it has not the same name
+# The experiment that a table is of, where that has another name.
+EXPERIMENTS = {"gaps": "perplexity", "rates": "convergence", "start-settings": "start"}
 
 
 def draw(name: str, results: Path) -> str:
