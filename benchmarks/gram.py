@@ -11,12 +11,13 @@ bf16 by instructions of their own (AVX512-BF16, AMX), the latter comes near to i
 """
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import alternate, copy_rate, keep, require
+from timing import Timing, alternate, copy_rate, keep, require
 from torch import Tensor
 
 from quailora import extension
@@ -39,6 +40,26 @@ def work(tokens: int, features: int, element: int) -> tuple[float, float]:
     return 2 * tokens * triangle, element * tokens * features + 8 * triangle
 
 
+HEAD = """\
+| threads | dtype | features | error | addmm | ours | floor | times | of its matmul | of bf16 matmul |
+| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """Of a Markdown table, under HEAD."""
+    addmm, ours = (Timing(tuple(row["seconds"][candidate])) for candidate in ("addmm", "ours"))
+    return (
+        f"| {row['threads']} | {row['dtype']} | {row['features']} | {row['error']:.1e} | {addmm} | {ours} "
+        f"| {1e3 * row['floor']:.3g} ms | {addmm.over(ours):.1f} "
+        f"| {100 * row['shares']['matmul']:.0f} % | {100 * row['shares']['bf16 matmul']:.0f} % |"
+    )
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Markdown."""
+    return "\n".join([HEAD, *map(line, record["rows"])])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -53,8 +74,7 @@ def main() -> None:
     print(
         f"{_C.cpu_path()}, {options.tokens} tokens, median of {options.rounds} rounds, ± half the middle half's range\n"
     )
-    print("| threads | dtype | features | error | addmm | ours | floor | times | of its matmul | of bf16 matmul |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(HEAD)
     rows: list[dict[str, Any]] = []
     squares = {dtype: torch.randn(PEAK, PEAK).to(dtype) for dtype in (torch.bfloat16, torch.float32)}
     for threads in sorted({1, torch.get_num_threads()}):
@@ -83,17 +103,12 @@ def main() -> None:
                 relative = flops / (2 * PEAK**3)  # to the work of a matmul
                 floor = max(relative * min(times["matmul"].median, times["bf16 matmul"].median), moved / rate)
                 shares = {peer: relative * times[peer].over(times["ours"]) for peer in ("matmul", "bf16 matmul")}
-                print(
-                    f"| {threads} | {name} | {features} | {off:.1e} | {times['addmm']} | {times['ours']} "
-                    f"| {1e3 * floor:.3g} ms | {times['addmm'].over(times['ours']):.1f} "
-                    f"| {100 * shares['matmul']:.0f} % | {100 * shares['bf16 matmul']:.0f} % |",
-                    flush=True,
-                )
                 rows.append(
                     {"threads": threads, "dtype": name, "features": features, "error": off, "floor": floor}
                     | {"flops": flops, "bytes": moved, "shares": shares}
                     | {"seconds": {candidate: timing.seconds for candidate, timing in times.items()}}
                 )
+                print(line(rows[-1]), flush=True)
     keep(options.json, torch.device("cpu"), {"path": _C.cpu_path(), "tokens": options.tokens, "rows": rows})
 
 

@@ -1,20 +1,21 @@
 """What an initialisation costs beside a bare forward pass over the same batches, and where the time goes.
 
-    python benchmarks/initialize.py TEXT [--samples 64] [--sequence-length 512] [--rounds 3] [--model PATH] [--solve]
+    python benchmarks/initialize.py TEXT [--samples 64 ...] [--sequence-length 512] [--rounds 3] [--model PATH]
 
 The two alternate in one process: `quailora.build_adapter`, reading the checkpoint and writing the adapter included; and
-the decoder of the model, loaded beforehand by transformers. Before that, an adapter made from the first sequence is
-checked: with the inputs that the loaded model's last block has, in fp64, it must leave the output errors reported.
+the decoder of the model, loaded beforehand by transformers, its products in bf16 made in the same way (half.py). Before
+that, an adapter made from the first sequence is checked: with the inputs that the loaded model's last block has, in
+fp64, it must leave the output errors reported.
 
 Shown are medians, ± half the range of the middle half of the rounds. The floor of a stage is what was counted of it:
 the FLOPs of one triangle of every distinct H, and of the solve, at the speed of the bare forward pass; and of loading,
 quantising and writing a copy of the bytes. On a GPU, where H is added up beside the forward pass, its time is within
-that of the forward pass. `--solve` prints what the solve is made of, on CPUs.
+that of the forward pass. On a CPU the last table is what the solve is made of.
 """
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -140,7 +141,8 @@ def check(checkpoint: Checkpoint, model: Any, config: LoraConfig, data: Calibrat
         layer.register_forward_pre_hook(lambda layer, inputs: seen.update({layer: inputs[0].flatten(0, -2).double()}))
         for layer in layers
     ]
-    model.base_model(first.sequences[0][None].to(model.device), use_cache=False)
+    with ops.half_products(model.device):
+        model.base_model(first.sequences[0][None].to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     form = Quantization.from_config(default_quantization(checkpoint.dtype))
@@ -157,44 +159,34 @@ def check(checkpoint: Checkpoint, model: Any, config: LoraConfig, data: Calibrat
             require(off, AGREEMENT, f"{row.name}: the output error, against the report's,")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", help="a file to take the calibration tokens from")
-    parser.add_argument("--model", help="a checkpoint; without one, smollm2.py provides it")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--solve", action="store_true", help="print what the solve is made of")
-    parser.add_argument("--memory-budget", nargs="*", default=[], help="also within each of these, such as 300MiB")
-    parser.add_argument("--json", type=Path, help="where to keep the figures")
-    arguments = parser.parse_args()
+@torch.no_grad()
+def measure(
+    checkpoint: Checkpoint, model: Any, config: LoraConfig, data: Calibration, rounds: int, budgets: Sequence[str]
+) -> dict[str, Any]:
+    """One job, its seconds in every round and its floors: an entry of the record's `runs`.
 
-    checkpoint = Checkpoint(arguments.model or fetch())
-    device = default_device(None)
-    data = read_calibration(
-        checkpoint, arguments.text, samples=arguments.samples, sequence_length=arguments.sequence_length
-    )
+    model: the checkpoint, loaded by transformers.
+    """
+    device = model.device
     batches = list(data.batches(default_batch_size(data)))
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=checkpoint.dtype, device_map=device)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    check(checkpoint, model, config, data)
     stages: list[dict[str, float]] = []
     parts: list[dict[str, float]] = []
     apart = device.type == "cpu"  # whether H takes time of its own
 
-    @torch.no_grad()
     def forward() -> None:
-        for batch in batches:
-            model.base_model(batch.input_ids.to(device), use_cache=False)
+        with ops.half_products(device):
+            for batch in batches:
+                model.base_model(batch.input_ids.to(device), use_cache=False)
 
     def initialise() -> None:
         of_parts = dict.fromkeys(PARTS, 0.0)
         with tempfile.TemporaryDirectory() as folder, timed(of_parts) if apart else nullcontext():
             report = quailora.build_adapter(checkpoint, config, data, Path(folder) / "adapter", progress=False)
         found = dict(report.stages)
-        found["forward"] -= of_parts["H"]
-        stages.append(found | {"H": of_parts.pop("H")})
-        parts.append(of_parts | {"the rest": found["solve"] - sum(of_parts.values())})
+        if apart:
+            found |= {"forward": found["forward"] - of_parts["H"], "H": of_parts.pop("H")}
+            parts.append(of_parts | {"the rest": found["solve"] - sum(of_parts.values())})
+        stages.append(found)
 
     plans: dict[str, str] = {}
 
@@ -205,42 +197,98 @@ def main() -> None:
             )
         plans[budget] = ", ".join(f"{name} {describe_bytes(size)}" for name, size in report.memory.items())
 
-    budgets = {f"within {budget}": partial(within, budget) for budget in arguments.memory_budget}
-    timings = alternate({"forward": forward, "initialise": initialise, **budgets}, rounds=arguments.rounds)
-    bare = timings["forward"].median
-    ratio = timings["initialise"].over(timings["forward"])
-    # In bare forward passes; the first run is not measured.
-    shares = {stage: Timing(tuple(run[stage] / bare for run in stages[1:])) for stage in STAGES}
-    tokens = arguments.samples * data.longest
-    least = floors(checkpoint, tokens, bare, copy_rate(device, 2**28))
-    print(f"{checkpoint.name}, {checkpoint.dtype}, {arguments.samples} x {data.longest} tokens, {device}")
-    print(f"H by {quailora.backends(device)['gram_'].backend}, {torch.get_num_threads()} threads\n")
-    print("| stage | of the bare forward pass | ± | floor |\n| --- | ---: | ---: | ---: |")
-    for stage, share in shares.items():
-        shown = f"{share.median:.2f} | {50 * share.spread:.0f} %" if apart or stage != "H" else "within forward | "
-        print(f"| {stage} | {shown} | {least[stage]:.2f} |")
-    print(f"| **total** | **{ratio:.2f}** | {50 * timings['initialise'].spread:.0f} % | {sum(least.values()):.2f} |")
-    for name, budget in zip(budgets, arguments.memory_budget, strict=True):
-        print(
-            f"| {name} ({plans[budget]}) | {timings[name].over(timings['forward']):.2f} "
-            f"| {50 * timings[name].spread:.0f} % | |"
-        )
-    print(f"\nThe bare forward pass: {timings['forward']}")
-    if arguments.solve and apart:
-        whole = median(run["solve"] for run in stages[1:])
-        print("\n| part of the solve | share |\n| --- | ---: |")
-        for part in parts[0]:
-            print(f"| {part} | {100 * median(run[part] for run in parts[1:]) / whole:.0f} % |")
-    record = {
-        "tokens": tokens,
-        "forward_seconds": timings["forward"].seconds,
-        "initialise_seconds": timings["initialise"].seconds,
-        "budgets": {name: {"seconds": timings[name].seconds} for name in budgets},
-        "ratio": ratio,
-        "shares": {stage: share.median for stage, share in shares.items() if apart or stage != "H"},
-        "floors": least,
-        "backend_of_H": quailora.backends(device)["gram_"].backend,
+    candidates: dict[str, Callable[[], object]] = {"forward": forward, "initialise": initialise}
+    timings = alternate(candidates | {each: partial(within, each) for each in budgets}, rounds)
+    tokens = len(data.sequences) * data.longest
+    return {
+        "samples": len(data.sequences),
+        "length": data.longest,
+        "forward": timings["forward"].seconds,
+        "initialise": timings["initialise"].seconds,
+        "stages": stages[1:],  # the first run is not measured
+        "parts_of_solve": parts[1:],
+        "budgets": {each: {"plan": plans[each], "seconds": timings[each].seconds} for each in budgets},
+        "floors": floors(checkpoint, tokens, timings["forward"].median, copy_rate(device, 2**28)),
     }
+
+
+# ---- Tables
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Of every stage, in bare forward passes, with its floor; Markdown, two columns for each of the record's runs."""
+    runs = record["runs"]
+    heads = [f"{run['samples']} × {run['length']} tokens | floor" for run in runs]
+    lines = [f"| stage | {' | '.join(heads)} |", f"| --- |{' ---: | ---: |' * len(runs)}"]
+    for stage in STAGES:
+        cells = [f"{_share(run, stage)} | {run['floors'][stage]:.2f}" for run in runs]
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    totals = [f"**{_ratio(run, run['initialise'])}** | {sum(run['floors'].values()):.2f}" for run in runs]
+    lines.append(f"| **total** | {' | '.join(totals)} |")
+    for budget in runs[0]["budgets"]:
+        within = [f"{_ratio(run, run['budgets'][budget]['seconds'])} | " for run in runs]
+        lines.append(f"| total, within {budget} | {' | '.join(within)} |")
+    return "\n".join(lines)
+
+
+def solve_table(record: Mapping[str, Any]) -> str:
+    """What the solve of the record's last run is made of; Markdown."""
+    run = record["runs"][-1]
+    whole = median(stages["solve"] for stages in run["stages"])
+    shares = {part: median(parts[part] for parts in run["parts_of_solve"]) / whole for part in run["parts_of_solve"][0]}
+    lines = [f"| {part} | {100 * share:.0f} % |" for part, share in shares.items()]
+    return "\n".join(["| part of the solve | share |", "| --- | ---: |", *lines])
+
+
+def _share(run: Mapping[str, Any], stage: str) -> str:
+    if stage not in run["stages"][0]:
+        return "within forward"
+    bare = median(run["forward"])
+    return _shown(Timing(tuple(stages[stage] / bare for stages in run["stages"])))
+
+
+def _ratio(run: Mapping[str, Any], seconds: Sequence[float]) -> str:
+    return _shown(Timing(tuple(mine / its for mine, its in zip(seconds, run["forward"], strict=True))))
+
+
+def _shown(ratio: Timing) -> str:
+    return f"{ratio.median:.2f} ± {50 * ratio.spread:.0f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", help="a file to take the calibration tokens from")
+    parser.add_argument("--model", help="a checkpoint; without one, smollm2.py provides it")
+    parser.add_argument("--samples", type=int, nargs="+", default=[64], help="as many sequences; a job for each")
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory-budget", nargs="*", default=[], help="also within each of these, such as 300MiB")
+    parser.add_argument("--json", type=Path, help="where to keep the figures")
+    arguments = parser.parse_args()
+
+    checkpoint = Checkpoint(arguments.model or fetch())
+    device = default_device(None)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=checkpoint.dtype, device_map=device)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    jobs = [
+        read_calibration(checkpoint, arguments.text, samples=samples, sequence_length=arguments.sequence_length)
+        for samples in arguments.samples
+    ]
+    check(checkpoint, model, config, jobs[0])
+    backend = quailora.backends(device)["gram_"].backend
+    print(f"{checkpoint.name}, {checkpoint.dtype}, {device}, H by {backend}, {torch.get_num_threads()} threads\n")
+    record: dict[str, Any] = {"dtype": str(checkpoint.dtype), "backend_of_H": backend, "runs": []}
+    for data in jobs:
+        run = measure(checkpoint, model, config, data, arguments.rounds, arguments.memory_budget)
+        record["runs"].append(run)
+        print(
+            f"{run['samples']} x {run['length']} tokens: bare forward pass {Timing(tuple(run['forward']))}", flush=True
+        )
+        for budget, within in run["budgets"].items():
+            print(f"Within {budget}: {within['plan']}")
+    print(f"\n{table(record)}")
+    if record["runs"][-1]["parts_of_solve"]:
+        print(f"\n{solve_table(record)}")
     keep(arguments.json, device, record)
 
 

@@ -28,6 +28,8 @@ from starts import kept, load, lora, making, prepare
 from study import LORA_ALPHA, Cell, Study
 from timing import circumstances
 
+from quailora import ops
+from quailora.pipeline import default_device
 from quailora.report import to_json, write_files
 
 PEERS = ("zero", "loftq", "loftq-scaled", "svd", "eva", "corda", "closed-form", "als", "quailora")
@@ -95,7 +97,8 @@ def main() -> None:
     study = read_study(arguments)
     cells = peers(study)
     if arguments.make:
-        print(json.dumps(cost(study, cells[PEERS.index(arguments.make)])))
+        with ops.half_products(default_device(None)):
+            print(json.dumps(cost(study, cells[PEERS.index(arguments.make)])))
         return
     study.save_index("peers", cells)
     costs(study, cells, sys.argv[1:], arguments.retry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -75,10 +76,41 @@ def convergence(results: Path) -> Figure | None:
     return figure
 
 
+def tokens(results: Path) -> Figure | None:
+    """Seconds of an initialisation against calibration tokens, by stage, beside a bare forward pass."""
+    record = tables.read_json(results.parent / "speed" / "initialize.json")
+    if record is None or len(record["runs"]) < 2:
+        return None
+    runs = sorted(record["runs"], key=lambda run: run["samples"])
+    sizes = [run["samples"] * run["length"] for run in runs]
+    shown = {
+        "forward": ["forward"],
+        "H": ["H"],
+        "solve": ["solve"],
+        "load, quantise, write": ["load", "quantise", "write"],
+    }
+    seconds = {
+        name: [median(sum(stages.get(each, 0.0) for each in parts) for stages in run["stages"]) for run in runs]
+        for name, parts in shown.items()
+    }
+    figure = _figure(4.6, 3.0)
+    axes = figure.subplots()
+    axes.stackplot(
+        sizes, *seconds.values(), labels=list(seconds), colors=("#b7d3c6", "#5aa384", COLOURS["quailora"], "#dddddd")
+    )
+    axes.plot(
+        sizes, [median(run["forward"]) for run in runs], "o--", ms=3, color=COLOURS["bf16"], label="bare forward pass"
+    )
+    axes.set(xlabel="calibration tokens", ylabel="seconds", xlim=(sizes[0], sizes[-1]), ylim=(0, None))
+    axes.legend(frameon=False, fontsize=7, loc="upper left")
+    return figure
+
+
 PLOTS: dict[str, Callable[[Path], Figure | None]] = {
     "errors": errors,
     "rank": ranks,
     "convergence": convergence,
+    "tokens": tokens,
 }
 
 

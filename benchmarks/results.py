@@ -17,12 +17,35 @@ from functools import partial
 from pathlib import Path
 
 import claims
+import gram
+import half
+import initialize
 import plots
+import scaling
 import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "small"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "method.md", ROOT / "docs" / "results.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("method.md", "performance.md", "results.md")),
+)
+
+# Table -> the benchmark whose --json is kept in docs/results/speed, and what of it is shown.
+SPEEDS: dict[str, tuple[str, Callable[[tables.Record], str]]] = {
+    "gram": ("gram", gram.table),
+    "half": ("half", half.table),
+    "initialize": ("initialize", initialize.table),
+    "solve": ("initialize", initialize.solve_table),
+    "scaling": ("scaling", scaling.table),
+}
+
+
+def _speed(benchmark: str, table: Callable[[tables.Record], str], results: Path) -> str:
+    """A table of a record, and where it was measured."""
+    record = tables.read_json(results.parent / "speed" / f"{benchmark}.json")
+    return f"{record['device']}, torch {record['torch']}:\n\n{table(record)}" if record else "Not run yet."
+
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "circumstances": tables.circumstances,
@@ -30,6 +53,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "peers": tables.peers,
     "downstream": tables.downstream,
     "claims": claims.table,
+    **{name: partial(_speed, *source) for name, source in SPEEDS.items()},
 }
 
 

@@ -253,9 +253,22 @@ def figures(sweep: Sweep, rate: float) -> dict[str, Any]:
     }
 
 
+HEAD = """\
+| what | over | sizes | times | floors, ms | exponent | expected |
+| --- | --- | --- | --- | --- | ---: | ---: |"""
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Markdown."""
+    return "\n".join([HEAD, *map(line, record["rows"])])
+
+
 def line(row: Mapping[str, Any]) -> str:
-    """Of a Markdown table."""
-    times, floors = (Timing(seconds) for seconds in row["seconds"]), (f"{1e3 * floor:.3g}" for floor in row["floors"])
+    """Of a Markdown table, under HEAD."""
+    times, floors = (
+        (Timing(tuple(seconds)) for seconds in row["seconds"]),
+        (f"{1e3 * floor:.3g}" for floor in row["floors"]),
+    )
     cells = [row["what"], row["over"], *(", ".join(map(str, each)) for each in (row["sizes"], times, floors))]
     return f"| {' | '.join([*cells, *(f'{row[name]:.2f}' for name in ('exponent', 'expected'))])} |"
 
@@ -269,8 +282,7 @@ def main() -> None:
     scale, device = SCALES[arguments.scale], default_device(None)
     rate = product_rate(device, scale.square)
     print(f"{describe(device)}, whose products make {rate / 1e9:.0f} GFLOP/s; sizes: {arguments.scale}\n")
-    print("| what | over | sizes | times | floors, ms | exponent | expected |")
-    print("| --- | --- | --- | --- | --- | ---: | ---: |")
+    print(HEAD)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for sweep in chain(

@@ -27,10 +27,11 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import quailora
+from quailora import ops
 from quailora.calibration import Calibration
 from quailora.checkpoint import Checkpoint
 from quailora.errors import QuailoraError
-from quailora.pipeline import load_tokenizer, read_calibration
+from quailora.pipeline import default_device, load_tokenizer, read_calibration
 from quailora.report import Report, to_json, write_files
 
 CALIBRATE, MEASURE = "text-calibrate", "text-measure"  # the names of the two texts of the experiment `start`
@@ -218,7 +219,8 @@ class Study:
                 continue
             started = time.perf_counter()
             try:
-                result = run_cell(self, cell)
+                with ops.half_products(default_device(None)):
+                    result = run_cell(self, cell)
                 shown = f"perplexity {result['start']['perplexity']:.3f}"
                 if "end" in result:
                     shown += f" -> {result['end']['perplexity']:.3f}"

@@ -109,6 +109,7 @@ def circumstances() -> dict[str, Any]:
         **{name: version(name) for name in libraries},
         "machine": platform.processor() or platform.machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "half_products": quailora.backends()["half_products"].backend,
         "cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
     }

@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from quailora import ops
 from quailora.activations import Call, Calls, collect
 from quailora.adapter import Target
 from quailora.blocks import Block, StreamedModel, linear_weight
@@ -94,6 +95,7 @@ class Loop:
         with (
             torch.no_grad(),
             torch.autocast(model.device.type, enabled=False),
+            ops.half_products(model.device),
             _memory_errors(model.device),
             HiddenStates(model.device, self.folder if self.plan.states == "disk" else None) as states,
         ):

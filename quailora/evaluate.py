@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from quailora import ops
 from quailora.blocks import no_progress_bar
 from quailora.calibration import Batch, Calibration
 from quailora.checkpoint import Checkpoint
@@ -307,6 +308,7 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
         log = logging.getLogger("bitsandbytes.autograd._functions")
         log.addFilter(_not_about_casts)
         undo.callback(log.removeFilter, _not_about_casts)
+        undo.enter_context(ops.half_products(next(models[0].parameters()).device))
         yield
 
 

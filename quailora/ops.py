@@ -5,7 +5,7 @@ What an operation computes is said, and specified, in `reference.py`.
 
 import importlib
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quailora import extension, reference
+from quailora import extension, half, reference
 from quailora.reference import Error, Packed
 
 
@@ -139,6 +139,7 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
     ),
     "cholesky_solve": (_triton(_triton_cholesky_solve), _reference(reference.cholesky_solve)),
     "orthonormalize": (_triton(_triton_orthonormalize), _reference(reference.orthonormalize)),
+    "half_products": (Backend("torch", nullcontext, half.obstacle), Backend("fp32", half.Float32Products)),
 }
 
 
@@ -225,3 +226,8 @@ def grouped_error_product_t(
 ) -> list[Tensor]:
     """[E₀ᵀ A₀, E₁ᵀ A₁, ...]."""
     return _call("grouped_error_product_t", lefts[0].device, errors, lefts, precision=precision)
+
+
+def half_products(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, a model on `device` makes its products in bf16 and fp16 by the fastest way that rounds them once."""
+    return _call("half_products", device)

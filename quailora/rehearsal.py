@@ -206,6 +206,7 @@ def forward(
         tokens = torch.zeros(batch_size, length, dtype=torch.int64)
         # Outside the blocks scalars are read for one thing: whether a mask is needed, and it is not.
         footprint = stack.enter_context(Footprint(device, answer=True))
+        stack.enter_context(ops.half_products(torch.device(device)))
         stack.enter_context(_masks_as_for_values())
 
         def stand_in(block: Block, *args: Any, **kwargs: Any) -> Any:

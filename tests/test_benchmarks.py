@@ -27,6 +27,7 @@ from quailora.solvers import Linear, solve_group
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import gram
+import half
 import initialize
 import precision
 import scaling
@@ -62,7 +63,7 @@ def test_what_is_kept_says_where_it_was_measured(tmp_path: Path) -> None:
     timing.keep(tmp_path / "new" / "found.json", CPU, {"figure": 1.0})
     found = json.loads((tmp_path / "new" / "found.json").read_text())
     libraries = {"quailora", "python", "torch", "transformers", "peft", "bitsandbytes"}
-    assert found.keys() == libraries | {"machine", "device", "cores", "threads", "figure"}
+    assert found.keys() == libraries | {"machine", "device", "half_products", "cores", "threads", "figure"}
     assert found["device"] == timing.describe(CPU)
     assert (found["quailora"], found["threads"]) == (quailora.__version__, torch.get_num_threads())
 
@@ -85,6 +86,34 @@ def test_gram_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         run(gram.main, monkeypatch, "--tokens", "40", "--features", "32", "--rounds", "2")
 
 
+# ---- half.py
+
+
+def test_half_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"linear": (half.linear, lambda t: [(t, 8), (4, 8)])}
+    monkeypatch.setattr(half, "PRODUCTS", small)
+    output = tmp_path / "found.json"
+    run(half.main, monkeypatch, "--tokens", "16", "--rounds", "2", "--json", output)
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["dtype"], row["product"]) for row in rows] == [("bfloat16", "linear"), ("float16", "linear")]
+    assert all(len(row["seconds"][who]) == 2 for row in rows for who in ("torch", "ours", "fp32"))
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2 + len(rows)
+    monkeypatch.setattr(half, "Float32Products", Doubling)
+    with pytest.raises(SystemExit, match=r"linear in bfloat16 by ours is off by .* nothing is timed"):
+        run(half.main, monkeypatch, "--tokens", "16", "--rounds", "2")
+
+
+class Doubling(TorchDispatchMode):
+    """Products twice as large as they should be."""
+
+    def __init__(self, dtypes: object) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
+        result = function(*arguments, **(settings or {}))
+        return 2 * result if function is torch.ops.aten.mm.default else result
+
+
 # ---- initialize.py
 
 
@@ -105,14 +134,48 @@ def test_initialize_on_a_cpu(
 ) -> None:
     checkpoint, text = job
     output = tmp_path / "found.json"
-    small = ["--samples", "4", "--sequence-length", "16", "--rounds", "2", "--solve"]
+    small = ["--samples", "2", "4", "--sequence-length", "16", "--rounds", "2", "--memory-budget", "500MiB"]
     run(initialize.main, monkeypatch, text, "--model", checkpoint, *small, "--json", output)
     found, shown = json.loads(output.read_text()), capsys.readouterr().out
-    assert found["tokens"] == 4 * 16
-    assert found["floors"].keys() == found["shares"].keys() == set(initialize.STAGES)
-    # Per block and token 4 x 128² + 3 x 128 x 256 multiply-adds, and half of 3 x 128² + 256² for H.
-    assert found["floors"]["H"] == pytest.approx((3 * 128**2 + 256**2) / 2 / (4 * 128**2 + 3 * 128 * 256))
-    assert f"| {sum(found['floors'].values()):.2f} |" in shown
+    assert initialize.table(found) in shown and initialize.solve_table(found) in shown
+    assert [(each["samples"], each["length"]) for each in found["runs"]] == [(2, 16), (4, 16)]
+    for each in found["runs"]:
+        assert {len(each[name]) for name in ("forward", "initialise", "stages", "parts_of_solve")} == {2}
+        assert each["floors"].keys() == each["stages"][0].keys() == set(initialize.STAGES)
+        assert sum(each["stages"][0].values()) <= each["initialise"][0]
+        assert sum(each["parts_of_solve"][0].values()) == pytest.approx(each["stages"][0]["solve"])
+        # Per block and token 4 x 128² + 3 x 128 x 256 multiply-adds, and half of 3 x 128² + 256² for H.
+        assert each["floors"]["H"] == pytest.approx((3 * 128**2 + 256**2) / 2 / (4 * 128**2 + 3 * 128 * 256))
+
+
+def job_record() -> dict[str, Any]:
+    """Of two jobs: 3 and 6 bare forward passes, of 2 and 4 s."""
+
+    def entry(samples: int, forward: float, ratio: float) -> dict[str, Any]:
+        stages = dict.fromkeys(initialize.STAGES, forward * ratio / 6)
+        return {
+            "samples": samples,
+            "length": 8,
+            "forward": [forward, forward],
+            "initialise": [forward * ratio, forward * ratio],
+            "stages": [stages, stages],
+            "parts_of_solve": [{"half": stages["solve"] / 2, "the rest": stages["solve"] / 2}] * 2,
+            "budgets": {"1GiB": {"plan": "", "seconds": [7 * forward, 7 * forward]}},
+            "floors": dict.fromkeys(initialize.STAGES, 0.25),
+        }
+
+    return {"runs": [entry(2, 2.0, 3.0), entry(4, 4.0, 6.0)]}
+
+
+def test_the_tables_of_a_job() -> None:
+    assert initialize.table(job_record()).splitlines() == [
+        "| stage | 2 × 8 tokens | floor | 4 × 8 tokens | floor |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        *(f"| {stage} | 0.50 ± 0 % | 0.25 | 1.00 ± 0 % | 0.25 |" for stage in initialize.STAGES),
+        "| **total** | **3.00 ± 0 %** | 1.50 | **6.00 ± 0 %** | 1.50 |",
+        "| total, within 1GiB | 7.00 ± 0 % |  | 7.00 ± 0 % |  |",
+    ]
+    assert initialize.solve_table(job_record()).splitlines()[2:] == ["| half | 50 % |", "| the rest | 50 % |"]
 
 
 @pytest.mark.slow

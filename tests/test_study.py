@@ -10,9 +10,11 @@ import pytest
 import test_training
 import tiny
 import torch
+from test_benchmarks import job_record
 
 import quailora
 from quailora.errors import QuailoraError
+from quailora.report import write_files
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import claims
@@ -185,20 +187,22 @@ def test_claims_are_decided_by_the_cells(tmp_path: Path) -> None:
 
 
 def test_plots_are_drawn_of_what_has_run_and_alike_each_time(tmp_path: Path) -> None:
-    assert plots.draw(tmp_path) == {}
+    small = tmp_path / "small"
+    assert plots.draw(small) == {}
     ends = {"zero": 8.8, "quailora": 8.2, "random": 8.6}
     courses = [record("nf4", start, 20, after) for start, after in ends.items()]
-    keep_cells(tmp_path, "convergence", [*courses, record("bf16", "zero", 15, 8.0)])
+    keep_cells(small, "convergence", [*courses, record("bf16", "zero", 15, 8.0)])
     ranks = [record("nf4", "quailora", 18 - rank / 32, 9, rank=rank) for rank in (8, 64)]
     ranks[1]["layers"] = [[f"model.layers.{i}.self_attn.{kind}", 2.0, 0.5] for i in range(2) for kind in ("q", "k")]
-    keep_cells(tmp_path, "start", [record("bf16", "zero", 15, 8.0), record("nf4", "zero", 20, 9), *ranks])
-    drawn = plots.draw(tmp_path)
+    keep_cells(small, "start", [record("bf16", "zero", 15, 8.0), record("nf4", "zero", 20, 9), *ranks])
+    write_files(tmp_path / "speed", {"initialize.json": json.dumps(job_record())})
+    drawn = plots.draw(small)
     assert set(drawn) == {f"{name}.svg" for name in plots.PLOTS}
     for name, save in drawn.items():
-        save(tmp_path / name)
-        plots.draw(tmp_path)[name](tmp_path / "again.svg")
-        assert (tmp_path / name).read_bytes() == (tmp_path / "again.svg").read_bytes()
-    assert "random, of the same norms" in (tmp_path / "convergence.svg").read_text()
+        save(small / name)
+        plots.draw(small)[name](small / "again.svg")
+        assert (small / name).read_bytes() == (small / "again.svg").read_bytes()
+    assert "random, of the same norms" in (small / "convergence.svg").read_text()
 
 
 # ---- Cells

@@ -1,0 +1,144 @@
+"""bf16 and fp16 products in fp32: they are what one rounding of the exact ones is, forward and backward."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import quailora
+from quailora import half, ops
+from quailora.blocks import StreamedModel
+from quailora.checkpoint import Checkpoint
+from quailora.half import Float32Products
+from quailora.rehearsal import forward
+
+CPU = torch.device("cpu")
+HALVES = (torch.bfloat16, torch.float16)
+LORA = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def lacking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CPU with no instructions for either dtype."""
+    monkeypatch.setattr(half, "slow_dtypes", lambda: HALVES)
+    ops._choose.cache_clear()
+    yield
+    ops._choose.cache_clear()
+
+
+def drawn(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def attention(*inputs: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+
+
+# What a model multiplies by, and the shapes of what it takes.
+PRODUCTS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "mm": (torch.mm, [(5, 64), (64, 7)]),
+    "linear": (nn.functional.linear, [(2, 5, 64), (7, 64), (7,)]),
+    "linear without bias": (nn.functional.linear, [(2, 5, 64), (7, 64)]),
+    "Conv1D": (torch.addmm, [(7,), (5, 64), (64, 7)]),
+    "matmul": (torch.matmul, [(2, 3, 5, 64), (2, 3, 64, 7)]),
+    "bmm": (torch.bmm, [(3, 5, 64), (3, 64, 7)]),
+    "baddbmm": (torch.baddbmm, [(3, 5, 7), (3, 5, 64), (3, 64, 7)]),
+    "attention": (attention, [(1, 2, 16, 32)] * 3),
+}
+
+
+class Seen(TorchDispatchMode):
+    """The dtypes in which products are asked for of torch itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(word in func.__name__ for word in ("mm", "attention", "matmul", "linear")):
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_results_and_gradients_are_exact_but_for_a_rounding(name: str, dtype: torch.dtype) -> None:
+    product, shapes = PRODUCTS[name]
+    inputs = [each.requires_grad_() for each in drawn(*shapes, dtype=dtype)]
+    exact_inputs = [each.detach().double().requires_grad_() for each in inputs]
+    exact = product(*exact_inputs)
+    (gradient,) = drawn(tuple(exact.shape), dtype=dtype)
+    with Seen() as seen, Float32Products(HALVES):
+        found = product(*inputs)
+        found.backward(gradient)
+    exact.backward(gradient.double())
+    assert seen.dtypes and set(seen.dtypes) == {torch.float32}
+    assert found.dtype is dtype
+    # Attention hands its rounded result to its backward pass, and a bias's gradient is summed by torch, in its dtype.
+    results = zip([found, *(each.grad for each in inputs)], [exact, *(each.grad for each in exact_inputs)], strict=True)
+    for mine, its in results:
+        assert mine is not None and its is not None and mine.dtype is dtype
+        assert float((mine.detach().double() - its.detach()).norm() / its.detach().norm()) < torch.finfo(dtype).eps
+    if name != "attention":
+        rounded = (found.double() - exact).abs() / (torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5)
+        assert float(rounded.detach().max()) <= 1
+
+
+def test_only_what_is_asked_for_is_made_in_fp32() -> None:
+    with Seen() as seen, Float32Products((torch.float16,)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            assert torch.mm(*drawn((3, 4), (4, 5), dtype=dtype)).dtype is dtype
+    assert seen.dtypes == [torch.bfloat16, torch.float32, torch.float32, torch.float64]
+
+
+def test_on_a_cpu_that_multiplies_them_nothing_is_put_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(half, "slow_dtypes", lambda: ())
+    ops._choose.cache_clear()
+    with Seen() as seen, ops.half_products(CPU):
+        torch.mm(*drawn((3, 4), (4, 5), dtype=torch.bfloat16))
+    assert seen.dtypes == [torch.bfloat16]
+    assert ops.backends(CPU)["half_products"].backend == "torch"
+    ops._choose.cache_clear()
+
+
+def test_it_says_why(lacking: None) -> None:
+    service = ops.backends(CPU)["half_products"]
+    assert service.backend == "fp32"
+    assert "bfloat16 and float16 without instructions for it on this CPU" in service.others["torch"]
+    assert half.obstacle(torch.device("cuda")) is None
+
+
+def test_what_is_slow_is_what_onednn_does_not_support(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(half.slow_dtypes()) <= set(HALVES)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert half.slow_dtypes() == HALVES
+
+
+# ---- Where models run
+
+
+def test_a_streamed_forward_pass_takes_them(lacking: None, tmp_path: Path) -> None:
+    checkpoint = tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    with Seen() as seen:
+        quailora.build_adapter(checkpoint, LORA, tiny.sequences(2), tmp_path / "adapter", progress=False)
+    assert torch.bfloat16 not in seen.dtypes
+
+
+def test_what_they_take_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = StreamedModel(Checkpoint(tiny.checkpoint(tmp_path, dtype=torch.bfloat16)), CPU, torch.bfloat16)
+
+    def peak(slow: tuple[torch.dtype, ...]) -> int:
+        monkeypatch.setattr(half, "slow_dtypes", lambda: slow)
+        ops._choose.cache_clear()
+        return max(run.peak for run in forward(stream, [], 1, 8).blocks)
+
+    largest = max(p.numel() for p in stream.blocks[0].module.parameters())
+    assert peak(HALVES) - peak(()) >= 4 * largest  # the fp32 copy of a weight
+    ops._choose.cache_clear()
