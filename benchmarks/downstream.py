@@ -31,6 +31,7 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from starts import BASES, load
+from tables import PAPER_TASKS
 from tqdm import tqdm
 
 from quailora.checkpoint import Checkpoint
@@ -40,7 +41,6 @@ from quailora.pipeline import load_tokenizer
 from quailora.report import to_json, write_files
 from quailora.serving import base_of, check_base
 
-PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
 NEXT_PASSAGE = "next_passage"
 CHOICES = 4
 WORDS = 16  # of a choice: no sentence is known by its length, and the sum of log-likelihoods favours none

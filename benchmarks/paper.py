@@ -114,7 +114,7 @@ def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
 
     At the scale of the paper they are the harness's; otherwise one is made of the text that --text measures on.
     """
-    from downstream import PAPER_TASKS, score, write_choices  # lm-eval is an extra
+    from downstream import score, write_choices  # lm-eval is an extra
 
     for cell in cells:
         trained = study.work / "trained" / cell.slug
@@ -128,7 +128,7 @@ def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
         found: dict[str, Any] = {}
         try:
             with tempfile.TemporaryDirectory() as folder:
-                tasks: list[Any] = list(PAPER_TASKS)
+                tasks: list[Any] = list(tables.PAPER_TASKS)
                 if study.scale.name != "paper":
                     text = Path(study.sets[MEASURE][0])
                     tasks = [write_choices(text, Path(folder), study.scale.questions, seed=0)]

@@ -24,13 +24,14 @@ NAMES = {
     "corda": "CorDA",
 }
 BY_LAYER = {"base": "nf4", "start": "quailora", "rank": 64}  # the cell of `start` that is shown linear by linear
+PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
 BITS = {"nf4": "4", "int8": "8", "bf16": "16"}
 
 
-def read(results: Path, experiment: str) -> list[Record]:
-    """The cells of an experiment that have run, in its order: see `study.Study.save_index`."""
+def read(results: Path, experiment: str, what: str = "cells") -> list[Record]:
+    """What the folder `what` has of the cells of an experiment, in its order: see `study.Study.save_index`."""
     slugs = read_json(results / f"{experiment}.json") or []
-    return [found for slug in slugs if (found := read_json(results / "cells" / f"{slug}.json")) is not None]
+    return [found for slug in slugs if (found := read_json(results / what / f"{slug}.json")) is not None]
 
 
 def read_json(path: Path) -> Any:
@@ -372,10 +373,14 @@ def peers(results: Path) -> str:
     return table(heads, rows)
 
 
+def scored(results: Path) -> list[Record]:
+    """The cells of `downstream` whose tasks have been solved, in its order."""
+    return read(results, "downstream", "tasks")
+
+
 def downstream(results: Path) -> str:
     """Accuracy on tasks before and after training, with the harness's standard error."""
-    slugs = read_json(results / "downstream.json") or []
-    records = [found for each in slugs if (found := read_json(results / "tasks" / f"{each}.json")) is not None]
+    records = scored(results)
     tasks = list(dict.fromkeys(task for record in records for task in record.get("after", ())))
     rows = []
     for record in records:

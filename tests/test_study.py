@@ -186,6 +186,34 @@ def test_claims_are_decided_by_the_cells(tmp_path: Path) -> None:
     assert claims.not_faster(tmp_path).verdict == claims.REPRODUCED
 
 
+def test_claims_of_the_papers_models(tmp_path: Path) -> None:
+    llamas = [(f"x/llama-{size}", 0.5 if size == "7b" else gain) for size, gain in (("7b", 0), ("13b", 0.1))]
+    cells = [
+        record("nf4", start, 20, 9 - (gain if start == "quailora" else 0), model=model)
+        for model, gain in llamas
+        for start in ("zero", "quailora")
+    ]
+    keep_cells(tmp_path, "perplexity", cells)
+    assert claims.large(tmp_path).verdict == claims.REPRODUCED
+    assert claims.large(tmp_path).found == "1 % of the perplexity, and 6 % below"
+    keep_cells(tmp_path, "perplexity", [each | {"cell": each["cell"] | {"model": "m-13b"}} for each in cells])
+    assert claims.large(tmp_path).verdict == claims.UNTESTABLE
+
+    def solve(accuracy: float) -> None:
+        for cell, right in zip(solved, (0.5, accuracy, 0.6), strict=True):
+            after = {task: {"acc": right} for task in tables.PAPER_TASKS}
+            name = f"{tables.slug(cell['cell'])}.json"
+            write_files(tmp_path / "tasks", {name: json.dumps({"cell": cell["cell"], "after": after})})
+
+    solved = [record(*kind, 20, 9) for kind in (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"))]
+    keep_cells(tmp_path, "downstream", solved)
+    assert claims.tasks(tmp_path).verdict == claims.UNTESTABLE
+    solve(0.58)
+    assert (claims.tasks(tmp_path).verdict, claims.tasks(tmp_path).found) == (claims.REPRODUCED, "80 %")
+    solve(0.55)
+    assert claims.tasks(tmp_path).verdict == claims.NOT
+
+
 def test_plots_are_drawn_of_what_has_run_and_alike_each_time(tmp_path: Path) -> None:
     small = tmp_path / "small"
     assert plots.draw(small) == {}
