@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import bitsandbytes  # noqa: F401  its operations
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 _aten = torch.ops.aten
 
 # What forward and backward passes multiply by -> how many of its results, the first ones, have the factors' dtype.
 _PRODUCTS = {
+    # Whole only in inference mode, or within another operation; otherwise torch has taken them apart before.
+    _aten.linear.default: 1,
+    _aten.matmul.default: 1,
+    _aten.scaled_dot_product_attention.default: 1,
     _aten.mm.default: 1,
     _aten.addmm.default: 1,
     _aten.bmm.default: 1,
@@ -19,6 +27,8 @@ _PRODUCTS = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default: 1,  # and log-sum-exps, in fp32
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 3,
 }
+
+_GEMM_4BIT = torch.ops.bitsandbytes.gemm_4bit.default
 
 
 def slow_dtypes() -> tuple[torch.dtype, ...]:
@@ -54,12 +64,36 @@ class Float32Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        count = _PRODUCTS.get(func)
-        if count is None or args[0].dtype not in self.dtypes or args[0].device.type != "cpu":
+        known = func in _PRODUCTS or func is _GEMM_4BIT
+        if not known or args[0].dtype not in self.dtypes or args[0].device.type != "cpu":
             return func(*args, **kwargs)
+        if func is _GEMM_4BIT:
+            with self:
+                return _gemm_4bit(*args, **kwargs)
         dtype = args[0].dtype
-        wide = [each.float() if isinstance(each, Tensor) and each.dtype is dtype else each for each in args]
-        results = func(*wide, **kwargs)
+        args, kwargs = tree_map_only(Tensor, lambda each: each.float() if each.dtype is dtype else each, (args, kwargs))
+        results = func(*args, **kwargs)
         if isinstance(results, Tensor):
             return results.to(dtype)
+        count = _PRODUCTS[func]
         return *(result.to(dtype) for result in results[:count]), *results[count:]
+
+
+def _gemm_4bit(
+    x: Tensor,
+    codes: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    kind: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """What bitsandbytes' operation of that name does, in operations that can be looked into. Nested, `absmax` is the
+    scale of each 256 of `absmax_8bit`."""
+    operations = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        absmax = operations.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
+    return linear(x, operations.dequantize_4bit(codes, absmax, blocksize, kind, shape, x.dtype), bias)

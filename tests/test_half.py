@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quailora
@@ -81,6 +84,9 @@ def test_results_and_gradients_are_exact_but_for_a_rounding(name: str, dtype: to
     exact.backward(gradient.double())
     assert seen.dtypes and set(seen.dtypes) == {torch.float32}
     assert found.dtype is dtype
+    with torch.inference_mode(), Seen() as seen, Float32Products(HALVES):
+        assert torch.equal(product(*inputs), found)
+    assert seen.dtypes and set(seen.dtypes) == {torch.float32}
     # Attention hands its rounded result to its backward pass, and a bias's gradient is summed by torch, in its dtype.
     results = zip([found, *(each.grad for each in inputs)], [exact, *(each.grad for each in exact_inputs)], strict=True)
     for mine, its in results:
@@ -89,6 +95,23 @@ def test_results_and_gradients_are_exact_but_for_a_rounding(name: str, dtype: to
     if name != "attention":
         rounded = (found.double() - exact).abs() / (torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5)
         assert float(rounded.detach().max()) <= 1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_linears_of_4_bits_are_bitsandbytes_own_but_for_a_rounding(dtype: torch.dtype, nested: bool) -> None:
+    layer = Linear4bit(64, 7, compute_dtype=dtype, compress_statistics=nested, quant_type="nf4")
+    layer.weight = Params4bit(drawn((7, 64), dtype=dtype)[0], quant_type="nf4", compress_statistics=nested)
+    layer = layer.to("cpu")
+    (x,) = drawn((2, 5, 64), dtype=dtype)
+    exact = linear(
+        x.double(), dequantize_4bit(layer.weight, layer.weight.quant_state).to(dtype).double(), layer.bias.double()
+    )
+    for passes in range(2):  # with and without a gradient bitsandbytes takes different ways
+        with Seen() as seen, Float32Products(HALVES):
+            found = layer(x.requires_grad_(passes > 0))
+        assert found.dtype is dtype and set(seen.dtypes) == {torch.float32}
+        assert float((found.detach().double() - exact).norm() / exact.norm()) < torch.finfo(dtype).eps / 2
 
 
 def test_only_what_is_asked_for_is_made_in_fp32() -> None:
