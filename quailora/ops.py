@@ -230,4 +230,4 @@ def grouped_error_product_t(
 
 def half_products(device: torch.device) -> AbstractContextManager[Any]:
     """Within it, a model on `device` makes its products in bf16 and fp16 by the fastest way that rounds them once."""
-    return _call("half_products", device)
+    return _choose("half_products", device).implementation()

@@ -2,9 +2,14 @@
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,6 +21,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Tests run side by side, one process to a core, and their models are tiny: more threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def slow_halves(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Says in which dtypes torch's own products are slow on this CPU, whatever it is."""
+    from quailora import half, ops
+
+    def say(*dtypes: "torch.dtype") -> None:
+        monkeypatch.setattr(half, "slow_dtypes", lambda: dtypes)
+        ops._choose.cache_clear()
+
+    yield say
+    ops._choose.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

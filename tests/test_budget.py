@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -48,6 +48,12 @@ def rehearsed_once() -> Iterator[None]:
         patch.setattr(rehearsal, "forward", hashable)
         patch.setattr(rehearsal, "solve", lambda weights, *args, **options: solve(tuple(weights), *args, **options))
         yield
+
+
+@pytest.fixture(autouse=True)
+def products_of_torch(slow_halves: Callable[..., None]) -> None:
+    """On whatever CPU, without fp32 copies of factors: see half.py."""
+    slow_halves()
 
 
 # ---- bytes
@@ -327,15 +333,19 @@ def peak_of_calls(stream: StreamedModel, index: int, call: Any, hidden: torch.Te
     block = stream.blocks[index]
     with stream.resident(f"{block.name}."), collect(block.linears()) as collector, Footprint() as footprint:
         for _ in range(2):
-            with collector.batch(torch.ones(hidden.shape[:2], dtype=torch.bool)):
+            with rehearsal.ops.half_products(CPU), collector.batch(torch.ones(hidden.shape[:2], dtype=torch.bool)):
                 call.run(block.module, hidden)
         groups = collector.groups()
     return footprint.peak, [tuple(names) for _, names in groups]
 
 
+@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)], ids=["bf16", "bf16 in fp32"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_block_by_its_shapes(family: str, tmp_path: Path) -> None:
+def test_a_block_by_its_shapes(
+    family: str, slow: tuple[torch.dtype, ...], slow_halves: Callable[..., None], tmp_path: Path
+) -> None:
     """Which linears share an input, and the activations, against a run of the model."""
+    slow_halves(*slow)
     stream = streamed(tiny.checkpoint(tmp_path, family, torch.bfloat16))
     tokens = torch.randint(2, tiny.VOCABULARY, (16, 64))
     gram = "extension" if rehearsal.ops.backends(CPU)["gram_"].backend == "extension" else "reference"

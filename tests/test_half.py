@@ -1,6 +1,6 @@
 """bf16 and fp16 products in fp32: they are what one rounding of the exact ones is, forward and backward."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,13 @@ import quailora
 from quailora import half, ops
 from quailora.blocks import StreamedModel
 from quailora.checkpoint import Checkpoint
+from quailora.evaluate import perplexity
 from quailora.half import Float32Products
 from quailora.rehearsal import forward
 
 CPU = torch.device("cpu")
 HALVES = (torch.bfloat16, torch.float16)
 LORA = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-@pytest.fixture
-def lacking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A CPU with no instructions for either dtype."""
-    monkeypatch.setattr(half, "slow_dtypes", lambda: HALVES)
-    ops._choose.cache_clear()
-    yield
-    ops._choose.cache_clear()
 
 
 def drawn(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -121,17 +113,16 @@ def test_only_what_is_asked_for_is_made_in_fp32() -> None:
     assert seen.dtypes == [torch.bfloat16, torch.float32, torch.float32, torch.float64]
 
 
-def test_on_a_cpu_that_multiplies_them_nothing_is_put_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(half, "slow_dtypes", lambda: ())
-    ops._choose.cache_clear()
+def test_on_a_cpu_that_multiplies_them_nothing_is_put_between(slow_halves: Callable[..., None]) -> None:
+    slow_halves()
     with Seen() as seen, ops.half_products(CPU):
         torch.mm(*drawn((3, 4), (4, 5), dtype=torch.bfloat16))
     assert seen.dtypes == [torch.bfloat16]
     assert ops.backends(CPU)["half_products"].backend == "torch"
-    ops._choose.cache_clear()
 
 
-def test_it_says_why(lacking: None) -> None:
+def test_it_says_why(slow_halves: Callable[..., None]) -> None:
+    slow_halves(*HALVES)
     service = ops.backends(CPU)["half_products"]
     assert service.backend == "fp32"
     assert "bfloat16 and float16 without instructions for it on this CPU" in service.others["torch"]
@@ -147,21 +138,30 @@ def test_what_is_slow_is_what_onednn_does_not_support(monkeypatch: pytest.Monkey
 # ---- Where models run
 
 
-def test_a_streamed_forward_pass_takes_them(lacking: None, tmp_path: Path) -> None:
+def test_a_streamed_forward_pass_takes_them(slow_halves: Callable[..., None], tmp_path: Path) -> None:
+    slow_halves(*HALVES)
     checkpoint = tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     with Seen() as seen:
         quailora.build_adapter(checkpoint, LORA, tiny.sequences(2), tmp_path / "adapter", progress=False)
     assert torch.bfloat16 not in seen.dtypes
 
 
-def test_what_they_take_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_they_take_is_planned(slow_halves: Callable[..., None], tmp_path: Path) -> None:
     stream = StreamedModel(Checkpoint(tiny.checkpoint(tmp_path, dtype=torch.bfloat16)), CPU, torch.bfloat16)
 
-    def peak(slow: tuple[torch.dtype, ...]) -> int:
-        monkeypatch.setattr(half, "slow_dtypes", lambda: slow)
-        ops._choose.cache_clear()
+    def peak(*slow: torch.dtype) -> int:
+        slow_halves(*slow)
         return max(run.peak for run in forward(stream, [], 1, 8).blocks)
 
     largest = max(p.numel() for p in stream.blocks[0].module.parameters())
-    assert peak(HALVES) - peak(()) >= 4 * largest  # the fp32 copy of a weight
-    ops._choose.cache_clear()
+    assert peak(*HALVES) - peak() >= 4 * largest  # the fp32 copy of a weight
+
+
+def test_models_are_scored_with_them(slow_halves: Callable[..., None]) -> None:
+    slow_halves(torch.bfloat16)
+    with Seen() as seen:
+        perplexity(tiny.model(dtype=torch.bfloat16), [torch.ones(1, 4, dtype=torch.int64)])
+    assert seen.dtypes and torch.bfloat16 not in seen.dtypes
+    with Seen() as seen, ops.half_products(torch.device("cuda")):
+        torch.mm(*drawn((3, 4), (4, 5), dtype=torch.bfloat16))
+    assert seen.dtypes == [torch.bfloat16]
