@@ -61,8 +61,9 @@ def main() -> None:
     options = parser.parse_args()
 
     cpu = torch.device("cpu")
-    service = quailora.backends(cpu)["half_products"]
-    print(f"{describe(cpu)}; quailora takes those of {service.backend}: {', '.join(service.others.values())}\n")
+    services = quailora.backends(cpu)
+    taken = (f"{name} {services[f'{name}_products'].backend}" for name in ("bf16", "fp16"))
+    print(f"{describe(cpu)}; quailora takes {', '.join(taken)}\n")
     print(HEAD)
     rows: list[dict[str, Any]] = []
     for dtype in (torch.bfloat16, torch.float16):
@@ -73,7 +74,7 @@ def main() -> None:
             exact = product(*(each.double() for each in operands))
 
             def ours(product: Callable[..., Tensor] = product, operands: list[Tensor] = operands) -> Tensor:
-                with Float32Products((torch.bfloat16, torch.float16)):
+                with Float32Products(operands[0].dtype):
                     return product(*operands)
 
             own: Callable[[], Tensor] = partial(product, *operands)
@@ -83,7 +84,7 @@ def main() -> None:
             seconds = {candidate: timing.seconds for candidate, timing in times.items()}
             rows.append({"dtype": name, "product": what, "seconds": seconds})
             print(line(rows[-1]), flush=True)
-    keep(options.json, cpu, {"tokens": options.tokens, "backend": service.backend, "rows": rows})
+    keep(options.json, cpu, {"tokens": options.tokens, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def check(checkpoint: Checkpoint, model: Any, config: LoraConfig, data: Calibrat
         layer.register_forward_pre_hook(lambda layer, inputs: seen.update({layer: inputs[0].flatten(0, -2).double()}))
         for layer in layers
     ]
-    with ops.half_products(model.device):
+    with ops.half_products(model.device, [model.dtype]):
         model.base_model(first.sequences[0][None].to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -174,7 +174,7 @@ def measure(
     apart = device.type == "cpu"  # whether H takes time of its own
 
     def forward() -> None:
-        with ops.half_products(device):
+        with ops.half_products(device, [model.dtype]):
             for batch in batches:
                 model.base_model(batch.input_ids.to(device), use_cache=False)
 
@@ -232,8 +232,10 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def solve_table(record: Mapping[str, Any]) -> str:
-    """What the solve of the record's last run is made of; Markdown."""
+    """What the solve of the record's last run is made of, where it was on a CPU; Markdown."""
     run = record["runs"][-1]
+    if not run["parts_of_solve"]:
+        return "Not told apart on a GPU."
     whole = median(stages["solve"] for stages in run["stages"])
     shares = {part: median(parts[part] for parts in run["parts_of_solve"]) / whole for part in run["parts_of_solve"][0]}
     lines = [f"| {part} | {100 * share:.0f} % |" for part, share in shares.items()]
@@ -286,9 +288,7 @@ def main() -> None:
         )
         for budget, within in run["budgets"].items():
             print(f"Within {budget}: {within['plan']}")
-    print(f"\n{table(record)}")
-    if record["runs"][-1]["parts_of_solve"]:
-        print(f"\n{solve_table(record)}")
+    print(f"\n{table(record)}\n\n{solve_table(record)}")
     keep(arguments.json, device, record)
 
 

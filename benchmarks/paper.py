@@ -42,7 +42,6 @@ from study import CALIBRATE, MEASURE, RANK, SCALES, SMOLLM2, TWO_BLOCKS, Cell, S
 from timing import circumstances
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quailora import ops
 from quailora.blocks import no_progress_bar
 from quailora.pipeline import load_tokenizer
 from quailora.report import to_json, write_files
@@ -134,8 +133,7 @@ def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
                     tasks = [write_choices(text, Path(folder), study.scale.questions, seed=0)]
                 for when in ("before", "after"):
                     model = study.load(cell) if when == "before" else load_trained(checkpoint, cell.base, trained)
-                    with ops.half_products(model.device):
-                        found[when] = score(model, load_tokenizer(checkpoint), tasks, None, 8)
+                    found[when] = score(model, load_tokenizer(checkpoint), tasks, None, 8)
         except Exception as error:  # as in `Study.run`
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}

@@ -97,7 +97,7 @@ def main() -> None:
     study = read_study(arguments)
     cells = peers(study)
     if arguments.make:
-        with ops.half_products(default_device(None)):
+        with ops.half_products(default_device(None), [torch.bfloat16]):
             print(json.dumps(cost(study, cells[PEERS.index(arguments.make)])))
         return
     study.save_index("peers", cells)

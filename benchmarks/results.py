@@ -70,19 +70,36 @@ def fill(text: str, results: Path) -> str:
 def stale(results: Path = RESULTS, documents: tuple[Path, ...] = DOCUMENTS) -> list[Path]:
     """The files that are not what the results make of them."""
     found = [document for document in documents if fill(text := document.read_text(encoding="utf-8"), results) != text]
-    with tempfile.TemporaryDirectory() as folder:
-        for name, save in plots.draw(results).items():
-            save(path := Path(folder) / name)
-            if not (results / name).is_file() or (results / name).read_bytes() != path.read_bytes():
-                found.append(results / name)
-    return found
+    return found + list(_drawn_anew(results))
 
 
 def write(results: Path = RESULTS, documents: tuple[Path, ...] = DOCUMENTS) -> None:
     for document in documents:
         document.write_text(fill(document.read_text(encoding="utf-8"), results), encoding="utf-8")
-    for name, save in plots.draw(results).items():
-        save(results / name)
+    for path, svg in _drawn_anew(results).items():
+        path.write_text(svg, encoding="utf-8")
+
+
+def _drawn_anew(results: Path) -> dict[Path, str]:
+    """The plots that are not on disk as the results make them, and as what."""
+    anew = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, save in plots.draw(results).items():
+            save(drawn := Path(folder) / name)
+            svg, path = drawn.read_text(encoding="utf-8"), results / name
+            if not path.is_file() or not same_picture(path.read_text(encoding="utf-8"), svg):
+                anew[path] = svg
+    return anew
+
+
+def same_picture(one: str, other: str) -> bool:
+    """Whether two SVGs differ by rounding at most, as those of different processors do. Names of parts are made of
+    coordinates, so they do not count."""
+    parts = [re.split(r"(-?\d+(?:\.\d+)?)", re.sub(r"\b[mp][0-9a-f]{10}\b", "", svg)) for svg in (one, other)]
+    if len(parts[0]) != len(parts[1]):
+        return False
+    words, numbers = zip(*((each[::2], [float(number) for number in each[1::2]]) for each in parts), strict=True)
+    return words[0] == words[1] and all(abs(mine - its) < 1e-3 for mine, its in zip(*numbers, strict=True))
 
 
 def main() -> None:

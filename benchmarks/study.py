@@ -219,7 +219,7 @@ class Study:
                 continue
             started = time.perf_counter()
             try:
-                with ops.half_products(default_device(None)):
+                with ops.half_products(default_device(None), [torch.bfloat16]):
                     result = run_cell(self, cell)
                 shown = f"perplexity {result['start']['perplexity']:.3f}"
                 if "end" in result:

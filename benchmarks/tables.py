@@ -399,7 +399,8 @@ def circumstances(results: Path) -> str:
     """What the cells were made with, and how much of what they were given."""
     records = [read_json(path) for path in sorted((results / "cells").glob("*.json"))]
     made = [record["made_with"] for record in records]
-    found = {name: sorted({str(each[name]) for each in made}) for name in (made[0] if made else ())}
+    names = dict.fromkeys(name for each in made for name in each)
+    found = {name: sorted({str(each.get(name, "unknown")) for each in made}) for name in names}
     lines = [f"- {name}: {', '.join(each)}" for name, each in found.items()]
     trained = select(records, steps=lambda steps: steps > 0)
     if trained:

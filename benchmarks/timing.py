@@ -20,6 +20,7 @@ import psutil
 import torch
 
 import quailora
+from quailora.pipeline import default_device
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,17 @@ def describe(device: torch.device) -> str:
     return f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def circumstances() -> dict[str, Any]:
-    """Versions and machine, for a record."""
+def circumstances(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions and machine, for a record of something that ran on `device`; by default a GPU, if there is one."""
+    device = device or default_device(None)
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
     return {
         "quailora": quailora.__version__,
         "python": platform.python_version(),
         **{name: version(name) for name in libraries},
         "machine": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "half_products": quailora.backends()["half_products"].backend,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "bf16_products": quailora.backends(device)["bf16_products"].backend,
         "cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
     }
@@ -120,4 +122,4 @@ def keep(path: Path | None, device: torch.device, record: Mapping[str, Any]) -> 
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(circumstances() | {"device": describe(device)} | dict(record), indent=1) + "\n")
+    path.write_text(json.dumps(circumstances(device) | {"device": describe(device)} | dict(record), indent=1) + "\n")

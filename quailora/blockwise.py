@@ -95,7 +95,6 @@ class Loop:
         with (
             torch.no_grad(),
             torch.autocast(model.device.type, enabled=False),
-            ops.half_products(model.device),
             _memory_errors(model.device),
             HiddenStates(model.device, self.folder if self.plan.states == "disk" else None) as states,
         ):
@@ -103,9 +102,10 @@ class Loop:
             if waiting:
                 with stages("load"), model.resident(*model.outside_blocks()):
                     recorder = Calls(model)
-                    for number, batch in enumerate(batches):
-                        states[number], of_batch = recorder.record(batch)
-                        calls.append(of_batch)
+                    with ops.half_products(model.device, [model.dtype]):
+                        for number, batch in enumerate(batches):
+                            states[number], of_batch = recorder.record(batch)
+                            calls.append(of_batch)
             try:
                 for index in self.progress.blocks(range(last + 1)):
                     with self._resident(index, last):
@@ -139,7 +139,11 @@ class Loop:
         for turn, planned in enumerate(passes):
             names = [name for name in planned if name in linears]
             last = turn == len(passes) - 1
-            with self.stages("forward"), collect({name: linears[name] for name in names}) as collector:
+            with (
+                self.stages("forward"),
+                ops.half_products(self.model.device, [self.model.dtype]),
+                collect({name: linears[name] for name in names}) as collector,
+            ):
                 for number, batch in enumerate(batches):
                     keep = None if batch.keep is None else batch.keep.to(self.model.device)
                     with collector.batch(keep):

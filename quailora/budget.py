@@ -543,9 +543,10 @@ def _rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs per second of a matrix product."""
     side = 4096 if device.type == "cuda" else 1024
     a = torch.zeros(side, side, dtype=dtype, device=device)
-    float((a @ a)[0, 0])  # the first prepares
-    count, start = 0, perf_counter()
-    while (elapsed := perf_counter() - start) < 0.1:
-        float((a @ a)[0, 0])  # waits
-        count += 1
+    with ops.half_products(device, [dtype]):
+        float((a @ a)[0, 0])  # the first prepares
+        count, start = 0, perf_counter()
+        while (elapsed := perf_counter() - start) < 0.1:
+            float((a @ a)[0, 0])  # waits
+            count += 1
     return 2 * side**3 * count / elapsed

@@ -139,8 +139,8 @@ def _cases(size: int) -> Iterator[_Case]:
             yield _gram_product_case(h, precision)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             yield _gram_case(n, dtype)
-    for dtype in (torch.bfloat16, torch.float16):
-        yield _half_case(size, dtype)
+    for dtype, name in ops.HALVES.items():
+        yield _half_case(size, dtype, name)
     for rank in (16, 33, 64, min(256, size)):
         yield _cholesky_case(rank, size)
         yield _orthonormalize_case(rank, 2 * size)
@@ -255,18 +255,16 @@ def _gram_case(n: int, dtype: torch.dtype, tokens: int | None = None) -> _Case:
     return _Case("gram_", name, _ALLOWED["ieee"], [x, keep], run, lambda h: _distance(h.tril(), expected))
 
 
-def _half_case(size: int, dtype: torch.dtype) -> _Case:
+def _half_case(size: int, dtype: torch.dtype, name: str) -> _Case:
     left, right = _random(size, 2 * size).to(dtype), _random(2 * size, size, seed=1).to(dtype)
 
     def run(left: Tensor, right: Tensor) -> list[Tensor]:
-        with ops.half_products(left.device):
+        with ops.half_products(left.device, [dtype]):
             return [left @ right]
 
-    name = f"{size} x {2 * size} x {size}, {str(dtype).removeprefix('torch.')}"
-    expected = left.double() @ right.double()
-    return _Case(
-        "half_products", name, torch.finfo(dtype).eps, [left, right], run, partial(_distance, expected=expected)
-    )
+    distance = partial(_distance, expected=left.double() @ right.double())
+    shape = f"{size} x {2 * size} x {size}"
+    return _Case(f"{name}_products", shape, torch.finfo(dtype).eps, [left, right], run, distance)
 
 
 def _cholesky_case(rank: int, width: int) -> _Case:

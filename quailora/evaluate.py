@@ -153,7 +153,8 @@ def compare(
     """Score full precision, the quantised base, and that with an adapter, loaded as users of transformers and PEFT do.
 
     The full-precision and the quantised model are in memory together. Each runs every batch once, the quantised one
-    again with the adapter.
+    again with the adapter. Where products in its dtype are made in fp32 (`ops.half_products`), copies of the head's
+    weight and of its logits in fp32 come on top.
 
     Args:
         checkpoint: the full-precision model: a folder, or an id on the Hugging Face hub.
@@ -221,8 +222,7 @@ class _Predictions:
 
     def logits(self, model: nn.Module) -> Tensor:
         """(b, t, vocabulary), in the model's dtype."""
-        # Offloaded parameters are on the meta device; accelerate moves the input to where they are wanted.
-        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+        device = _device(model)
         mask = self.keep.to(device, torch.int64)
         logits: Tensor = model(input_ids=self.input_ids.to(device), attention_mask=mask, use_cache=False).logits
         return logits
@@ -308,8 +308,22 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
         log = logging.getLogger("bitsandbytes.autograd._functions")
         log.addFilter(_not_about_casts)
         undo.callback(log.removeFilter, _not_about_casts)
-        undo.enter_context(ops.half_products(next(models[0].parameters()).device))
+        for model in models:
+            undo.enter_context(ops.half_products(_device(model), _dtypes(model)))
         yield
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where its input goes."""
+    # Offloaded parameters are on the meta device; accelerate moves the input to where they are wanted.
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def _dtypes(model: nn.Module) -> set[torch.dtype]:
+    """What it may compute in: a quantised linear says so itself."""
+    of_linears = {getattr(module, "compute_dtype", None) for module in model.modules()}
+    of_parameters = {parameter.dtype for parameter in model.parameters()}
+    return of_parameters | {dtype for dtype in of_linears if isinstance(dtype, torch.dtype)}
 
 
 def _not_about_casts(entry: logging.LogRecord) -> bool:

@@ -1,8 +1,8 @@
-"""bf16 and fp16 products on CPUs without instructions for them, where torch's own are slow: as products in fp32."""
+"""bf16 and fp16 products on CPUs for which oneDNN has none, where torch's own are slow: as products in fp32."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import bitsandbytes  # noqa: F401  its operations
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 _aten = torch.ops.aten
+_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default  # takes log-sum-exps, in fp32
 
 # What forward and backward passes multiply by -> how many of its results, the first ones, have the factors' dtype.
 _PRODUCTS = {
@@ -25,58 +26,72 @@ _PRODUCTS = {
     _aten.bmm.default: 1,
     _aten.baddbmm.default: 1,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: 1,  # and log-sum-exps, in fp32
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 3,
+    _BACKWARD: 3,
 }
+_GEMM_4BIT = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)  # of bitsandbytes 0.50
 
-_GEMM_4BIT = torch.ops.bitsandbytes.gemm_4bit.default
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 def slow_dtypes() -> tuple[torch.dtype, ...]:
-    """Those in which torch has no fast products on this CPU: what oneDNN, which makes them, does not support."""
+    """Those of DTYPES in which torch has no fast products on this CPU: oneDNN makes them."""
     if not torch.backends.mkldnn.is_available():
-        return torch.bfloat16, torch.float16
+        return DTYPES
     supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return tuple(dtype for dtype, fast in supported.items() if not fast)
+    return tuple(dtype for dtype in DTYPES if not supported[dtype]())
 
 
-def obstacle(device: torch.device) -> str | None:
-    """Why torch's own products are not taken on `device`; None where they are."""
-    if device.type != "cpu" or not (slow := slow_dtypes()):
-        return None
-    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in slow)
-    return f"torch multiplies {names} without instructions for it on this CPU, several times slower than fp32"
+def obstacle(dtype: torch.dtype) -> Callable[[torch.device], str | None]:
+    """Why torch's own products in `dtype` are not taken on a device; None where they are."""
+
+    def on(device: torch.device) -> str | None:
+        if device.type != "cpu" or dtype not in slow_dtypes():
+            return None
+        return f"oneDNN has no products in {str(dtype).removeprefix('torch.')} for this CPU, and torch's own are slow"
+
+    return on
 
 
 class Float32Products(TorchDispatchMode):
-    """Within it, products and attention in the `dtypes` are made in fp32 on a CPU, and their results rounded.
+    """Within it, products and attention in `dtype` are made in fp32 on a CPU, and their results rounded.
 
-    bf16 and fp16 are exact in fp32, so this is what the instructions do that are missing: exact products, sums in fp32,
-    one rounding; but for attention, whose inner results stay in fp32. It takes an fp32 copy of the factors of each
-    product for as long as that takes.
+    bf16 and fp16 are exact in fp32, so this is what instructions for them do: exact products, sums in fp32, one
+    rounding; but for attention, whose inner results stay in fp32. It takes fp32 copies of factors and result for as
+    long as a product takes. Products that operations make within themselves stay as they are, such as those of fused
+    experts (`_grouped_mm`); but for bitsandbytes' linears of 4 bits.
     """
 
-    def __init__(self, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
+    supports_higher_order_operators = True  # they pass
+
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtypes = slow_dtypes() if dtypes is None else dtypes
+        self.dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = func in _PRODUCTS or func is _GEMM_4BIT
-        if not known or args[0].dtype not in self.dtypes or args[0].device.type != "cpu":
+        packed = getattr(func, "overloadpacket", None) is _GEMM_4BIT is not None
+        if not (packed or func in _PRODUCTS) or args[0].dtype is not self.dtype or args[0].device.type != "cpu":
             return func(*args, **kwargs)
-        if func is _GEMM_4BIT:
+        if packed:
             with self:
                 return _gemm_4bit(*args, **kwargs)
-        dtype = args[0].dtype
-        args, kwargs = tree_map_only(Tensor, lambda each: each.float() if each.dtype is dtype else each, (args, kwargs))
-        results = func(*args, **kwargs)
+        if func is not _BACKWARD and any(map(self._is_other, tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)  # has to say itself that these do not go together
+        wide_args, wide_kwargs = tree_map_only(Tensor, self._widened, (args, kwargs))
+        results = func(*wide_args, **wide_kwargs)
         if isinstance(results, Tensor):
-            return results.to(dtype)
+            return results.to(self.dtype)
         count = _PRODUCTS[func]
-        return *(result.to(dtype) for result in results[:count]), *results[count:]
+        return *(result.to(self.dtype) for result in results[:count]), *results[count:]
+
+    def _widened(self, tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype is self.dtype else tensor
+
+    def _is_other(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not self.dtype
 
 
 def _gemm_4bit(

@@ -4,10 +4,10 @@ What an operation computes is said, and specified, in `reference.py`.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -121,6 +121,8 @@ def _reference(implementation: Callable[..., Any]) -> Backend:
 
 # ---- the registry
 
+HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
 # Operation -> its backends, the preferred one first.
 _BACKENDS: dict[str, tuple[Backend, ...]] = {
     "gram_": (Backend("extension", extension.gram_, extension.obstacle), _reference(reference.gram_)),
@@ -139,7 +141,13 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
     ),
     "cholesky_solve": (_triton(_triton_cholesky_solve), _reference(reference.cholesky_solve)),
     "orthonormalize": (_triton(_triton_orthonormalize), _reference(reference.orthonormalize)),
-    "half_products": (Backend("torch", nullcontext, half.obstacle), Backend("fp32", half.Float32Products)),
+    **{
+        f"{name}_products": (
+            Backend("torch", nullcontext, half.obstacle(dtype)),
+            Backend("fp32", partial(half.Float32Products, dtype)),
+        )
+        for dtype, name in HALVES.items()
+    },
 }
 
 
@@ -228,6 +236,10 @@ def grouped_error_product_t(
     return _call("grouped_error_product_t", lefts[0].device, errors, lefts, precision=precision)
 
 
-def half_products(device: torch.device) -> AbstractContextManager[Any]:
-    """Within it, a model on `device` makes its products in bf16 and fp16 by the fastest way that rounds them once."""
-    return _choose("half_products", device).implementation()
+@contextmanager
+def half_products(device: torch.device, dtypes: Iterable[torch.dtype]) -> Iterator[None]:
+    """Within it, a model on `device` that computes in these `dtypes` makes its products in the fastest way there is."""
+    with ExitStack() as stack:
+        for dtype in HALVES.keys() & set(dtypes):
+            stack.enter_context(_choose(f"{HALVES[dtype]}_products", device).implementation())
+        yield

@@ -206,7 +206,7 @@ def forward(
         tokens = torch.zeros(batch_size, length, dtype=torch.int64)
         # Outside the blocks scalars are read for one thing: whether a mask is needed, and it is not.
         footprint = stack.enter_context(Footprint(device, answer=True))
-        stack.enter_context(ops.half_products(torch.device(device)))
+        stack.enter_context(ops.half_products(torch.device(device), [stream.dtype]))
         stack.enter_context(_masks_as_for_values())
 
         def stand_in(block: Block, *args: Any, **kwargs: Any) -> Any:
@@ -349,13 +349,16 @@ def _features(linear: nn.Module) -> int:
 
 
 def _unseen(block: Block, targets: Collection[str], tokens: int) -> BlockRun:
-    """Bounds: every token passes every expert, all results are kept in fp32, no two linears share an input."""
+    """Bounds: every token passes every expert, all results are kept in fp32, and of the largest weight there is a copy
+    too, as products in fp32 may take it; no two linears share an input."""
     linears = {name: linear for name, linear in block.linears().items() if name in targets}
-    outputs = sum(p.shape[:-1].numel() for p in block.module.parameters() if p.dim() > 1)
+    weights = [p for p in block.module.parameters() if p.dim() > 1]
+    outputs = sum(p.shape[:-1].numel() for p in weights)
+    peak = 4 * (tokens * outputs + max((p.shape[-2:].numel() for p in weights), default=0))
     return BlockRun(
         inputs=tuple(Input(_features(linear), (name,)) for name, linear in linears.items()),
-        peak=4 * tokens * outputs,
-        peak_in_turn=4 * tokens * outputs,
+        peak=peak,
+        peak_in_turn=peak,
         arguments=0,
         flops=2 * tokens * sum(p.numel() for p in block.module.parameters()),
         exact=False,

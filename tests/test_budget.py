@@ -332,8 +332,9 @@ def peak_of_calls(stream: StreamedModel, index: int, call: Any, hidden: torch.Te
     """Bytes alive at most in two batches, every H included, and the linears of each input."""
     block = stream.blocks[index]
     with stream.resident(f"{block.name}."), collect(block.linears()) as collector, Footprint() as footprint:
+        keep = torch.ones(hidden.shape[:2], dtype=torch.bool)
         for _ in range(2):
-            with rehearsal.ops.half_products(CPU), collector.batch(torch.ones(hidden.shape[:2], dtype=torch.bool)):
+            with rehearsal.ops.half_products(CPU, [stream.dtype]), collector.batch(keep):
                 call.run(block.module, hidden)
         groups = collector.groups()
     return footprint.peak, [tuple(names) for _, names in groups]
@@ -367,8 +368,12 @@ def test_a_block_by_its_shapes(
         assert predicted.peak_in_turn <= predicted.peak
 
 
-def test_a_block_that_no_shapes_tell(tmp_path: Path) -> None:
+@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)], ids=["bf16", "bf16 in fp32"])
+def test_a_block_that_no_shapes_tell(
+    slow: tuple[torch.dtype, ...], slow_halves: Callable[..., None], tmp_path: Path
+) -> None:
     """Experts in a loop over those that were chosen: an upper bound, and for the plan's reader a word."""
+    slow_halves(*slow)
     stream = streamed(tiny.checkpoint(tmp_path, "mixtral", torch.bfloat16))
     for module in stream.model.modules():
         if hasattr(module, "config"):

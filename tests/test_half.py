@@ -70,13 +70,13 @@ def test_results_and_gradients_are_exact_but_for_a_rounding(name: str, dtype: to
     exact_inputs = [each.detach().double().requires_grad_() for each in inputs]
     exact = product(*exact_inputs)
     (gradient,) = drawn(tuple(exact.shape), dtype=dtype)
-    with Seen() as seen, Float32Products(HALVES):
+    with Seen() as seen, Float32Products(dtype):
         found = product(*inputs)
         found.backward(gradient)
     exact.backward(gradient.double())
     assert seen.dtypes and set(seen.dtypes) == {torch.float32}
     assert found.dtype is dtype
-    with torch.inference_mode(), Seen() as seen, Float32Products(HALVES):
+    with torch.inference_mode(), Seen() as seen, Float32Products(dtype):
         assert torch.equal(product(*inputs), found)
     assert seen.dtypes and set(seen.dtypes) == {torch.float32}
     # Attention hands its rounded result to its backward pass, and a bias's gradient is summed by torch, in its dtype.
@@ -99,15 +99,15 @@ def test_linears_of_4_bits_are_bitsandbytes_own_but_for_a_rounding(dtype: torch.
     exact = linear(
         x.double(), dequantize_4bit(layer.weight, layer.weight.quant_state).to(dtype).double(), layer.bias.double()
     )
-    for passes in range(2):  # with and without a gradient bitsandbytes takes different ways
-        with Seen() as seen, Float32Products(HALVES):
-            found = layer(x.requires_grad_(passes > 0))
+    for with_gradient in (False, True):  # bitsandbytes takes different ways
+        with torch.set_grad_enabled(with_gradient), Seen() as seen, Float32Products(dtype):
+            found = layer(x.requires_grad_(with_gradient))
         assert found.dtype is dtype and set(seen.dtypes) == {torch.float32}
         assert float((found.detach().double() - exact).norm() / exact.norm()) < torch.finfo(dtype).eps / 2
 
 
 def test_only_what_is_asked_for_is_made_in_fp32() -> None:
-    with Seen() as seen, Float32Products((torch.float16,)):
+    with Seen() as seen, Float32Products(torch.float16):
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             assert torch.mm(*drawn((3, 4), (4, 5), dtype=dtype)).dtype is dtype
     assert seen.dtypes == [torch.bfloat16, torch.float32, torch.float32, torch.float64]
@@ -115,18 +115,33 @@ def test_only_what_is_asked_for_is_made_in_fp32() -> None:
 
 def test_on_a_cpu_that_multiplies_them_nothing_is_put_between(slow_halves: Callable[..., None]) -> None:
     slow_halves()
-    with Seen() as seen, ops.half_products(CPU):
+    with Seen() as seen, ops.half_products(CPU, HALVES):
         torch.mm(*drawn((3, 4), (4, 5), dtype=torch.bfloat16))
     assert seen.dtypes == [torch.bfloat16]
-    assert ops.backends(CPU)["half_products"].backend == "torch"
+    assert ops.backends(CPU)["bf16_products"].backend == "torch"
 
 
 def test_it_says_why(slow_halves: Callable[..., None]) -> None:
-    slow_halves(*HALVES)
-    service = ops.backends(CPU)["half_products"]
-    assert service.backend == "fp32"
-    assert "bfloat16 and float16 without instructions for it on this CPU" in service.others["torch"]
-    assert half.obstacle(torch.device("cuda")) is None
+    slow_halves(torch.float16)
+    services = ops.backends(CPU)
+    assert (services["bf16_products"].backend, services["fp16_products"].backend) == ("torch", "fp32")
+    assert "no products in float16 for this CPU" in services["fp16_products"].others["torch"]
+    assert half.obstacle(torch.float16)(torch.device("cuda")) is None
+    with Seen() as seen, ops.half_products(CPU, HALVES):
+        for dtype in HALVES:
+            torch.mm(*drawn((3, 4), (4, 5), dtype=dtype))
+    assert seen.dtypes == [torch.bfloat16, torch.float32]
+    with Seen() as seen, ops.half_products(CPU, [torch.bfloat16]):
+        torch.mm(*drawn((3, 4), (4, 5), dtype=torch.float16))
+    assert seen.dtypes == [torch.float16]
+
+
+def test_factors_that_do_not_go_together_stay_an_error() -> None:
+    (left,), (right,) = drawn((3, 4), dtype=torch.bfloat16), drawn((4, 5), dtype=torch.float32)
+    with Float32Products(torch.bfloat16):
+        for factors in ((left, right), (right.T, left.T)):
+            with pytest.raises(RuntimeError, match="same dtype"):
+                torch.mm(*factors)
 
 
 def test_what_is_slow_is_what_onednn_does_not_support(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +177,6 @@ def test_models_are_scored_with_them(slow_halves: Callable[..., None]) -> None:
     with Seen() as seen:
         perplexity(tiny.model(dtype=torch.bfloat16), [torch.ones(1, 4, dtype=torch.int64)])
     assert seen.dtypes and torch.bfloat16 not in seen.dtypes
-    with Seen() as seen, ops.half_products(torch.device("cuda")):
+    with Seen() as seen, ops.half_products(torch.device("cuda"), HALVES):
         torch.mm(*drawn((3, 4), (4, 5), dtype=torch.bfloat16))
     assert seen.dtypes == [torch.bfloat16]

@@ -443,6 +443,28 @@ def test_a_stale_table_is_found(tmp_path: Path) -> None:
     assert document in results.stale(tmp_path, (document,))
 
 
+def test_a_table_of_speeds_says_where_they_were_measured(tmp_path: Path) -> None:
+    document = tmp_path / "document.md"
+    document.write_text("<!-- initialize -->\nold\n<!-- end of initialize -->\n")
+    results.write(tmp_path / "small", (document,))
+    assert "\nNot run yet.\n" in document.read_text()
+    record = job_record() | {"device": "a CPU", "torch": "3.0"}
+    write_files(tmp_path / "speed", {"initialize.json": json.dumps(record)})
+    (tmp_path / "small").mkdir()
+    results.write(tmp_path / "small", (document,))
+    assert "a CPU, torch 3.0:\n\n| stage |" in document.read_text()
+    assert (tmp_path / "small" / "tokens.svg").is_file()
+
+
+def test_pictures_of_different_processors_are_the_same() -> None:
+    one = '<path d="M 0 1.5 L -0 2" clip-path="url(#p0238a8a201)"/>'
+    assert results.same_picture(
+        one, one.replace("M 0", "M -0").replace("1.5", "1.50001").replace("p0238a8a201", "p05c030bdaa")
+    )
+    for old, new in (("1.5", "1.6"), ("path d", "use d"), (" L -0 2", ""), ("url(#p0238a8a201)", "none")):
+        assert not results.same_picture(one, one.replace(old, new))
+
+
 @pytest.mark.parametrize("name", ["results.md", "method.md"])
 def test_no_measured_figure_stands_outside_of_the_tables(name: str) -> None:
     """Decimals and percentages of the prose are in a table of docs/results.md too."""
