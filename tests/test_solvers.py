@@ -153,12 +153,13 @@ def test_svd_is_the_truncated_svd(shape: tuple[int, int]) -> None:
     weight, quantized, h = problem(*shape)
     factors = solve(weight, quantized, h, 6, solver="svd")
     assert_sound(factors, weight, quantized, h)
-    u, s, vt = torch.linalg.svd((weight - quantized).double(), full_matrices=False)
-    product = factors.A.double() @ factors.B.double().T
-    expected = (u[:, :6] * s[:6]) @ vt[:6]
-    # Singular vectors move by rounding over the gap to the next value, here some 1e-2 of the largest.
-    assert (product - expected).norm() <= 1e-4 * expected.norm()
-    assert factors.trace[-1] == pytest.approx(s[6:].square().sum().item() / 2, rel=1e-5)
+    error = (weight - quantized).double()
+    # What leaves the least is the truncated SVD. How near the products are depends on the gap between two singular
+    # values of whatever was drawn.
+    least = torch.linalg.svdvals(error)[6:].square().sum().item() / 2
+    left = (error - factors.A.double() @ factors.B.double().T).square().sum().item() / 2
+    assert left == pytest.approx(least, rel=1e-5)
+    assert factors.trace[-1] == pytest.approx(least, rel=1e-5)
     plain = solve(weight, quantized, torch.eye(shape[1]), 6, solver="eigh")
     assert factors.trace[-1] == pytest.approx(plain.objective, rel=1e-5)
     # als without iterations is this start.
