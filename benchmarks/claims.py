@@ -105,8 +105,8 @@ def tasks(results: Path) -> Finding:
             for base, start in (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"))
         ]
         if all(record and set(record.get("after", ())) >= set(PAPER_TASKS) for record in found):
-            # What is wrong, so that less is better, as with perplexities.
             solved = True
+            # What is wrong, so that less is better, as with perplexities.
             wrong = [[1 - record["after"][task]["acc"] for task in PAPER_TASKS] for record in found if record]
             if (share := tables.paper_gap(*wrong)) is not None:
                 shares.append(share)

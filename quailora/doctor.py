@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quailora import ops, reference
+from quailora import half, ops, reference
 from quailora.precision import PRECISIONS, exact_products
 from quailora.quantized import Quantization, quantize
 from quailora.solvers import solve
@@ -139,7 +139,7 @@ def _cases(size: int) -> Iterator[_Case]:
             yield _gram_product_case(h, precision)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             yield _gram_case(n, dtype)
-    for dtype, name in ops.HALVES.items():
+    for dtype, name in half.NAMES.items():
         yield _half_case(size, dtype, name)
     for rank in (16, 33, 64, min(256, size)):
         yield _cholesky_case(rank, size)

@@ -30,18 +30,18 @@ _PRODUCTS = {
 }
 _GEMM_4BIT = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)  # of bitsandbytes 0.50
 
-DTYPES = (torch.bfloat16, torch.float16)
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def slow_dtypes() -> tuple[torch.dtype, ...]:
-    """Those of DTYPES in which torch has no fast products on this CPU: oneDNN makes them."""
+    """Those of NAMES in which torch has no fast products on this CPU: oneDNN makes them."""
     if not torch.backends.mkldnn.is_available():
-        return DTYPES
+        return tuple(NAMES)
     supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return tuple(dtype for dtype in DTYPES if not supported[dtype]())
+    return tuple(dtype for dtype in NAMES if not supported[dtype]())
 
 
 def obstacle(dtype: torch.dtype) -> Callable[[torch.device], str | None]:

@@ -121,8 +121,6 @@ def _reference(implementation: Callable[..., Any]) -> Backend:
 
 # ---- the registry
 
-HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
 # Operation -> its backends, the preferred one first.
 _BACKENDS: dict[str, tuple[Backend, ...]] = {
     "gram_": (Backend("extension", extension.gram_, extension.obstacle), _reference(reference.gram_)),
@@ -146,7 +144,7 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
             Backend("torch", nullcontext, half.obstacle(dtype)),
             Backend("fp32", partial(half.Float32Products, dtype)),
         )
-        for dtype, name in HALVES.items()
+        for dtype, name in half.NAMES.items()
     },
 }
 
@@ -240,6 +238,6 @@ def grouped_error_product_t(
 def half_products(device: torch.device, dtypes: Iterable[torch.dtype]) -> Iterator[None]:
     """Within it, a model on `device` that computes in these `dtypes` makes its products in the fastest way there is."""
     with ExitStack() as stack:
-        for dtype in HALVES.keys() & set(dtypes):
-            stack.enter_context(_choose(f"{HALVES[dtype]}_products", device).implementation())
+        for dtype in half.NAMES.keys() & set(dtypes):
+            stack.enter_context(_choose(f"{half.NAMES[dtype]}_products", device).implementation())
         yield

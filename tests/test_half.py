@@ -145,7 +145,10 @@ def test_factors_that_do_not_go_together_stay_an_error() -> None:
 
 
 def test_what_is_slow_is_what_onednn_does_not_support(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(half.slow_dtypes()) <= set(HALVES)
+    for bf16, fp16, slow in ((True, True, ()), (True, False, HALVES[1:]), (False, True, HALVES[:1])):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda bf16=bf16: bf16)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda fp16=fp16: fp16)
+        assert half.slow_dtypes() == slow
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert half.slow_dtypes() == HALVES
 
