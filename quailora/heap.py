@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _OWN_PAGES = 256 * 2**10
-_GLIBC_MOST = 32 * 2**20  # where glibc's threshold, which grows by itself with what is freed, ends
+_GLIBC_MOST = 32 * 2**20  # where glibc's threshold, which grows by itself with what is freed, ends; half the other's
 _IS_MMAPPED = 2  # malloc.c: a bit of the size that stands before every chunk
 
 
@@ -21,7 +21,7 @@ def freed_at_once() -> Iterator[None]:
     then within some hundredths of what is live. Without it gaps between tensors add half to the peak of a small model.
 
     It costs a page fault for every 4 KiB that is allocated anew: a quarter of the time for SmolLM2-135M, less for wider
-    models. Afterwards the threshold is fixed at 32 MiB.
+    models. Afterwards the thresholds are fixed where glibc's own growth would end.
     """
     libc = _glibc()
     if libc is None:
@@ -35,6 +35,7 @@ def freed_at_once() -> Iterator[None]:
         for gap in gaps:
             libc.free(gap)
         libc.mallopt(_M_MMAP_THRESHOLD, _GLIBC_MOST)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _GLIBC_MOST)
 
 
 def _gaps(libc: ctypes.CDLL) -> Iterator[int]:

@@ -27,6 +27,7 @@ from quailora.checkpoint import Checkpoint
 from quailora.crew import Crew
 from quailora.errors import AdapterError, CalibrationError, CheckpointError, MismatchError, QuailoraError
 from quailora.files import check_new_folder
+from quailora.heap import freed_at_once
 from quailora.meter import Meter
 from quailora.progress import Progress
 from quailora.quantized import Quantization, QuantizedWeight, quantization_of, quantize, read
@@ -113,12 +114,13 @@ def build_adapter(
     quantization = quantization or default_quantization(dtype)
     form = Quantization.from_config(quantization)
 
-    base = adapters.quantized_skeleton(source, quantization, dtype)
-    model = adapters.adapted_skeleton(base, config, source)
+    with freed_at_once():  # skeletons have each parameter on the CPU for a moment: gaps would grow with the depth
+        base = adapters.quantized_skeleton(source, quantization, dtype)
+        model = adapters.adapted_skeleton(base, config, source)
+        stream = StreamedModel(source, meter.device, dtype)
     targets, left = adapters.find_targets(model)
     if not targets:
         raise AdapterError(f"no quantised linear is targeted: {_enumerate(left)}")
-    stream = StreamedModel(source, meter.device, dtype)
     adapters.check_can_be_saved(model, stream)
     data = read_calibration(
         source,
@@ -263,7 +265,8 @@ def initialize(
         raise AdapterError(f"no quantised linear is targeted: {_enumerate(left)}; is the base loaded in 4 or 8 bits?")
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     meter = Meter(default_device(device or targets[0].base.weight.device), memory_budget, host_memory_budget)
-    stream = StreamedModel(source, meter.device, source.dtype)
+    with freed_at_once():
+        stream = StreamedModel(source, meter.device, source.dtype)
     _check_shapes(peft_model, targets, stream)
     data = read_calibration(
         source,

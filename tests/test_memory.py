@@ -19,8 +19,6 @@ import memory
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="takes Linux's /proc")
 
 SMALL = memory.Size(hidden=768, inner=3072, blocks=4, heads=4, groups=2, vocabulary=256)
-# Bytes that the modules of a block take, with no weights in them, in the model and in the one that PEFT adapts.
-SKELETON = 3 * 2**18
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +38,14 @@ def measure(model: Path, samples: int, budget: str, batch_size: int | None = Non
 
 
 def test_the_peak_grows_neither_with_depth_nor_with_data(tmp_path: Path) -> None:
-    """The budget has one block in memory at a time, and the hidden states of many samples on disk. The modules
-    themselves, empty as they are, grow with the depth, which shows in a model as small as this."""
+    """The budget has one block in memory at a time, and the hidden states of many samples on disk. What does grow with
+    the depth are the modules themselves, empty as they are: 0.17 MiB a block, 4 % of what a model this small takes."""
     shallow, deep = tmp_path / "shallow", tmp_path / "deep"
     memory.write_model(shallow, SMALL)
     memory.write_model(deep, replace(SMALL, blocks=32))
     runs = ((shallow, 16), (deep, 16), (shallow, 512))
     base, deeper, longer = (measure(model, samples, "148MiB", 8)["measured"] for model, samples in runs)
-    assert deeper - base < 0.05 * base + 28 * SKELETON
+    assert deeper == pytest.approx(base, rel=0.05)
     assert longer == pytest.approx(base, rel=0.05)
 
 
