@@ -316,7 +316,7 @@ def error(
     if out is None:
         out = torch.empty(rows, n, dtype=torch.float32, device=weight.device)
     assert out.is_contiguous() and out.shape == (rows, n), f"expected contiguous ({rows}, {n}), got {tuple(out.shape)}"
-    setting = _ERROR_SETTING
+    setting = _error_setting(target_of(weight.device))
     _error_kernel[_error_grid(rows, n)](
         weight.contiguous(), *_packed(weight, codes), _table(codes, weight), out, start, start + rows, n, n // 2,
         EVEN=rows % setting["ROWS"] == n % setting["COLUMNS"] == 0,
@@ -415,7 +415,7 @@ def _table(codes: Codes | None, filling: Tensor) -> Tensor:
 
 
 def _error_grid(rows: int, n: int) -> tuple[int, int]:
-    return triton.cdiv(rows, _ERROR_SETTING["ROWS"]), triton.cdiv(n, _ERROR_SETTING["COLUMNS"])
+    return triton.cdiv(rows, _ERROR_TILE["ROWS"]), triton.cdiv(n, _ERROR_TILE["COLUMNS"])
 
 
 def _grid(setting: Setting, kept: Sequence[int], inner: Sequence[int]) -> tuple[int, int]:
@@ -444,9 +444,15 @@ def _constants(codes: Codes | None, n: int, columns: int) -> dict[str, Any]:
     }
 
 
-# Of the kernel that writes E: 16 elements to a thread, for the pointers of ragged rows to fit its registers; still, the
-# look-up table is less than a tenth of what a program reads and writes.
-_ERROR_SETTING: Setting = {"ROWS": 16, "COLUMNS": 256, "num_warps": 8, "num_stages": 1}
+# Of the kernel that writes E: so large that the look-up table is less than a tenth of what a program reads and writes.
+_ERROR_TILE: Setting = {"ROWS": 16, "COLUMNS": 256}
+
+
+def _error_setting(target: str) -> Setting:
+    """8 elements to a thread, which for W in 16 bits is one load; a pointer for each, where rows are ragged, fits the
+    registers that ptxas likes to give. (A warp of AMD has 64 threads.)"""
+    return _ERROR_TILE | {"num_warps": 16 if target.startswith("sm_") else 8, "num_stages": 1}
+
 
 # Sums that a program keeps at most; 8 warps have room for three times as many numbers beside them. bf16x3 holds its
 # factors twice, and ieee all that a step multiplies, at once: they keep less.
@@ -509,7 +515,7 @@ class _Case:
         if self.precision == "bf16x3" and self.form != "even" and self.kind != "4bit":
             kept, inner = (32 if self.rank == 256 else 64), 16  # fp32 or int8 as it is loaded, beside its two halves
         if (self.kind, self.dtype, self.form) == ("int8", torch.float32, "masked"):
-            inner = 16
+            kept, inner = (32 if self.rank == 256 else kept), 16
         if self.form == "ragged":  # a pointer for every element and an absmax for every few: more registers
             kept, inner = min(kept, 32 if self.precision == "ieee" and self.rank in (64, 128) else 64), 16
         nvidia = target.startswith("sm_")
@@ -617,7 +623,7 @@ def variants(target: str) -> Iterator[Variant]:
     packed = [("4bit", *of) for of in _MIXED] + [(kind, dtype, dtype) for kind, dtype in _KINDS if kind != "dense"]
     for (kind, dtype, compute), form in product(packed, _FORMS):
         for out in dict.fromkeys((dtype, torch.float32)):
-            yield _error_variant(kind, dtype, form, compute, out)
+            yield _error_variant(target, kind, dtype, form, compute, out)
 
 
 _FORMS = {"even": 4096, "masked": 4096, "ragged": 4095}  # with an n of each
@@ -654,8 +660,11 @@ def _product_variants(
         return _grid(call, *(([call["n"]] * len(heights), heights) if case.transposed else (heights, [call["n"]])))
 
     # The tensor cores of sm_90 take a left factor in tf32 from registers. Where W is one as it is loaded, with no codes
-    # to look up and to pair with, it is copied in the pieces that a thread holds: 8 bytes.
-    narrow = target == "sm_90" and case.precision == "tf32" and not case.transposed and case.kind != "4bit"
+    # to look up and to pair with, it is copied in the pieces that a thread holds: 8 bytes. And from shared memory only
+    # elements of 16 bits are read transposed: a W in fp32 that is walked across goes there in pieces of 4 bytes.
+    across = case.transposed and case.dtype == torch.float32 and target in ("sm_90", "sm_100")
+    along = not case.transposed and target == "sm_90"
+    narrow = case.precision == "tf32" and case.kind != "4bit" and (across or along)
     for number, setting in enumerate(case.settings(target)):
         constants = case.constants(_example(case.kind, compute or case.dtype), _FORMS[case.form], setting)
         yield Variant(
@@ -675,8 +684,10 @@ def _product_variants(
         )
 
 
-def _error_variant(kind: str, dtype: torch.dtype, form: str, compute: torch.dtype, out: torch.dtype) -> Variant:
-    n, setting = _FORMS[form], _ERROR_SETTING
+def _error_variant(
+    target: str, kind: str, dtype: torch.dtype, form: str, compute: torch.dtype, out: torch.dtype
+) -> Variant:
+    n, setting = _FORMS[form], _error_setting(target)
     pointers = _types(kind, dtype)
     pointers |= {"table": "*i64" if kind == "4bit" else pointers["weight"], "out": f"*{_DTYPES[out]}"}
     words = ["error", kind, _DTYPES[dtype], *([] if compute == dtype else ["q", _DTYPES[compute]])]
