@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from quailora import ops
 from quailora.activations import Calls, collect
 from quailora.blocks import StreamedModel, linear_weight
 from quailora.calibration import Calibration
@@ -23,7 +24,7 @@ def gather(checkpoint: Checkpoint, calibration: Calibration) -> dict[str, tuple[
     for index, block in enumerate(model.blocks):
         linears = block.linears()
         with model.resident(f"{block.name}."):
-            with collect(linears) as collector:
+            with ops.half_products(model.device, [model.dtype]), collect(linears) as collector:
                 for number, (batch, (_, calls)) in enumerate(zip(batches, recorded, strict=True)):
                     with collector.batch(batch.keep):
                         states[number] = calls[index].run(block.module, states[number])
