@@ -35,8 +35,8 @@ TOKENS_PER_BATCH = 8192  # enough for matrix products to be efficient, little be
 _FEWER_TOKENS = 2048  # still efficient; below, each halving of the batch costs time
 
 # What no shapes tell: allocators round up and leave gaps, BLAS packs its operands, threads have stacks. A GPU's caching
-# allocator keeps pieces of 2 MiB and up, and cuBLAS takes a workspace of 32 MiB (on Hopper; 8 elsewhere). On CPUs 20 MiB
-# were seen with AVX2 and 40 MiB with AVX-512.
+# allocator keeps pieces of 2 MiB and up, and cuBLAS takes a workspace of 32 MiB (on Hopper; 8 elsewhere). CPUs
+# took 20 MiB with AVX2 and 40 MiB with AVX-512.
 _SLACK = 0.03
 _LIBRARIES = {"cpu": 30 * 2**20, "cuda": 64 * 2**20}
 
