@@ -662,9 +662,17 @@ def _product_variants(
     # The tensor cores of sm_90 take a left factor in tf32 from registers. Where W is one as it is loaded, with no codes
     # to look up and to pair with, it is copied in the pieces that a thread holds: 8 bytes. And from shared memory only
     # elements of 16 bits are read transposed: a W in fp32 that is walked across goes there in pieces of 4 bytes.
-    across = case.transposed and case.dtype == torch.float32 and target in ("sm_90", "sm_100")
-    along = not case.transposed and target == "sm_90"
-    narrow = case.precision == "tf32" and case.kind != "4bit" and (across or along)
+    # (Beside it the other factor or the codes are still read in 16 bytes, but in the smallest tiles of sm_90.)
+    along = target == "sm_90" and not case.transposed and case.kind != "4bit"
+    across = (
+        case.transposed
+        and case.dtype == torch.float32
+        and (
+            (case.kind == "dense" and target in ("sm_90", "sm_100"))
+            or (case.kind == "int8" and target == "sm_90" and case.rank == 256)
+        )
+    )
+    narrow = case.precision == "tf32" and (along or across)
     for number, setting in enumerate(case.settings(target)):
         constants = case.constants(_example(case.kind, compute or case.dtype), _FORMS[case.form], setting)
         yield Variant(

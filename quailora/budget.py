@@ -35,10 +35,13 @@ TOKENS_PER_BATCH = 8192  # enough for matrix products to be efficient, little be
 _FEWER_TOKENS = 2048  # still efficient; below, each halving of the batch costs time
 
 # What no shapes tell: allocators round up and leave gaps, BLAS packs its operands, threads have stacks. A GPU's caching
-# allocator keeps pieces of 2 MiB and up, and cuBLAS takes a workspace of 32 MiB (on Hopper; 8 elsewhere). CPUs
-# took 20 MiB with AVX2 and 40 MiB with AVX-512.
+# allocator keeps pieces of 2 MiB and up, and cuBLAS takes a workspace of 32 MiB (on Hopper; 8 elsewhere). A CPU
+# with AVX-512 took 40 MiB, one with AVX2 20 MiB.
 _SLACK = 0.03
-_LIBRARIES = {"cpu": 30 * 2**20, "cuda": 64 * 2**20}
+_LIBRARIES = {
+    "cpu": (40 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 30) * 2**20,
+    "cuda": 64 * 2**20,
+}
 
 _READ_RATE = 2e9  # bytes per second of an NVMe disk, assumed
 _PINNED_PIECE = 32 * 2**20  # what a prefetch reads at a time, see `blocks.py`

@@ -13,6 +13,8 @@ from unittest import mock
 
 import pytest
 
+from quailora.budget import _LIBRARIES
+
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import memory
 
@@ -39,12 +41,14 @@ def measure(model: Path, samples: int, budget: str, batch_size: int | None = Non
 
 def test_the_peak_grows_neither_with_depth_nor_with_data(tmp_path: Path) -> None:
     """The budget has one block in memory at a time, and the hidden states of many samples on disk. What does grow with
-    the depth are the modules themselves, empty as they are: 0.17 MiB a block, 4 % of what a model this small takes."""
+    the depth are the modules themselves, empty as they are, which shows in a model as small as this."""
     shallow, deep = tmp_path / "shallow", tmp_path / "deep"
     memory.write_model(shallow, SMALL)
     memory.write_model(deep, replace(SMALL, blocks=32))
     runs = ((shallow, 16), (deep, 16), (shallow, 512))
-    base, deeper, longer = (measure(model, samples, "138MiB", 8)["measured"] for model, samples in runs)
+    # What the plan has for libraries, which differs between CPUs, and so little more that hidden states go to disk.
+    tight = f"{_LIBRARIES['cpu'] // 2**20 + 108}MiB"
+    base, deeper, longer = (measure(model, samples, tight, 8)["measured"] for model, samples in runs)
     assert deeper == pytest.approx(base, rel=0.05)
     assert longer == pytest.approx(base, rel=0.05)
 
