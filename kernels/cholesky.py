@@ -34,12 +34,14 @@ FLOPs: 2 per element of (m, k, n). Bytes: each operand once per tile of the othe
 """
 
 from collections.abc import Iterator
+from itertools import product as combinations
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quailora.kernels.padding import padded, round_up
 from quailora.kernels.settings import FP_FUSION
 from quailora.kernels.variants import Variant
 
@@ -86,7 +88,7 @@ def _factor_tile(tile, least, refused, start, first_refused, BLOCK: tl.constexpr
     return inverse, accepted, first_refused
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["r", "system_stride", "row_stride"])
 def factor_kernel(
     systems,  # (batch, r, r) fp32, of which the lower triangle is read
     least,  # (batch, r) fp32: a pivot must be above it
@@ -150,7 +152,7 @@ def factor_kernel(
     tl.store(info + system, first_refused)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def product_kernel(
     left,  # (batch, m, k) fp32
     right,  # (batch, k, n) fp32
@@ -202,12 +204,12 @@ def factor(systems: Tensor, least: Tensor, refused: float) -> tuple[Tensor, Tens
     with 1.0, what the columns before leave of it, at its own length; with 0.0, zeros; with NaN, no solution.
     """
     batch, r, _ = systems.shape
-    padded = triton.cdiv(r, _BLOCK) * _BLOCK
-    lower = systems.new_empty(batch, padded, padded)
-    inverse = systems.new_zeros(batch, padded, padded)
+    size = round_up(r, _BLOCK)
+    lower = systems.new_empty(batch, size, size)
+    inverse = systems.new_zeros(batch, size, size)
     info = torch.empty(batch, dtype=torch.int32, device=systems.device)
     factor_kernel[(batch,)](
-        systems, least, lower, inverse, info, refused, r, padded, *systems.stride(),
+        systems, least, lower, inverse, info, refused, r, size, *systems.stride(),
         **_factor_settings(r), enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return inverse[:, :r, :r], info
@@ -249,8 +251,10 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
     positive (or not finite); the solution of such a system is NaN. Both triangles of `systems` must be filled: the
     factor is made of the lower one, the refinement of both.
     """
-    c = systems.reshape(-1, *systems.shape[-2:])
-    y = right_hand_sides.reshape(-1, *right_hand_sides.shape[-2:])
+    r, k = right_hand_sides.shape[-2:]
+    c = padded(systems.reshape(-1, r, r), round_up(r), round_up(r))
+    c.diagonal(dim1=1, dim2=2)[:, r:].fill_(1)  # the identity in what was added
+    y = padded(right_hand_sides.reshape(-1, r, k), round_up(r), k)
     inverse, info = factor(c, c.new_zeros(c.shape[:2]), refused=float("nan"))
 
     def divide(numerator: Tensor) -> Tensor:
@@ -258,7 +262,7 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
 
     x = divide(y)
     x = x + divide(product(c, x, base=y))
-    return x.reshape(right_hand_sides.shape), info.reshape(systems.shape[:-2])
+    return x[:, :r].reshape(right_hand_sides.shape), info.reshape(systems.shape[:-2])
 
 
 def variants(target: str) -> Iterator[Variant]:
@@ -288,19 +292,20 @@ def variants(target: str) -> Iterator[Variant]:
         "right-transposed": ("left_column", "right_row", "base_row"),
         "base-transposed": ("left_column", "right_column", "base_row"),
     }
-    for tile, warps in _WARPS.items():
-        for layout, ones in layouts.items():
-            for has_base in (False, True) if layout != "base-transposed" else (True,):
-                others = [name for name in strides if name not in ones]
-                yield Variant(
-                    name=f"product-{layout}-{'update' if has_base else 'new'}-{tile}",
-                    kernel=product_kernel,
-                    signature=dict.fromkeys(("left", "right", "base", "out"), "*fp32")
-                    | dict.fromkeys(("m", "n", "k", "splits", "split", *others), "i32"),
-                    constexprs=dict.fromkeys(ones, 1) | {"HAS_BASE": has_base, "TILE": tile, "STEP": _STEP},
-                    attrs=("left", "right", "base", "out", "m", "n", "k", "split", *others),
-                    num_warps=warps,
-                    num_stages=_STAGES,
-                    uses_tensor_cores=False,
-                    grid=lambda a: (triton.cdiv(a["m"], a["TILE"]), triton.cdiv(a["n"], a["TILE"]), a["splits"]),
-                )
+    # Ranks are divisible by 16 here; of a product one size at most is of a linear, and may be any.
+    for (tile, warps), (layout, ones), free in combinations(_WARPS.items(), layouts.items(), ("", "m", "n", "k")):
+        for has_base in (False, True) if layout != "base-transposed" else (True,):
+            sizes = ["m", "n", "k", "split", *(name for name in strides if name not in ones)]
+            unaligned = {free, *(("right_row", "base_row") if free == "n" else ())}
+            yield Variant(
+                name=f"product-{layout}-{'update' if has_base else 'new'}-{tile}{free and f'-any-{free}'}",
+                kernel=product_kernel,
+                signature=dict.fromkeys(("left", "right", "base", "out"), "*fp32")
+                | dict.fromkeys(("splits", *sizes), "i32"),
+                constexprs=dict.fromkeys(ones, 1) | {"HAS_BASE": has_base, "TILE": tile, "STEP": _STEP},
+                attrs=("left", "right", "base", "out", *(name for name in sizes if name not in unaligned)),
+                num_warps=warps,
+                num_stages=_STAGES,
+                uses_tensor_cores=False,
+                grid=lambda a: (triton.cdiv(a["m"], a["TILE"]), triton.cdiv(a["n"], a["TILE"]), a["splits"]),
+            )

@@ -11,7 +11,7 @@ with Q the values of the forward pass, rounded to its compute dtype.
     weight     (m, n) bf16, fp16 or fp32, row-major
     codes      4 bits: (ceil(m n / 2),) uint8, high nibble first.  LLM.int8: (m, n) int8
     absmax     4 bits: (ceil(m n / b),) fp32.  LLM.int8: (m,) fp32
-    right      (n, r) fp32;  left (m, r) fp32
+    right      (n, r) fp32;  left (m, r) fp32; in the kernel with columns of zeros up to RANK, which tensor cores take
 
 One kernel makes both products, of up to three linears that share their input. A program keeps a tile of KEPT rows of
 the product in registers and walks along the other side of E, INNER at a time:
@@ -28,9 +28,10 @@ the product in registers and walks along the other side of E, INNER at a time:
 product of its own and torch adds them in a fixed order: the same bits every run, which atomics would not give.
 
 Bytes per element of E, from bf16 and b = 64: W 2, codes 0.5, absmax 0.06 (0.12 or 0.25 where a step, of 32 or 16, is
-shorter than b). P is read once for every tile of KEPT rows: 4 r / KEPT more, from L2. The partial products, written,
-read and added, are 8 r splits / n more. FLOPs per element: 2 r. All that is requested of global memory at 4096 x 4096,
-in parts of the 2.56 that W and Q are; finer precisions have room for fewer sums, and so read P for more tiles:
+shorter than b). P is read once for every tile of KEPT rows: 4 RANK / KEPT more, from L2. The partial products,
+written, read and added, are 8 RANK splits / n more. FLOPs per element: 2 RANK. All that is requested of global memory
+at 4096 x 4096, in parts of the 2.56 that W and Q are; finer precisions have room for fewer sums, and so read P for
+more tiles:
 
     r                  16      32      64      128     256
     bf16, tf32         1.2     1.4     1.8     3.0     7.8
@@ -38,6 +39,9 @@ in parts of the 2.56 that W and Q are; finer precisions have room for fewer sums
     ieee               1.3     1.5     2.7     4.4     7.8
 
 A `weight` without codes is E itself, such as the one that `error` has written in bf16 over W: 2 bytes per element.
+
+What a kernel is compiled for is told by its constants alone: that a row of E is `units` times ALIGNMENT elements, for
+one. Triton's own habit, to compile anew for sizes that 16 divides, would make more forms than anyone could try.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +55,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quailora.kernels.padding import padded
 from quailora.kernels.precision import PRECISIONS, dot
 from quailora.kernels.settings import FP_FUSION, Problem, Setting, chosen, shared_bytes, target_of
 from quailora.kernels.variants import Variant
@@ -115,18 +120,18 @@ def _error_tile(
     rows,
     column,
     m,
-    n,
-    pairs_per_row,
+    units,
     BITS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     GRANULE: tl.constexpr,
-    PAIRED: tl.constexpr,
     Q_DTYPE: tl.constexpr,
     EVEN: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """E at `rows` and the COLUMNS columns from `column` on: fp32, 0 beyond m and n."""
+    """E at `rows` and the COLUMNS columns from `column` on: fp32, 0 beyond m and n = units ALIGNMENT."""
     ROWS: tl.constexpr = rows.shape[0]
+    n = units * ALIGNMENT
     columns = column + tl.arange(0, COLUMNS)
     row_starts = rows.to(tl.int64) * n  # m n may exceed 2³¹
     there = rows < m
@@ -139,7 +144,8 @@ def _error_tile(
         absmax = _load(absmax_ptr + rows, there, EVEN)
         return weight - codes * absmax[:, None] * (1 / 127)  # in the order of bitsandbytes: the same bits
     else:
-        if PAIRED:  # a row begins with a whole byte: one look-up for two elements
+        if ALIGNMENT > 1:  # a row begins with a whole byte: one look-up for two elements
+            pairs_per_row = units * (ALIGNMENT // 2)
             pairs = column // 2 + tl.arange(0, COLUMNS // 2)
             byte_ptrs = codes_ptr + (rows.to(tl.int64) * pairs_per_row)[:, None] + pairs[None, :]
             bytes = _load(byte_ptrs, there[:, None] & (pairs < pairs_per_row)[None, :], EVEN)
@@ -167,7 +173,7 @@ def _look_up(table, bytes):
     return high, low
 
 
-@triton.jit(do_not_specialize=["start", "stop"])  # one compiled form for all panels of a matrix
+@triton.jit(do_not_specialize=["start", "stop", "units"])
 def _error_kernel(
     weight_ptr,
     codes_ptr,
@@ -176,12 +182,11 @@ def _error_kernel(
     out_ptr,
     start,
     stop,
-    n,
-    pairs_per_row,
+    units,
     BITS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     GRANULE: tl.constexpr,
-    PAIRED: tl.constexpr,
     Q_DTYPE: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -196,15 +201,16 @@ def _error_kernel(
     column = tl.program_id(1) * COLUMNS
     table = tl.load(table_ptr + tl.arange(0, 256)) if BITS == 4 else 0
     error = _error_tile(
-        weight_ptr, codes_ptr, absmax_ptr, table, rows, column, stop, n, pairs_per_row,
-        BITS, BLOCKSIZE, GRANULE, PAIRED, Q_DTYPE, EVEN, COLUMNS,
+        weight_ptr, codes_ptr, absmax_ptr, table, rows, column, stop, units,
+        BITS, BLOCKSIZE, ALIGNMENT, GRANULE, Q_DTYPE, EVEN, COLUMNS,
     )  # fmt: skip
+    n = units * ALIGNMENT
     columns = column + tl.arange(0, COLUMNS)
     out_ptrs = out_ptr + (rows - start).to(tl.int64)[:, None] * n + columns[None, :]
     tl.store(out_ptrs, error.to(out_ptr.dtype.element_ty), mask=(rows < stop)[:, None] & (columns < n)[None, :])
 
 
-@triton.jit(do_not_specialize=["m_0", "m_1", "m_2"])  # nor for all heights, which no address depends on but by r
+@triton.jit(do_not_specialize=["m_0", "m_1", "m_2", "units"])
 def _error_product_kernel(
     weight_0,
     weight_1,
@@ -221,18 +227,14 @@ def _error_product_kernel(
     m_0,
     m_1,
     m_2,
-    r_0,
-    r_1,
-    r_2,
     table_ptr,
     partial_ptr,
-    n,
-    pairs_per_row,
+    units,
     TRANSPOSED: tl.constexpr,
     BITS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     GRANULE: tl.constexpr,
-    PAIRED: tl.constexpr,
     Q_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     RANK: tl.constexpr,
@@ -242,16 +244,16 @@ def _error_product_kernel(
 ):
     """partial[split] = the part of E P, or of Eᵀ A, that the split's share of the walk adds up to, for all linears.
 
-    thin: P (n, r), or A (m, r), of each linear. partial: (splits, Σ kept r), kept = m for E P and n for Eᵀ A.
-    A linear that is not there has m = 0 and r = 0. RANK: the largest r, padded to a power of two.
-    EVEN: of every linear, KEPT and INNER divide m and n, and r is RANK.
+    thin: P (n, RANK), or A (m, RANK), of each linear. partial: (splits, Σ kept, RANK), kept = m for E P and n for Eᵀ A.
+    A linear that is not there has m = 0. EVEN: of every linear, KEPT and INNER divide m and n.
     """
-    if TRANSPOSED:
-        tiles_0 = tl.cdiv(n, KEPT)
-        tiles_1 = tl.cdiv(n, KEPT)
+    n = units * ALIGNMENT
+    if TRANSPOSED:  # the rows of each linear's product
+        kept_0, kept_1, kept_2 = n, tl.where(m_1 > 0, n, 0), tl.where(m_2 > 0, n, 0)
     else:
-        tiles_0 = tl.cdiv(m_0, KEPT)
-        tiles_1 = tl.cdiv(m_1, KEPT)
+        kept_0, kept_1, kept_2 = m_0, m_1, m_2
+    tiles_0 = tl.cdiv(kept_0, KEPT)
+    tiles_1 = tl.cdiv(kept_1, KEPT)
     tile = tl.program_id(0)
     split = tl.program_id(1)
     linear = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_0 + tiles_1).to(tl.int32)
@@ -260,7 +262,6 @@ def _error_product_kernel(
     weight_ptr = _select(linear, weight_0, weight_1, weight_2)
     thin_ptr = _select(linear, thin_0, thin_1, thin_2)
     m = _select(linear, m_0, m_1, m_2)
-    r = _select(linear, r_0, r_1, r_2)
     if BITS == 0:
         codes_ptr = weight_ptr
         absmax_ptr = weight_ptr
@@ -271,10 +272,8 @@ def _error_product_kernel(
 
     if TRANSPOSED:
         kept_size, inner_size = n, m
-        size_0, size_1, size_2 = n * r_0, n * r_1, n * r_2
     else:
         kept_size, inner_size = m, n
-        size_0, size_1, size_2 = m_0 * r_0, m_1 * r_1, m_2 * r_2
 
     kept = tile * KEPT + tl.arange(0, KEPT)
     ranks = tl.arange(0, RANK)
@@ -282,24 +281,24 @@ def _error_product_kernel(
     for start in range(split * INNER, inner_size, tl.num_programs(1) * INNER):
         inner = start + tl.arange(0, INNER)
         # Not read beyond its end, where a NaN may be: 0 in E would not silence it.
-        thin_mask = (inner < inner_size)[:, None] & (ranks < r)[None, :]
-        thin = _load(thin_ptr + inner.to(tl.int64)[:, None] * r + ranks[None, :], thin_mask, EVEN)
+        thin_ptrs = thin_ptr + inner.to(tl.int64)[:, None] * RANK + ranks[None, :]
+        thin = _load(thin_ptrs, (inner < inner_size)[:, None], EVEN)
         if TRANSPOSED:
             error = _error_tile(
-                weight_ptr, codes_ptr, absmax_ptr, table, inner, tile * KEPT, m, n, pairs_per_row,
-                BITS, BLOCKSIZE, GRANULE, PAIRED, Q_DTYPE, EVEN, KEPT,
+                weight_ptr, codes_ptr, absmax_ptr, table, inner, tile * KEPT, m, units,
+                BITS, BLOCKSIZE, ALIGNMENT, GRANULE, Q_DTYPE, EVEN, KEPT,
             )  # fmt: skip
             error = tl.trans(error)
         else:
             error = _error_tile(
-                weight_ptr, codes_ptr, absmax_ptr, table, kept, start, m, n, pairs_per_row,
-                BITS, BLOCKSIZE, GRANULE, PAIRED, Q_DTYPE, EVEN, INNER,
+                weight_ptr, codes_ptr, absmax_ptr, table, kept, start, m, units,
+                BITS, BLOCKSIZE, ALIGNMENT, GRANULE, Q_DTYPE, EVEN, INNER,
             )  # fmt: skip
         sum = dot(error, thin, sum, PRECISION)
 
-    before = split.to(tl.int64) * (size_0 + size_1 + size_2) + _select(linear, 0, size_0, size_0 + size_1)
-    partial_ptrs = partial_ptr + before + kept.to(tl.int64)[:, None] * r + ranks[None, :]
-    tl.store(partial_ptrs, sum, mask=(kept < kept_size)[:, None] & (ranks < r)[None, :])
+    before = split.to(tl.int64) * (kept_0 + kept_1 + kept_2) + _select(linear, 0, kept_0, kept_0 + kept_1)
+    partial_ptrs = partial_ptr + (before + kept)[:, None] * RANK + ranks[None, :]
+    tl.store(partial_ptrs, sum, mask=(kept < kept_size)[:, None])
 
 
 def error(
@@ -317,10 +316,11 @@ def error(
         out = torch.empty(rows, n, dtype=torch.float32, device=weight.device)
     assert out.is_contiguous() and out.shape == (rows, n), f"expected contiguous ({rows}, {n}), got {tuple(out.shape)}"
     setting = _error_setting(target_of(weight.device))
+    constants = _constants(codes, n, setting["COLUMNS"])
     _error_kernel[_error_grid(rows, n)](
-        weight.contiguous(), *_packed(weight, codes), _table(codes, weight), out, start, start + rows, n, n // 2,
-        EVEN=rows % setting["ROWS"] == n % setting["COLUMNS"] == 0,
-        **_constants(codes, n, setting["COLUMNS"]), **setting, enable_fp_fusion=FP_FUSION,
+        weight.contiguous(), *_packed(weight, codes), _table(codes, weight), out, start, start + rows,
+        n // constants["ALIGNMENT"], EVEN=rows % setting["ROWS"] == n % setting["COLUMNS"] == 0,
+        **constants, **setting, enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out
 
@@ -371,17 +371,17 @@ def _launch(
     setting: Setting | None = None,
 ) -> list[Tensor]:
     weights = [weight.contiguous() for weight, _ in errors]
-    thins = [thin.contiguous() for thin in thins]
     heights, n, device = [weight.shape[0] for weight in weights], weights[0].shape[1], weights[0].device
     ranks = [thin.shape[1] for thin in thins]
-    kept, inner = ([n] * len(errors), heights) if transposed else (heights, [n])
     codes = errors[0][1]
-    case = _Case.of(weights[0].dtype, codes, heights, n, ranks, transposed, precision)
+    case = _Case.of(weights[0].dtype, codes, heights, n, max(ranks), transposed, precision)
+    thins = [padded(thin, case.rank).contiguous() for thin in thins]
     if setting is None:
         setting = chosen(case.problem, case.settings(target_of(device)), device)
-    tiles, split = _grid(setting, kept, inner)
-    sizes = [size * rank for size, rank in zip(kept, ranks, strict=True)]
-    partial = torch.empty(split, sum(sizes), dtype=torch.float32, device=device)
+    constants = case.constants(codes, n, setting)
+    kept = [n] * len(errors) if transposed else heights
+    tiles, split = _grid(setting, kept, heights if transposed else [n])
+    partial = torch.empty(split, sum(kept), case.rank, dtype=torch.float32, device=device)
     packed = [_packed(*error) for error in errors]
     _error_product_kernel[(tiles, split)](
         *_filled(weights, weights[0]),
@@ -389,17 +389,15 @@ def _launch(
         *_filled([absmax for _, absmax in packed], packed[0][1]),
         *_filled(thins, thins[0]),
         *_filled(heights, 0),
-        *_filled(ranks, 0),
         _table(codes, partial),
         partial,
-        n,
-        n // 2,
-        **case.constants(codes, n, setting),
+        n // constants["ALIGNMENT"],
+        **constants,
         **setting,
         enable_fp_fusion=FP_FUSION,
     )
     total = partial.sum(dim=0) if split > 1 else partial[0]
-    return [flat.view(size, rank) for flat, size, rank in zip(total.split(sizes), kept, ranks, strict=True)]
+    return [product[:, :rank].contiguous() for product, rank in zip(total.split(kept), ranks, strict=True)]
 
 
 def _filled(values: Sequence[Any], filling: Any) -> list[Any]:
@@ -432,14 +430,22 @@ def _bits(codes: Codes | None) -> int:
     return 0 if codes is None else 8 if codes.blocksize is None else 4
 
 
+def _alignment(bits: int, n: int) -> int:
+    """A power of two that divides n. Blocks of 4-bit codes have 64 elements and more, and half as many bytes; of all
+    else, 16 are enough for loads of 16 bytes.
+    """
+    return next(size for size in ((64, 16, 1) if bits == 4 else (16, 1)) if n % size == 0)
+
+
 def _constants(codes: Codes | None, n: int, columns: int) -> dict[str, Any]:
     """What `_error_tile` must know of W and Q, for tiles of so many columns."""
     blocksize = codes.blocksize if codes is not None and codes.blocksize is not None else 1
+    alignment = _alignment(_bits(codes), n)
     return {
         "BITS": _bits(codes),
         "BLOCKSIZE": blocksize,
-        "GRANULE": min(blocksize, columns, n & -n),  # the greatest common divisor: all but n are powers of two
-        "PAIRED": n % 2 == 0,
+        "ALIGNMENT": alignment,
+        "GRANULE": min(blocksize, columns, alignment),  # the greatest common divisor: all are powers of two
         "Q_DTYPE": _TRITON_DTYPES[codes.dtype] if codes is not None else tl.float32,
     }
 
@@ -470,7 +476,7 @@ class _Case:
     rank: int  # the largest, padded: what tensor cores take
     precision: str
     transposed: bool
-    form: str  # "even": tiles reach over no edge; "masked": some do; "ragged": rows are not aligned to 16 elements
+    form: str  # of _FORMS
 
     @classmethod
     def of(
@@ -479,16 +485,18 @@ class _Case:
         codes: Codes | None,
         heights: Sequence[int],
         n: int,
-        ranks: Sequence[int],
+        rank: int,
         transposed: bool,
         precision: str,
     ) -> "_Case":
         assert precision in PRECISIONS, precision
-        padded = max(16, triton.next_power_of_2(max(ranks)))
-        even = all(size % _LARGEST_TILE == 0 for size in (n, *heights)) and all(rank == padded for rank in ranks)
-        form = "even" if even else "masked" if n % 16 == 0 else "ragged"
-        kind = {0: "dense", 4: "4bit", 8: "int8"}[_bits(codes)]
-        return cls(kind, dtype, padded, precision, transposed, form)
+        bits = _bits(codes)
+        alignment, even = _alignment(bits, n), all(size % _LARGEST_TILE == 0 for size in (n, *heights))
+        form = (
+            "even" if even else "ragged" if alignment == 1 else "masked16" if (bits, alignment) == (4, 16) else "masked"
+        )
+        kind = {0: "dense", 4: "4bit", 8: "int8"}[bits]
+        return cls(kind, dtype, max(16, triton.next_power_of_2(rank)), precision, transposed, form)
 
     @property
     def name(self) -> str:
@@ -510,11 +518,12 @@ class _Case:
         if self.precision == "bf16x3" and self.rank == 64 and frequent:
             # Without masks as many sums as in tf32 fit, though not everywhere beside whole steps.
             kept, inner = _LARGEST_TILE, 32 if target in ("sm_90", "sm_100", "gfx942") else 16
-        if self.form == "masked" and self.rank >= (128 if self.precision == "tf32" else 256):
+        masked = self.form in ("masked", "masked16")
+        if masked and self.rank >= (128 if self.precision == "tf32" else 256):
             inner = 16
         if self.precision == "bf16x3" and self.form != "even" and self.kind != "4bit":
             kept, inner = (32 if self.rank == 256 else 64), 16  # fp32 or int8 as it is loaded, beside its two halves
-        if (self.kind, self.dtype, self.form) == ("int8", torch.float32, "masked"):
+        if masked and (self.kind, self.dtype) == ("int8", torch.float32):
             kept, inner = (32 if self.rank == 256 else kept), 16
         if self.form == "ragged":  # a pointer for every element and an absmax for every few: more registers
             kept, inner = min(kept, 32 if self.precision == "ieee" and self.rank in (64, 128) else 64), 16
@@ -585,7 +594,7 @@ def problems(device: torch.device) -> Iterator[Problem]:
             )
         )
         thin = torch.randn(m if transposed else n, rank, device=device)
-        case = _Case.of(weight.dtype, codes, [m], n, [rank], transposed, precision)
+        case = _Case.of(weight.dtype, codes, [m], n, rank, transposed, precision)
         yield Problem(
             case.problem,
             case.settings(target_of(device)),
@@ -600,7 +609,7 @@ _MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (tor
 
 def variants(target: str) -> Iterator[Variant]:
     """Every setting of a 4-bit weight in bf16, in each form; for other kinds and dtypes those of ranks 64 and 256, in
-    the precisions that solvers ask for. (n is that of _FORMS: another may have shorter granules.)
+    the precisions that solvers ask for; all in blocks of 64.
     """
     directions = (False, True)
     for rank, precision, transposed, form in product((16, 32, 64, 128, 256), PRECISIONS, directions, _FORMS):
@@ -608,25 +617,26 @@ def variants(target: str) -> Iterator[Variant]:
     for (kind, dtype), rank, precision, transposed, form in product(
         _KINDS, (64, 256), ("bf16x3", "tf32"), directions, _FORMS
     ):
-        case = _Case(kind, dtype, rank, precision, transposed, form)
-        if (kind, dtype) != ("4bit", torch.bfloat16):
-            yield from _product_variants(target, case)
-        if form != "even":
-            yield from _product_variants(target, case, aligned=True)
-    for (kind, dtype), rank, transposed in product(
-        (("int8", torch.bfloat16), ("dense", torch.bfloat16)), (64, 256), directions
-    ):
-        yield from _product_variants(target, _Case(kind, dtype, rank, "bf16", transposed, "even"))
+        if (kind, dtype) != ("4bit", torch.bfloat16) and _has_form(kind, form):
+            yield from _product_variants(target, _Case(kind, dtype, rank, precision, transposed, form))
+    for kind, rank, transposed in product(("int8", "dense"), (64, 256), directions):
+        yield from _product_variants(target, _Case(kind, torch.bfloat16, rank, "bf16", transposed, "even"))
     for (dtype, compute), precision, transposed, form in product(_MIXED, ("bf16x3", "tf32"), directions, _FORMS):
-        case = _Case("4bit", dtype, 64, precision, transposed, form)
-        yield from _product_variants(target, case, compute, aligned=form != "even")
+        yield from _product_variants(target, _Case("4bit", dtype, 64, precision, transposed, form), compute)
     packed = [("4bit", *of) for of in _MIXED] + [(kind, dtype, dtype) for kind, dtype in _KINDS if kind != "dense"]
     for (kind, dtype, compute), form in product(packed, _FORMS):
         for out in dict.fromkeys((dtype, torch.float32)):
-            yield _error_variant(target, kind, dtype, form, compute, out)
+            if _has_form(kind, form):
+                yield _error_variant(target, kind, dtype, form, compute, out)
 
 
-_FORMS = {"even": 4096, "masked": 4096, "ragged": 4095}  # with an n of each
+# No tile reaches over an edge; some do; some do, and 16 divides n, but not 64, which codes of 4 bits are read for; some
+# do, and nothing divides n. With an n of each.
+_FORMS = {"even": 4096, "masked": 4160, "masked16": 4112, "ragged": 4095}
+
+
+def _has_form(kind: str, form: str) -> bool:
+    return kind == "4bit" or form != "masked16"
 
 
 def _example(kind: str, dtype: torch.dtype) -> Codes | None:
@@ -640,24 +650,16 @@ def _types(kind: str, dtype: torch.dtype) -> dict[str, str]:
     return {"weight": weight, "codes": codes, "absmax": weight if kind == "dense" else "*fp32"}
 
 
-def _product_variants(
-    target: str, case: _Case, compute: torch.dtype | None = None, aligned: bool = False
-) -> Iterator[Variant]:
-    """`compute`: the dtype of Q, else that of W. `aligned`: the ranks themselves are divisible by 16."""
-    types = _types(case.kind, case.dtype) | {"thin": "*fp32", "m": "i32", "r": "i32"}
+def _product_variants(target: str, case: _Case, compute: torch.dtype | None = None) -> Iterator[Variant]:
+    """`compute`: the dtype of Q, else that of W."""
+    types = _types(case.kind, case.dtype) | {"thin": "*fp32", "m": "i32"}
     names = {name: [f"{name}_{i}" for i in range(_GROUP)] for name in types}
-    attrs = [
-        "table_ptr",
-        "partial_ptr",
-        *(name for key in ("weight", "codes", "absmax", "thin") for name in names[key]),
-    ]
-    attrs += [] if case.form == "ragged" else ["n", "pairs_per_row"]
-    attrs += names["r"] if case.form == "even" or aligned else []
-    words = [case.name, *([] if compute is None else ["q", _DTYPES[compute]]), *(["aligned"] if aligned else [])]
+    pointers = [name for key in types if key != "m" for name in names[key]]
+    words = [case.name, *([] if compute is None else ["q", _DTYPES[compute]])]
 
     def grid(call: Mapping[str, Any]) -> tuple[int, int]:
-        heights = [call[f"m_{i}"] for i in range(_GROUP) if call[f"r_{i}"]]
-        return _grid(call, *(([call["n"]] * len(heights), heights) if case.transposed else (heights, [call["n"]])))
+        n, heights = call["units"] * call["ALIGNMENT"], [call[f"m_{i}"] for i in range(_GROUP) if call[f"m_{i}"]]
+        return _grid(call, *(([n] * len(heights), heights) if case.transposed else (heights, [n])))
 
     # The tensor cores of sm_90 take a left factor in tf32 from registers. Where W is one as it is loaded, with no codes
     # to look up and to pair with, it is copied in the pieces that a thread holds: 8 bytes. And from shared memory only
@@ -680,9 +682,9 @@ def _product_variants(
             kernel=_error_product_kernel,
             signature={name: kind_of for key, kind_of in types.items() for name in names[key]}
             | {"table_ptr": "*i64" if case.kind == "4bit" else "*fp32"}
-            | {"partial_ptr": "*fp32", "n": "i32", "pairs_per_row": "i32"},
+            | {"partial_ptr": "*fp32", "units": "i32"},
             constexprs=constants | {"KEPT": setting["KEPT"], "INNER": setting["INNER"]},
-            attrs=tuple(attrs),
+            attrs=(*pointers, "table_ptr", "partial_ptr"),
             num_warps=setting["num_warps"],
             num_stages=setting["num_stages"],
             maxnreg=setting.get("maxnreg"),
@@ -703,13 +705,13 @@ def _error_variant(
         name="-".join([*words, *([] if out == dtype else ["to-fp32"]), form]),
         kernel=_error_kernel,
         signature={f"{name}_ptr": of for name, of in pointers.items()}
-        | dict.fromkeys(("start", "stop", "n", "pairs_per_row"), "i32"),
+        | dict.fromkeys(("start", "stop", "units"), "i32"),
         constexprs={"EVEN": form == "even", "ROWS": setting["ROWS"], "COLUMNS": setting["COLUMNS"]}
         | _constants(_example(kind, compute), n, setting["COLUMNS"]),
-        attrs=(*(f"{name}_ptr" for name in pointers), *(() if form == "ragged" else ("n", "pairs_per_row"))),
+        attrs=tuple(f"{name}_ptr" for name in pointers),
         num_warps=setting["num_warps"],
         num_stages=setting["num_stages"],
         uses_tensor_cores=False,
-        grid=lambda call: _error_grid(call["stop"] - call["start"], call["n"]),
+        grid=lambda call: _error_grid(call["stop"] - call["start"], call["units"] * call["ALIGNMENT"]),
         uses_wide_loads=form == "even",
     )

@@ -41,6 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quailora.kernels.padding import padded, round_up
 from quailora.kernels.precision import PRECISIONS, dot
 from quailora.kernels.settings import FP_FUSION, Problem, Setting, chosen, target_of
 from quailora.kernels.variants import Variant
@@ -91,8 +92,10 @@ def gram_product(h: Tensor, right: Tensor, *, precision: str = "ieee") -> Tensor
 
 def grouped_gram_product(h: Tensor, rights: Sequence[Tensor], *, precision: str = "ieee") -> list[Tensor]:
     """[H P₀, H P₁, ...] in one pass over H: each P (n, r) fp32, with ranks of their own."""
-    right = torch.cat(list(rights), dim=1) if len(rights) > 1 else rights[0].contiguous()
-    partials = _launch(h.contiguous(), right, precision)
+    right = torch.cat(list(rights), dim=1) if len(rights) > 1 else rights[0]
+    k = right.shape[1]
+    right = padded(right, round_up(k)).contiguous()
+    partials = _launch(h.contiguous(), right, precision)[:, :, :k]
     # Linear by linear, so that each product is contiguous.
     return [part.sum(dim=0) for part in partials.split([each.shape[1] for each in rights], dim=2)]
 
@@ -162,20 +165,18 @@ def problems(device: torch.device) -> Iterator[Problem]:
 
 
 def variants(target: str) -> Iterator[Variant]:
-    aligned = {"even": ("n", "k"), "masked": ("n",), "ragged": (), "ragged-aligned": ("k",)}
-    for width, precision, (form, sizes) in product((16, 32, 64, 128), PRECISIONS, aligned.items()):
-        n = 4096 if "n" in sizes else 4095
+    for width, precision, n in product((16, 32, 64, 128), PRECISIONS, (4096, 4095)):
         for number, setting in enumerate(_settings(target, n, width, precision)):
             yield Variant(
-                name=f"k{width}-{precision}-{form}{f'-{number}' if number else ''}".replace("-even", ""),
+                name=f"{_problem(n, width, precision).removeprefix('gram_product-')}{f'-{number}' if number else ''}",
                 kernel=_gram_product_kernel,
                 signature={"h_ptr": "*fp32", "right_ptr": "*fp32", "partial_ptr": "*fp32", "n": "i32", "k": "i32"},
                 constexprs={"TILE": setting["TILE"], "WIDTH": width, "PRECISION": precision},
-                attrs=("h_ptr", "right_ptr", "partial_ptr", *sizes),
+                attrs=("h_ptr", "right_ptr", "partial_ptr", "k", *(["n"] if n % 16 == 0 else [])),
                 num_warps=setting["num_warps"],
                 num_stages=setting["num_stages"],
                 maxnreg=setting.get("maxnreg"),
                 uses_tensor_cores=precision != "ieee",
                 grid=lambda call: _grid(call["n"], call["k"], call["TILE"], call["WIDTH"]),
-                uses_wide_loads=form == "even",
+                uses_wide_loads=n % 16 == 0,
             )

@@ -54,7 +54,7 @@ class Launch:
 
     @classmethod
     def of(cls, variant: Variant, m: int, n: int) -> "Launch":
-        sizes = {"n": n, "m_0": m, "r_0": variant.constexprs["RANK"], "r_1": 0, "r_2": 0}
+        sizes = {"units": n // variant.constexprs["ALIGNMENT"], "m_0": m, "m_1": 0, "m_2": 0}
         return cls(variant, m, n, *variant.grid({**variant.constexprs, **sizes}))
 
     @property
@@ -92,10 +92,11 @@ def execute(launch: Launch) -> ptx.Counters:
     transposed = variant.constexprs["TRANSPOSED"]
     thin = random(m if transposed else n, R, seed=1)
     partial = torch.full((launch.splits, launch.kept * R), torch.nan)
-    arguments = {"table_ptr": codes.table, "partial_ptr": partial, "n": n, "pairs_per_row": n // 2}
+    units = n // variant.constexprs["ALIGNMENT"]
+    arguments = {"table_ptr": codes.table, "partial_ptr": partial, "units": units}
     for i in range(3):
         arguments |= {f"weight_{i}": weight, f"codes_{i}": codes.codes, f"absmax_{i}": codes.absmax, f"thin_{i}": thin}
-        arguments |= {f"m_{i}": m if i == 0 else 0, f"r_{i}": R if i == 0 else 0}
+        arguments[f"m_{i}"] = m if i == 0 else 0
     counters = ptx.run(variant, arguments, grid=(launch.tiles, launch.splits))
     product = partial.sum(dim=0).view(launch.kept, R)
     assert_product(product, error.T if transposed else error, thin, variant.constexprs["PRECISION"])
@@ -167,17 +168,17 @@ def test_instructions_of_the_dequantization(precision: str, shape: str) -> None:
     assert 1 < per_element[0] - per_element[1] <= 9  # a look-up, a multiplication: less than one cannot be
 
 
-@pytest.mark.parametrize("form", ["even", "masked", "ragged"])
+@pytest.mark.parametrize("form", ["even", "masked", "masked16", "ragged"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_error_may_take_the_place_of_the_weight(dtype: torch.dtype, form: str) -> None:
     """To the bit, and no thread reads what another has overwritten: that would be a race."""
     variant = shipped(error_products, f"error-4bit-{error_products._DTYPES[dtype]}-{form}")
-    m, n = {"even": (32, 256), "masked": (20, 320), "ragged": (20, 259)}[form]
+    m, n = {"even": (32, 256), "masked": (20, 320), "masked16": (20, 304), "ragged": (20, 259)}[form]
     weight = (0.02 * random(m, n)).to(dtype)
     quantized = quantize(weight, Quantization("nf4", blocksize=64, compute_dtype=dtype))
     expected, codes = reference.error(weight, quantized).to(dtype), Codes.of(quantized)
     pointers = {"weight": weight, "codes": codes.codes, "absmax": codes.absmax, "table": codes.table, "out": weight}
-    sizes = {"start": 0, "stop": m, "n": n, "pairs_per_row": n // 2}
+    sizes = {"start": 0, "stop": m, "units": n // variant.constexprs["ALIGNMENT"]}
     ptx.run(variant, {f"{name}_ptr": tensor for name, tensor in pointers.items()} | sizes)
     assert torch.equal(weight, expected)
 

@@ -275,12 +275,11 @@ def is_form(variant: Variant, call: dict[str, Any]) -> bool:
         return False
     if any(call[key] is None or POINTERS[call[key].dtype] != kind for key, kind in pointers_of(variant)):
         return False
-    if variant.kernel.fn.__module__ == cholesky.__name__:  # sizes that are not aligned make other forms, not compiled
-        return True
-    # Which sizes Triton takes to be divisible by 16; of linears that are not there r is 0, as any other size is not.
-    free = {"r_1", "r_2", *(each.name for each in variant.kernel.params if each.do_not_specialize)}
+    # Triton compiles anew for sizes that are 1 or divisible by 16.
+    free = {each.name for each in variant.kernel.params if each.do_not_specialize}
     sizes = {key for key, kind in variant.signature.items() if kind == "i32"} - free
-    return sizes & set(variant.attrs) == {key for key in sizes if call[key] % 16 == 0}
+    aligned = {key for key in sizes if call[key] % 16 == 0}
+    return sizes & set(variant.attrs) == aligned and all(call[key] != 1 for key in sizes)
 
 
 def pointers_of(variant: Variant) -> Iterator[tuple[str, str]]:

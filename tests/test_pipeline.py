@@ -1,5 +1,6 @@
 """From checkpoint to adapter: the result is an ordinary PEFT adapter, right for every LoRA setting."""
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import quailora
+import quailora.adapter
 import quailora.blockwise
+import quailora.pipeline
+from quailora import heap
 from quailora.adapter import find_targets
 from quailora.blocks import StreamedModel
 from quailora.budget import Plan
@@ -380,6 +384,41 @@ def test_at_most_one_block_is_in_memory_and_neither_model_is_ever_whole(
     build(tiny.checkpoint(tmp_path / "model", num_hidden_layers=5), tmp_path / "adapter")
     # The embeddings, then block 0 beside them (to see what a block returns), then every block by itself.
     assert seen == [(0, 1), (1, 0), *[(1, 0)] * 5]
+
+
+@pytest.mark.parametrize("made_by", ["build_adapter", "initialize"])
+def test_skeletons_leave_no_gaps_in_the_heap(made_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of their parameters is on the CPU for a moment, so many blocks would leave many gaps: while they are made,
+    what is freed has pages of its own."""
+    libc = heap._glibc()
+    if libc is None:
+        pytest.skip("malloc is not that of glibc")
+    own_pages: list[bool] = []
+
+    def spy(owner: Any, name: str) -> None:
+        make = getattr(owner, name)
+
+        def run(*args: Any) -> Any:
+            chunk = libc.malloc(heap._OWN_PAGES)
+            size = ctypes.c_size_t.from_address(chunk - ctypes.sizeof(ctypes.c_size_t)).value
+            own_pages.append(bool(size & heap._IS_MMAPPED))
+            libc.free(chunk)
+            return make(*args)
+
+        monkeypatch.setattr(owner, name, run)
+
+    folder = tiny.checkpoint(tmp_path / "model")
+    libc.mallopt(heap._M_MMAP_THRESHOLD, heap._GLIBC_MOST)  # as after any other run
+    spy(quailora.pipeline, "StreamedModel")
+    if made_by == "build_adapter":
+        for name in ("quantized_skeleton", "adapted_skeleton"):
+            spy(quailora.adapter, name)
+        build(folder, tmp_path / "adapter")
+        assert own_pages == [True] * 3
+    else:
+        model = get_peft_model(load_base(folder, four_bits()), lora())
+        quailora.initialize(model, DATA, checkpoint=folder, progress=False)
+        assert own_pages == [True]
 
 
 SHARING = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))

@@ -18,6 +18,7 @@ from torch import Tensor
 from quailora import reference
 from quailora.kernels import cholesky, error_products, gram_product
 from quailora.kernels.error_products import Codes
+from quailora.kernels.padding import padded
 from quailora.kernels.variants import Variant
 from quailora.quantized import Quantization, quantize
 
@@ -587,30 +588,31 @@ def launch_of_a_group(
     n, heights, splits = weights[0].shape[1], [len(weight) for weight in weights], 2
     dense = [w.float() if q is None else reference.error(w, q) for w, q in zip(weights, quantized, strict=True)]
     lefts = [error.T if transposed else error for error in dense]
-    thins = [random(left.shape[1], r, seed=r) for left, r in zip(lefts, ranks, strict=True)]
+    rank = variant.constexprs["RANK"]
+    thins = [padded(random(left.shape[1], r, seed=r), rank) for left, r in zip(lefts, ranks, strict=True)]
     packed = [None if q is None else Codes.of(q) for q in quantized]
-    arguments: dict[str, Any] = {"n": n, "pairs_per_row": n // 2}
+    arguments: dict[str, Any] = {"units": n // variant.constexprs["ALIGNMENT"]}
     for i in range(3):
         j = i if i < count else 0
         codes, absmax = (weights[j], weights[j]) if packed[j] is None else (packed[j].codes, packed[j].absmax)
         arguments |= {f"weight_{i}": weights[j], f"codes_{i}": codes, f"absmax_{i}": absmax, f"thin_{i}": thins[j]}
-        arguments |= {f"m_{i}": heights[i] if i < count else 0, f"r_{i}": ranks[i] if i < count else 0}
-    sizes = [len(left) * r for left, r in zip(lefts, ranks, strict=True)]
+        arguments[f"m_{i}"] = heights[i] if i < count else 0
+    kept = [len(left) for left in lefts]
     tiles = sum(-(-len(left) // variant.constexprs["KEPT"]) for left in lefts)
 
     def launch(rewrite: Callable[[str], str] = lambda text: text) -> None:
-        partial = torch.full((splits, sum(sizes)), torch.nan)
+        partial = torch.full((splits, sum(kept), rank), torch.nan)
         table = packed[0].table if kind == "*u8" else partial
         ptx.run(variant, arguments | {"partial_ptr": partial, "table_ptr": table}, (tiles, splits), rewrite)
-        products = partial.sum(dim=0).split(sizes)
+        products = partial.sum(dim=0).split(kept)
         for product, left, thin in zip(products, lefts, thins, strict=True):
-            assert_product(product.view(len(left), -1), left, thin, variant.constexprs["PRECISION"])
+            assert_product(product, left, thin, variant.constexprs["PRECISION"])
 
     return launch
 
 
 @pytest.mark.parametrize("shape", ["n", "t"])
-@pytest.mark.parametrize(("form", "n"), [("masked", 192), ("ragged", 75)])
+@pytest.mark.parametrize(("form", "n"), [("masked", 192), ("masked16", 112), ("ragged", 75)])
 @pytest.mark.parametrize("precision", ["tf32", "bf16x3"])
 def test_error_products_keep_within_the_edges(precision: str, form: str, n: int, shape: str) -> None:
     variant = shipped(error_products, f"4bit-bf16-r16-{precision}-{shape}-{form}")
@@ -626,6 +628,7 @@ B, H, F = torch.bfloat16, torch.float16, torch.float32
     [
         ("4bit", B, "bf16x3", False, "masked", 3),
         ("4bit", B, "bf16x3", True, "ragged", 3),
+        ("4bit", B, "tf32", True, "masked16", 2),
         ("int8", B, "tf32", True, "masked", 2),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
@@ -648,9 +651,8 @@ def test_a_group_of_linears(
     """Of every kind, no two alike in height and rank."""
     case = error_products._Case(kind, dtype, 16, precision, transposed, form)
     variant = next(error_products._product_variants("sm_80", case))
-    n, heights, ranks = (
-        (256, (256, 512), (16, 16)) if form == "even" else (192 if form == "masked" else 75, (37, 70, 20), (5, 16, 9))
-    )
+    n = {"even": 256, "masked": 192, "masked16": 112, "ragged": 75}[form]
+    heights, ranks = (256, 512) if form == "even" else (37, 70, 20), (5, 16, 9)
     how = (
         Quantization("int8") if kind == "int8" else Quantization("nf4", double=True, blocksize=64, compute_dtype=dtype)
     )
@@ -674,10 +676,11 @@ def launch_of_a_gram_product(variant: Variant, n: int, k: int) -> Callable[[Call
     return launch
 
 
-@pytest.mark.parametrize(("form", "n"), [("masked", 80), ("ragged", 75)])
+@pytest.mark.parametrize("n", [80, 75])
 @pytest.mark.parametrize("precision", ["tf32", "bf16x3"])
-def test_a_gram_product_keeps_within_the_edges(precision: str, form: str, n: int) -> None:
-    launch_of_a_gram_product(shipped(gram_product, f"k16-{precision}-{form}"), n, 5)()
+def test_a_gram_product_keeps_within_the_edges(precision: str, n: int) -> None:
+    name = f"k32-{precision}" if n % 16 == 0 else f"k32-{precision}-ragged"
+    launch_of_a_gram_product(shipped(gram_product, name), n, 16)()
 
 
 def test_a_product_of_the_solves_keeps_within_the_edges() -> None:

@@ -95,18 +95,18 @@ def test_any_shape(m: int, n: int, rank: int, method: str, blocksize: int, doubl
     check(*linear(m, n, method, blocksize=blocksize, double=double), rank=rank)
 
 
-@pytest.mark.parametrize("n", [65, 80, 96])  # blocks of 64 that straddle rows, in steps of 1, 16 and 32 elements
+@pytest.mark.parametrize(("n", "b"), [(65, 64), (80, 64), (96, 64), (128, 32)])  # of 64, some straddle rows
 @pytest.mark.parametrize("product", [error_product, error_product_t])
-def test_each_block_has_its_own_absmax(product: Callable[..., Tensor], n: int) -> None:
+def test_each_block_has_its_own_absmax(product: Callable[..., Tensor], n: int, b: int) -> None:
     # Every element has the same code, of value 1, and the absmax of block i is i + 1: so Q spells out the blocks.
     m, r = 20, 16
-    blocks = -(-m * n // 64)
+    blocks = -(-m * n // b)
     quantized = FourBit(
         torch.full((-(-m * n // 2),), 0xFF, dtype=torch.uint8),
         torch.arange(1.0, blocks + 1),
-        64, "nf4", (m, n), torch.float32,
+        b, "nf4", (m, n), torch.float32,
     )  # fmt: skip
-    error = -(torch.arange(m * n) // 64 + 1.0).view(m, n)
+    error = -(torch.arange(m * n) // b + 1.0).view(m, n)
     thin = torch.eye(n)[:, :r] if product is error_product else torch.eye(m)[:, :r]
     expected = error[:, :r] if product is error_product else error[:r].T
     assert torch.equal(product(torch.zeros(m, n), Codes.of(quantized), thin, precision="ieee"), expected)
@@ -133,7 +133,7 @@ def test_nothing_beyond_the_edges_is_read(method: str) -> None:
     error = exact_error(weight, quantized)
     if quantized is not None:
         quantized = replace(quantized, codes=embedded(quantized.codes), absmax=embedded(quantized.absmax))
-    right, left = embedded(random(72, 5)), embedded(random(67, 5))
+    right, left = embedded(random(72, 16)), embedded(random(67, 16))
     operand = kernel_operand(embedded(weight), quantized)
     assert_product(error_product(*operand, right, precision="ieee"), error, right, "ieee")
     assert_product(error_product_t(*operand, left, precision="ieee"), error.T, left, "ieee")
@@ -194,6 +194,7 @@ def test_offsets_beyond_two_to_the_31(transposed: bool, kind: str) -> None:
     expected = torch.arange(16.0) - (3 if packed else 0)
     case = error_products._Case(kind, torch.bfloat16, r, "ieee", transposed, form="masked")
     [setting] = case.settings("sm_80")
+    constants = case.constants(packed, n, setting)
     kept, inner = (n, m) if transposed else (m, n)
     thin = torch.empty(inner, r)
     if transposed:
@@ -207,8 +208,8 @@ def test_offsets_beyond_two_to_the_31(transposed: bool, kind: str) -> None:
     of_each = [x for x in (weight, codes, absmax, thin) for _ in range(3)]
     with interpreter.only(*last):
         error_products._error_product_kernel[(last[0] + 1, steps)](
-            *of_each, m, 0, 0, r, 0, 0, error_products._table(packed, partial), partial, n, n // 2,
-            **case.constants(packed, n, setting), **setting,
+            *of_each, m, 0, 0, error_products._table(packed, partial), partial, n // constants["ALIGNMENT"],
+            **constants, **setting,
         )  # fmt: skip
     assert torch.equal(partial[-1, -16:, 0] if transposed else partial[-1, -1], expected)
 
@@ -287,19 +288,20 @@ def test_int8_scales_belong_to_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heights", "n", "ranks", "form"),
+    ("heights", "n", "form", "dense"),
     [
-        ([256, 512], 768, [16, 16], "even"),
-        ([256, 512], 768, [16, 5], "masked"),
-        ([256, 500], 768, [16, 16], "masked"),
-        ([256, 512], 784, [16, 16], "masked"),
-        ([256, 512], 760, [16, 16], "ragged"),
+        ([256, 512], 768, "even", "even"),
+        ([256, 500], 768, "masked", "masked"),
+        ([256, 512], 832, "masked", "masked"),
+        ([256, 512], 784, "masked16", "masked"),
+        ([256, 512], 760, "ragged", "ragged"),
     ],
 )
-def test_masks_are_left_out_of_whole_tiles_only(heights: list[int], n: int, ranks: list[int], form: str) -> None:
+def test_masks_are_left_out_of_whole_tiles_only(heights: list[int], n: int, form: str, dense: str) -> None:
     # What a mask that is missing lets in may be multiplied by 0, or not be stored: no product would tell.
-    case = error_products._Case.of(torch.bfloat16, None, heights, n, ranks, False, "tf32")
-    assert case.form == form
+    for codes, expected in ((ones_in_nf4(1, 64), form), (None, dense)):
+        case = error_products._Case.of(torch.bfloat16, codes, heights, n, 16, False, "tf32")
+        assert case.form == expected
 
 
 @pytest.mark.parametrize(("rows", "n", "even"), [(32, 512, True), (33, 512, False), (32, 500, False)])

@@ -67,8 +67,8 @@ def test_the_walk_may_be_split_in_any_way_and_repeats_its_bits(programs: int, mo
 
 def test_nothing_beyond_the_edges_of_p_is_read() -> None:
     h, lower = gram(70)
-    memory = torch.full((70 * 5 + 512,), float("nan"))
-    right = memory[256 : 256 + 70 * 5].view(70, 5).copy_(random(70, 5))
+    memory = torch.full((70 * 16 + 512,), float("nan"))
+    right = memory[256 : 256 + 70 * 16].view(70, 16).copy_(random(70, 16))
     assert_product(gram_product(lower, right), h, right, "ieee")
 
 
