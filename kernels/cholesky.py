@@ -254,7 +254,7 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
     r, k = right_hand_sides.shape[-2:]
     c = padded(systems.reshape(-1, r, r), round_up(r), round_up(r))
     c.diagonal(dim1=1, dim2=2)[:, r:].fill_(1)  # the identity in what was added
-    y = padded(right_hand_sides.reshape(-1, r, k), round_up(r), k)
+    y = padded(right_hand_sides.reshape(-1, r, k), round_up(r), round_up(k))
     inverse, info = factor(c, c.new_zeros(c.shape[:2]), refused=float("nan"))
 
     def divide(numerator: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
 
     x = divide(y)
     x = x + divide(product(c, x, base=y))
-    return x[:, :r].reshape(right_hand_sides.shape), info.reshape(systems.shape[:-2])
+    return x[:, :r, :k].reshape(right_hand_sides.shape), info.reshape(systems.shape[:-2])
 
 
 def variants(target: str) -> Iterator[Variant]:
@@ -292,18 +292,16 @@ def variants(target: str) -> Iterator[Variant]:
         "right-transposed": ("left_column", "right_row", "base_row"),
         "base-transposed": ("left_column", "right_column", "base_row"),
     }
-    # Ranks are divisible by 16 here; of a product one size at most is of a linear, and may be any.
-    for (tile, warps), (layout, ones), free in combinations(_WARPS.items(), layouts.items(), ("", "m", "n", "k")):
+    for (tile, warps), (layout, ones) in combinations(_WARPS.items(), layouts.items()):
         for has_base in (False, True) if layout != "base-transposed" else (True,):
             sizes = ["m", "n", "k", "split", *(name for name in strides if name not in ones)]
-            unaligned = {free, *(("right_row", "base_row") if free == "n" else ())}
             yield Variant(
-                name=f"product-{layout}-{'update' if has_base else 'new'}-{tile}{free and f'-any-{free}'}",
+                name=f"product-{layout}-{'update' if has_base else 'new'}-{tile}",
                 kernel=product_kernel,
                 signature=dict.fromkeys(("left", "right", "base", "out"), "*fp32")
                 | dict.fromkeys(("splits", *sizes), "i32"),
                 constexprs=dict.fromkeys(ones, 1) | {"HAS_BASE": has_base, "TILE": tile, "STEP": _STEP},
-                attrs=("left", "right", "base", "out", *(name for name in sizes if name not in unaligned)),
+                attrs=("left", "right", "base", "out", *sizes),
                 num_warps=warps,
                 num_stages=_STAGES,
                 uses_tensor_cores=False,

@@ -519,12 +519,15 @@ class _Case:
             # Without masks as many sums as in tf32 fit, though not everywhere beside whole steps.
             kept, inner = _LARGEST_TILE, 32 if target in ("sm_90", "sm_100", "gfx942") else 16
         masked = self.form in ("masked", "masked16")
+        int8_beside_fp32 = (self.kind, self.dtype) == ("int8", torch.float32)
+        if masked and (int8_beside_fp32 or self.precision == "ieee"):
+            kept, inner = 32 if self.rank == 256 else kept, 16
         if masked and self.rank >= (128 if self.precision == "tf32" else 256):
+            inner = 16
+        if int8_beside_fp32 and self.precision == "bf16x3":
             inner = 16
         if self.precision == "bf16x3" and self.form != "even" and self.kind != "4bit":
             kept, inner = (32 if self.rank == 256 else 64), 16  # fp32 or int8 as it is loaded, beside its two halves
-        if masked and (self.kind, self.dtype) == ("int8", torch.float32):
-            kept, inner = (32 if self.rank == 256 else kept), 16
         if self.form == "ragged":  # a pointer for every element and an absmax for every few: more registers
             kept, inner = min(kept, 32 if self.precision == "ieee" and self.rank in (64, 128) else 64), 16
         nvidia = target.startswith("sm_")

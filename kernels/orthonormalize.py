@@ -67,9 +67,9 @@ def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
     def times(left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:
         return product(left[None], right[None], None if base is None else base[None])[0]
 
-    k = y.shape[1]
-    y = padded(y, round_up(k))
-    basis = None if basis is None else padded(basis, round_up(basis.shape[1]))
+    m, k = y.shape
+    y = padded(y, round_up(m), round_up(k))
+    basis = None if basis is None else padded(basis, round_up(m), round_up(basis.shape[1]))
     largest = y.abs().amax(dim=0)  # first, for the squares of 1e-25 are zero
     q = y / torch.where(largest == 0, 1.0, largest)
     lengths = q.square().sum(dim=0).sqrt()
@@ -91,4 +91,4 @@ def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
         q = times(q, (inverse * scale).T)
         # An accepted column has been taken out of others: from now on it must stay.
         remaining = torch.where(inverse.diagonal() == 1.0, remaining, float("inf"))
-    return q[:, :k].contiguous()
+    return q[:m, :k].contiguous()
