@@ -26,7 +26,8 @@ test: $(INSTALLED) ## the quick tests
 	$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED) ## every test, the slow ones too
-	$(PYTEST)
+	$(PYTEST) --ignore tests/test_compiled.py
+	$(PYTEST) --dist worksteal tests/test_compiled.py  # an hour of single tests, which no process is to have alone
 
 check: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check

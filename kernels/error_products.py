@@ -518,10 +518,9 @@ class _Case:
         if self.precision == "bf16x3" and self.rank == 64 and frequent:
             # Without masks as many sums as in tf32 fit, though not everywhere beside whole steps.
             kept, inner = _LARGEST_TILE, 32 if target in ("sm_90", "sm_100", "gfx942") else 16
-        masked = self.form in ("masked", "masked16")
-        int8_beside_fp32 = (self.kind, self.dtype) == ("int8", torch.float32)
+        masked, int8_beside_fp32 = "masked" in self.form, (self.kind, self.dtype) == ("int8", torch.float32)
         if masked and (int8_beside_fp32 or self.precision == "ieee"):
-            kept, inner = 32 if self.rank == 256 else kept, 16
+            kept, inner = 32 if self.rank == 256 else 64 if self.precision == "ieee" else kept, 16
         if masked and self.rank >= (128 if self.precision == "tf32" else 256):
             inner = 16
         if int8_beside_fp32 and self.precision == "bf16x3":
