@@ -528,7 +528,7 @@ class _Case:
         if self.precision == "bf16x3" and self.form != "even" and self.kind != "4bit":
             kept, inner = (32 if self.rank == 256 else 64), 16  # fp32 or int8 as it is loaded, beside its two halves
         if self.form == "ragged":  # a pointer for every element and an absmax for every few: more registers
-            kept, inner = min(kept, 32 if self.precision == "ieee" and self.rank in (64, 128) else 64), 16
+            kept, inner = min(kept, 32 if self.precision == "ieee" and self.rank in (32, 64, 128) else 64), 16
         nvidia = target.startswith("sm_")
         if self.kind == "int8" and not nvidia:  # 16 codes to a load, each unpacked and rounded in software
             kept = min(kept, 128)

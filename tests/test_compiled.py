@@ -26,7 +26,7 @@ def shipped(target: str) -> Iterator[tuple[str, Variant]]:
                 yield f"{module.name}-{variant.name}", variant
 
 
-# The commonest of each kernel; all of them take half an hour.
+# The commonest of each kernel; all of them take an hour on two cores.
 QUICK = re.compile(
     "error_products-(4bit-bf16-r64-(tf32|bf16x3)-[nt]|error-4bit-bf16-even)|gram_product-k64-(ieee|bf16x3)"
     "|cholesky-(factor-r64|product-plain-new-32)"
