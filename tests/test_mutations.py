@@ -66,8 +66,9 @@ FAULTS = {  # file in kernels/ -> file of tests -> the test -> what is wrong, th
             "test_whole_tiles[nf4-ieee]": [
                 ("table of the launch's first W", "_table(codes, partial),\n        partial,",
                  "partial,\n        partial,"),
-                ("transposed: columns of the first tile", "inner, tile * KEPT, m, n", "inner, 0 * tile, m, n"),
-                ("rows of the first tile", "table, kept, start, m, n", "table, kept - tile * KEPT, start, m, n"),
+                ("transposed: columns of the first tile", "inner, tile * KEPT, m, units", "inner, 0 * tile, m, units"),
+                ("rows of the first tile", "table, kept, start, m, units",
+                 "table, kept - tile * KEPT, start, m, units"),
             ],
             "test_nothing_beyond_the_edges_is_read[nf4]": [
                 ("a row too many", "there = rows < m", "there = rows <= m"),
@@ -77,7 +78,7 @@ FAULTS = {  # file in kernels/ -> file of tests -> the test -> what is wrong, th
             ],
             "test_nothing_beyond_the_edges_is_read[dense]": [
                 ("ones beyond the edges", "mask=mask, other=0)", "mask=mask, other=1)"),
-                ("no masks whatever the shape", 'form = "even" if even else', 'form = "even" if True else'),
+                ("no masks whatever the shape", '"even" if even else "ragged"', '"even" if True else "ragged"'),
             ],
             "test_masks_are_left_out_of_whole_tiles_only[heights1-768-masked-masked]": [
                 ("no masks whatever the heights", "for size in (n, *heights)", "for size in (n,)"),
@@ -131,7 +132,7 @@ FAULTS = {  # file in kernels/ -> file of tests -> the test -> what is wrong, th
                  "_select(linear, 0, tiles_0, tiles_0)"),
                 ("third linear: a tile late", "(tile >= tiles_0 + tiles_1)", "(tile > tiles_0 + tiles_1)"),
             ],
-            "test_the_walk_may_be_split_in_any_way_and_repeats_its_bits[3]": [
+            "test_the_walk_may_be_split_in_any_way_and_repeats_its_bits[9]": [
                 ("share of the next split", "range(split * INNER,", "range((split + 1) * INNER,"),
                 ("shares overlap", "tl.num_programs(1) * INNER)", "INNER)"),
                 ("one split over another", "before = split.to(tl.int64) *", "before = 0 * split.to(tl.int64) *"),
@@ -363,7 +364,7 @@ FAULTS = {  # file in kernels/ -> file of tests -> the test -> what is wrong, th
                  "_LEAST_PIVOT"),
                 ("short columns stay in the last pass", "refused=0.0 if last else 1.0", "refused=1.0"),
             ],
-            "test_singular_and_ill_conditioned[100000.0-4]": [
+            "test_singular_and_ill_conditioned[1000000.0]": [
                 ("accepted columns may go",
                  'remaining = torch.where(inverse.diagonal() == 1.0, remaining, float("inf"))',
                  "remaining = remaining / inverse.diagonal()"),

@@ -84,12 +84,14 @@ def test_spanned_and_zero_columns_are_zero_in_their_place() -> None:
     assert check(y).shape[1] == 20
 
 
-@pytest.mark.parametrize("condition, seed", [(1e3, 1), (1e5, 1), (1e5, 4), (1e5, 5)])
-def test_singular_and_ill_conditioned(condition: float, seed: int) -> None:
-    """Columns that only look new, and are found out later, must not have taken anything from those after them."""
-    some = conditioned(120, 16, condition)
-    y = torch.cat([some, some @ random(16, 6, seed=seed), random(120, 4, seed=10 + seed)], dim=1)
-    assert 20 <= check(y).shape[1] <= 22  # beside what there is, a direction of chance or two
+@pytest.mark.parametrize("condition", [1e3, 1e5, 1e6])
+def test_singular_and_ill_conditioned(condition: float) -> None:
+    """Columns that only look new, and are found out later, must not have taken anything from those after them. Which
+    ones look new is a matter of rounding, so that one draw says little."""
+    for seed in range(1, 5):
+        some = conditioned(120, 16, condition)
+        y = torch.cat([some, some @ random(16, 6, seed=seed), random(120, 4, seed=10 + seed)], dim=1)
+        assert 20 <= check(y).shape[1] <= 22  # beside what there is, a direction of chance or two
 
 
 def test_lengths_are_those_of_the_columns_given() -> None:
