@@ -232,7 +232,7 @@ def product(left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:
     splits = 1
     if base is None:
         splits = max(1, min(triton.cdiv(_PROGRAMS, tiles * batch), triton.cdiv(k, _LEAST_SPLIT)))
-    split = triton.cdiv(triton.cdiv(k, splits), _STEP) * _STEP
+    split = round_up(triton.cdiv(k, splits), _STEP)
     splits = triton.cdiv(k, split)
     out = left.new_empty(batch, splits, m, n)
     product_kernel[(triton.cdiv(m, tile), triton.cdiv(n, tile), batch * splits)](
@@ -252,10 +252,11 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
     factor is made of the lower one, the refinement of both.
     """
     r, k = right_hand_sides.shape[-2:]
-    c = padded(systems.reshape(-1, r, r), round_up(r), round_up(r))
-    c.diagonal(dim1=1, dim2=2)[:, r:].fill_(1)  # the identity in what was added
-    y = padded(right_hand_sides.reshape(-1, r, k), round_up(r), round_up(k))
+    c = systems.reshape(-1, r, r)
     inverse, info = factor(c, c.new_zeros(c.shape[:2]), refused=float("nan"))
+    # What is zero here stays so in the solution.
+    c, inverse = (padded(each, round_up(r), round_up(r)) for each in (c, inverse))
+    y = padded(right_hand_sides.reshape(-1, r, k), round_up(r), round_up(k))
 
     def divide(numerator: Tensor) -> Tensor:
         return product(inverse.mT, product(inverse, numerator))

@@ -519,7 +519,7 @@ class _Case:
             # Without masks as many sums as in tf32 fit, though not everywhere beside whole steps.
             kept, inner = _LARGEST_TILE, 32 if target in ("sm_90", "sm_100", "gfx942") else 16
         masked, int8_beside_fp32 = "masked" in self.form, (self.kind, self.dtype) == ("int8", torch.float32)
-        if masked and (int8_beside_fp32 or self.precision == "ieee"):
+        if masked and (int8_beside_fp32 or self.precision == "ieee"):  # which leave masks few registers
             kept, inner = 32 if self.rank == 256 else 64 if self.precision == "ieee" else kept, 16
         if masked and self.rank >= (128 if self.precision == "tf32" else 256):
             inner = 16
