@@ -378,7 +378,7 @@ def _launch(
     thins = [padded(thin, case.rank).contiguous() for thin in thins]
     if setting is None:
         setting = chosen(case.problem, case.settings(target_of(device)), device)
-    constants = case.constants(codes, n, setting)
+    constants = case.constants(codes, setting)
     kept = [n] * len(errors) if transposed else heights
     tiles, split = _grid(setting, kept, heights if transposed else [n])
     partial = torch.empty(split, sum(kept), case.rank, dtype=torch.float32, device=device)
@@ -438,7 +438,7 @@ def _alignment(bits: int, n: int) -> int:
 
 
 def _constants(codes: Codes | None, n: int, columns: int) -> dict[str, Any]:
-    """What `_error_tile` must know of W and Q, for tiles of so many columns."""
+    """What `_error_tile` must know of W and Q, for rows of n and tiles of so many columns."""
     blocksize = codes.blocksize if codes is not None and codes.blocksize is not None else 1
     alignment = _alignment(_bits(codes), n)
     return {
@@ -466,6 +466,20 @@ _SUMS = {"ieee": 64 * 64, "bf16x3": 64 * 128, "tf32": 64 * 256, "bf16": 64 * 256
 
 _LARGEST_TILE = 256
 
+# No tile reaches over an edge; some do; some do, and 16 divides n, but not 64, which codes of 4 bits are read for; some
+# do, and nothing divides n. With an n of each.
+_FORMS = {"even": 4096, "masked": 4160, "masked16": 4112, "ragged": 4095}
+
+# The kind of W or E, its dtype, and the one that Q is rounded to -> the precisions in which there are all ranks and
+# forms: those that solvers take by themselves, or every one. All else shares a few, so that each that there is can be
+# compiled in the tests: ranks are padded further, every tile has masks, and "bf16" is made in tf32.
+_COMMON: dict[tuple[str, torch.dtype, torch.dtype], Sequence[str]] = {
+    ("4bit", torch.bfloat16, torch.bfloat16): PRECISIONS,
+    ("4bit", torch.float16, torch.float16): ("bf16x3", "tf32"),
+    ("dense", torch.bfloat16, torch.bfloat16): ("bf16x3", "tf32"),
+    ("dense", torch.float16, torch.float16): ("bf16x3", "tf32"),
+}
+
 
 @dataclass(frozen=True)
 class _Case:
@@ -473,6 +487,7 @@ class _Case:
 
     kind: str  # "4bit", "int8", "dense"
     dtype: torch.dtype  # of W
+    compute: torch.dtype  # that a 4-bit Q is rounded to; else that of W
     rank: int  # the largest, padded: what tensor cores take
     precision: str
     transposed: bool
@@ -491,17 +506,45 @@ class _Case:
     ) -> "_Case":
         assert precision in PRECISIONS, precision
         bits = _bits(codes)
+        kind = {0: "dense", 4: "4bit", 8: "int8"}[bits]
+        compute = codes.dtype if codes is not None and bits == 4 else dtype
         alignment, even = _alignment(bits, n), all(size % _LARGEST_TILE == 0 for size in (n, *heights))
         form = (
             "even" if even else "ragged" if alignment == 1 else "masked16" if (bits, alignment) == (4, 16) else "masked"
         )
-        kind = {0: "dense", 4: "4bit", 8: "int8"}[bits]
-        return cls(kind, dtype, max(16, triton.next_power_of_2(rank)), precision, transposed, form)
+        return cls(kind, dtype, compute, max(16, triton.next_power_of_2(rank)), precision, transposed, form)._served()
+
+    @classmethod
+    def possible(cls) -> "Iterator[_Case]":
+        """What `of` may give."""
+        types = [("4bit", dtype, compute) for dtype, compute in product(_DTYPES, _DTYPES)]
+        types += [(kind, dtype, dtype) for kind, dtype in product(("int8", "dense"), _DTYPES)]
+        every = [
+            cls(*each, rank, precision, transposed, form)
+            for each, rank, precision, transposed, form in product(
+                types, (16, 32, 64, 128, 256), PRECISIONS, (False, True), _FORMS
+            )
+            if each[0] == "4bit" or form != "masked16"
+        ]
+        yield from dict.fromkeys(case._served() for case in every)
+
+    @property
+    def common(self) -> bool:
+        return self.precision in _COMMON.get((self.kind, self.dtype, self.compute), ())
+
+    def _served(self) -> "_Case":
+        """That which makes this product: itself, or one of those that are shared."""
+        case = replace(self, precision="tf32") if self.precision == "bf16" and not self.common else self
+        if case.common:
+            return case
+        form = {"even": "masked", "masked16": "ragged"}.get(case.form, case.form)
+        return replace(case, rank=64 if case.rank <= 64 else 256, form=form)
 
     @property
     def name(self) -> str:
-        words = (self.kind, _DTYPES[self.dtype], f"r{self.rank}", self.precision, "t" if self.transposed else "n")
-        return "-".join(words if self.form == "even" else (*words, self.form))
+        q = [] if self.compute == self.dtype else ["q", _DTYPES[self.compute]]
+        words = [self.kind, _DTYPES[self.dtype], *q, f"r{self.rank}", self.precision, "t" if self.transposed else "n"]
+        return "-".join(words if self.form == "even" else [*words, self.form])
 
     @property
     def problem(self) -> str:
@@ -514,7 +557,7 @@ class _Case:
         room = _SUMS[self.precision]
         kept = min(128 if self.precision == "ieee" else _LARGEST_TILE, max(64, room // self.rank))
         inner = 32 if kept * self.rank <= room else 16
-        frequent = self.form == "even" and self.dtype == torch.bfloat16 and self.kind != "int8"
+        frequent = self.form == "even" and self.dtype == torch.bfloat16
         if self.precision == "bf16x3" and self.rank == 64 and frequent:
             # Without masks as many sums as in tf32 fit, though not everywhere beside whole steps.
             kept, inner = _LARGEST_TILE, 32 if target in ("sm_90", "sm_100", "gfx942") else 16
@@ -536,9 +579,10 @@ class _Case:
         # blocks come one to a multiprocessor anyway, so it may take all 255; but for ieee, whose unrolled loop it would
         # reorder until even those overflow. AMD's compiler does neither.
         limit = {"maxnreg": 255} if nvidia and self.precision != "ieee" else {}
+        if self.precision == "ieee" and not self.common:  # what fits whatever W and Q are
+            kept, inner, limit = 32, 16, {"maxnreg": 168} if nvidia else {}
         settings = [{"KEPT": kept, "INNER": inner, "num_warps": 8, "num_stages": 2, **limit}]
-        common = (self.form, self.kind, self.dtype) == ("even", "4bit", torch.bfloat16)
-        if common and self.precision in ("tf32", "bf16") and kept == _LARGEST_TILE:
+        if frequent and self.kind == "4bit" and self.precision in ("tf32", "bf16") and kept == _LARGEST_TILE:
             if nvidia:
                 half = 64 if shared_bytes(target) > 99 * 1024 else 32
                 settings += [
@@ -559,14 +603,14 @@ class _Case:
             settings.append({"KEPT": 128, "INNER": 32, "num_warps": 8, "num_stages": 2, **limit})
         return settings
 
-    def constants(self, codes: Codes | None, n: int, setting: Setting) -> dict[str, Any]:
+    def constants(self, codes: Codes | None, setting: Setting) -> dict[str, Any]:
         """The compile-time arguments but for those of the setting."""
         return {
             "TRANSPOSED": self.transposed,
             "PRECISION": self.precision,
             "RANK": self.rank,
             "EVEN": self.form == "even",
-            **_constants(codes, n, setting["KEPT" if self.transposed else "INNER"]),
+            **_constants(codes, _FORMS[self.form], setting["KEPT" if self.transposed else "INNER"]),
         }
 
 
@@ -604,41 +648,14 @@ def problems(device: torch.device) -> Iterator[Problem]:
         )
 
 
-# W or E by kind and dtype; and the dtype that Q is rounded to where that is another.
-_KINDS = [(kind, dtype) for kind in ("4bit", "int8", "dense") for dtype in _DTYPES]
-_MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)]
-
-
 def variants(target: str) -> Iterator[Variant]:
-    """Every setting of a 4-bit weight in bf16, in each form; for other kinds and dtypes those of ranks 64 and 256, in
-    the precisions that solvers ask for; all in blocks of 64.
-    """
-    directions = (False, True)
-    for rank, precision, transposed, form in product((16, 32, 64, 128, 256), PRECISIONS, directions, _FORMS):
-        yield from _product_variants(target, _Case("4bit", torch.bfloat16, rank, precision, transposed, form))
-    for (kind, dtype), rank, precision, transposed, form in product(
-        _KINDS, (64, 256), ("bf16x3", "tf32"), directions, _FORMS
-    ):
-        if (kind, dtype) != ("4bit", torch.bfloat16) and _has_form(kind, form):
-            yield from _product_variants(target, _Case(kind, dtype, rank, precision, transposed, form))
-    for kind, rank, transposed in product(("int8", "dense"), (64, 256), directions):
-        yield from _product_variants(target, _Case(kind, torch.bfloat16, rank, "bf16", transposed, "even"))
-    for (dtype, compute), precision, transposed, form in product(_MIXED, ("bf16x3", "tf32"), directions, _FORMS):
-        yield from _product_variants(target, _Case("4bit", dtype, 64, precision, transposed, form), compute)
-    packed = [("4bit", *of) for of in _MIXED] + [(kind, dtype, dtype) for kind, dtype in _KINDS if kind != "dense"]
-    for (kind, dtype, compute), form in product(packed, _FORMS):
-        for out in dict.fromkeys((dtype, torch.float32)):
-            if _has_form(kind, form):
+    """Every setting of every case, and E itself; of 4-bit weights, those in blocks of 64."""
+    for case in _Case.possible():
+        yield from _product_variants(target, case)
+    for kind, dtype, compute in dict.fromkeys((case.kind, case.dtype, case.compute) for case in _Case.possible()):
+        for form, out in product(_FORMS, dict.fromkeys((dtype, torch.float32))):
+            if kind == "4bit" or (kind == "int8" and form != "masked16"):
                 yield _error_variant(target, kind, dtype, form, compute, out)
-
-
-# No tile reaches over an edge; some do; some do, and 16 divides n, but not 64, which codes of 4 bits are read for; some
-# do, and nothing divides n. With an n of each.
-_FORMS = {"even": 4096, "masked": 4160, "masked16": 4112, "ragged": 4095}
-
-
-def _has_form(kind: str, form: str) -> bool:
-    return kind == "4bit" or form != "masked16"
 
 
 def _example(kind: str, dtype: torch.dtype) -> Codes | None:
@@ -652,35 +669,22 @@ def _types(kind: str, dtype: torch.dtype) -> dict[str, str]:
     return {"weight": weight, "codes": codes, "absmax": weight if kind == "dense" else "*fp32"}
 
 
-def _product_variants(target: str, case: _Case, compute: torch.dtype | None = None) -> Iterator[Variant]:
-    """`compute`: the dtype of Q, else that of W."""
+def _product_variants(target: str, case: _Case) -> Iterator[Variant]:
     types = _types(case.kind, case.dtype) | {"thin": "*fp32", "m": "i32"}
     names = {name: [f"{name}_{i}" for i in range(_GROUP)] for name in types}
     pointers = [name for key in types if key != "m" for name in names[key]]
-    words = [case.name, *([] if compute is None else ["q", _DTYPES[compute]])]
 
     def grid(call: Mapping[str, Any]) -> tuple[int, int]:
         n, heights = call["units"] * call["ALIGNMENT"], [call[f"m_{i}"] for i in range(_GROUP) if call[f"m_{i}"]]
         return _grid(call, *(([n] * len(heights), heights) if case.transposed else (heights, [n])))
 
     # The tensor cores of sm_90 take a left factor in tf32 from registers. Where W is one as it is loaded, with no codes
-    # to look up and to pair with, it is copied in the pieces that a thread holds: 8 bytes. And from shared memory only
-    # elements of 16 bits are read transposed: a W in fp32 that is walked across goes there in pieces of 4 bytes.
-    # (Beside it the other factor or the codes are still read in 16 bytes, but in the smallest tiles of sm_90.)
-    along = target == "sm_90" and not case.transposed and case.kind != "4bit"
-    across = (
-        case.transposed
-        and case.dtype == torch.float32
-        and (
-            (case.kind == "dense" and target in ("sm_90", "sm_100"))
-            or (case.kind == "int8" and target == "sm_90" and case.rank == 256)
-        )
-    )
-    narrow = case.precision == "tf32" and (along or across)
+    # to look up and to pair with, it is copied in the pieces that a thread holds: 8 bytes.
+    narrow = (target, case.kind, case.precision, case.transposed) == ("sm_90", "dense", "tf32", False)
     for number, setting in enumerate(case.settings(target)):
-        constants = case.constants(_example(case.kind, compute or case.dtype), _FORMS[case.form], setting)
+        constants = case.constants(_example(case.kind, case.compute), setting)
         yield Variant(
-            name="-".join([*words, *([str(number)] if number else [])]),
+            name="-".join([case.name, *([str(number)] if number else [])]),
             kernel=_error_product_kernel,
             signature={name: kind_of for key, kind_of in types.items() for name in names[key]}
             | {"table_ptr": "*i64" if case.kind == "4bit" else "*fp32"}

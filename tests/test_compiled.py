@@ -8,12 +8,19 @@ from collections.abc import Iterator
 
 import aot
 import pytest
+import torch
 import triton
 import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
 from ptx.sample import product_variant
 
 import quailora.kernels
+from quailora.kernels import error_products
+from quailora.kernels.precision import PRECISIONS
 from quailora.kernels.variants import Variant
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 QUICK_TARGETS = ("sm_80", "sm_90", "gfx942")  # one for each kind of tensor core
 
@@ -53,6 +60,32 @@ def test_every_argument_of_a_variant_is_named_once() -> None:
     for name, variant in shipped("sm_80"):
         assert sorted([*variant.signature, *variant.constexprs]) == sorted(variant.kernel.arg_names), name
         assert set(variant.attrs) <= set(variant.signature), name
+
+
+@given(
+    kind=st.sampled_from(["4bit", "int8", "dense"]),
+    dtype=st.sampled_from(FLOATS),
+    compute=st.sampled_from(FLOATS),
+    heights=st.lists(st.one_of(st.integers(1, 600), st.just(512)), min_size=1, max_size=3),
+    n=st.one_of(st.integers(1, 600), st.integers(1, 40).map(lambda units: 16 * units)),
+    rank=st.integers(1, 256),
+    transposed=st.booleans(),
+    precision=st.sampled_from(PRECISIONS),
+)
+def test_every_product_with_e_is_a_shipped_one(
+    kind: str, dtype: torch.dtype, compute: torch.dtype, heights: list[int], n: int, rank: int, transposed: bool,
+    precision: str,
+) -> None:  # fmt: skip
+    codes = error_products._example(kind, compute)
+    case = error_products._Case.of(dtype, codes, heights, n, rank, transposed, precision)
+    assert case in set(error_products._Case.possible())
+    assert case.rank >= rank and PRECISIONS.index(case.precision) <= PRECISIONS.index(precision)  # the finest is first
+    for target in aot.TARGETS:
+        for setting in case.settings(target):
+            constants = case.constants(codes, setting)
+            assert n % constants["ALIGNMENT"] == 0
+            if constants["EVEN"]:
+                assert not any(size % setting[side] for size in (n, *heights) for side in ("KEPT", "INNER"))
 
 
 # ---- the gates can fail

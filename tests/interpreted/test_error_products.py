@@ -59,8 +59,9 @@ def check(weight: Tensor, quantized: QuantizedWeight | None, rank: int, precisio
     error, operand = exact_error(weight, quantized), kernel_operand(weight, quantized)
     m, n = weight.shape
     right, left = random(n, rank, seed=2), random(m, rank, seed=3)
-    assert_product(error_product(*operand, right, precision=precision), error, right, precision)
-    assert_product(error_product_t(*operand, left, precision=precision), error.T, left, precision)
+    served = error_products._Case.of(weight.dtype, operand[1], [m], n, rank, False, precision).precision
+    assert_product(error_product(*operand, right, precision=precision), error, right, served)
+    assert_product(error_product_t(*operand, left, precision=precision), error.T, left, served)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -192,9 +193,9 @@ def test_offsets_beyond_two_to_the_31(transposed: bool, kind: str) -> None:
     weight[-1, -16:] = torch.arange(16.0)
     packed = ones_in_nf4(m, n) if kind == "4bit" else None
     expected = torch.arange(16.0) - (3 if packed else 0)
-    case = error_products._Case(kind, torch.bfloat16, r, "ieee", transposed, form="masked")
+    case = error_products._Case(kind, torch.bfloat16, torch.bfloat16, r, "ieee", transposed, form="masked")
     [setting] = case.settings("sm_80")
-    constants = case.constants(packed, n, setting)
+    constants = case.constants(packed, setting)
     kept, inner = (n, m) if transposed else (m, n)
     thin = torch.empty(inner, r)
     if transposed:
