@@ -154,9 +154,9 @@ def test_bytes_of_an_error_product_at_4096(rank: int, precision: str, shape: str
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_instructions_of_the_dequantization(precision: str, shape: str) -> None:
     """On sm_90, what the loop of a 4-bit weight has more than that of a dense E in bf16, otherwise the same."""
-    fused, dense = (
-        shipped(error_products, f"{kind}-bf16-r{R}-{precision}-{shape}", "sm_90") for kind in ("4bit", "dense")
-    )
+    dtype = torch.bfloat16
+    cases = (error_products._Case(kind, dtype, dtype, R, precision, shape == "t", "even") for kind in ("4bit", "dense"))
+    fused, dense = (next(error_products._product_variants("sm_90", case)) for case in cases)
     assert {name: fused.constexprs[name] for name in ("KEPT", "INNER")} == {
         name: dense.constexprs[name] for name in ("KEPT", "INNER")
     }
