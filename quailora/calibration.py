@@ -186,7 +186,11 @@ def text_or_messages(record: Any) -> str | list[dict[str, Any]]:
     if "text" in record:
         return _string(record, "text")
     if "instruction" in record and record.get("instances"):
-        return _alpaca({**record["instances"][0], "instruction": record["instruction"]})
+        instances = record["instances"]
+        first = instances[0] if isinstance(instances, list | tuple) else instances
+        if not isinstance(first, Mapping):
+            raise CalibrationError(f"field 'instances' begins with a {type(first).__name__}, not a record")
+        return _alpaca({**first, "instruction": record["instruction"]})
     if "instruction" in record and ("output" in record or "response" in record):
         return _alpaca(record)
     if "prompt" in record and "completion" in record:
@@ -314,7 +318,9 @@ def _stream_dataset(name: str, config: str | None, split: str, seed: int) -> Ite
     try:
         import datasets
     except ImportError as error:
-        raise CalibrationError(f"the data set {name!r} takes a package to read: pip install quailora[data]") from error
+        raise CalibrationError(
+            f"the data set {name!r} takes a package to read: pip install datasets (the extra quailora[data])"
+        ) from error
     try:
         stream = datasets.load_dataset(name, config, split=split, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -322,8 +328,14 @@ def _stream_dataset(name: str, config: str | None, split: str, seed: int) -> Ite
             f"no file {name!r} here, and as a data set (config {config!r}, split {split!r}) it does not load; "
             f"give another split, or a config as 'name:config'. {type(error).__name__}: {error}"
         ) from error
-    shuffled: Iterable[Any] = stream.shuffle(seed, buffer_size=SHUFFLE_BUFFER)
-    return shuffled
+
+    def records() -> Iterator[Any]:
+        try:
+            yield from stream.shuffle(seed, buffer_size=SHUFFLE_BUFFER)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise CalibrationError(f"the data set {name!r} cannot be read: {type(error).__name__}: {error}") from error
+
+    return records()
 
 
 def _read_pieces(path: Path) -> Iterator[str]:
@@ -395,7 +407,7 @@ def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) 
 
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:  # such as a content of None that it adds to a string
         raise CalibrationError(f"the tokenizer's chat template refuses these messages: {error}") from error
     assert isinstance(text, str)
     return text

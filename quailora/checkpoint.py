@@ -188,6 +188,14 @@ class Checkpoint:
         """One tensor, read now, in the dtype of the file."""
         return self.tensors[name].read()
 
+    def has(self, filename: str) -> bool:
+        """Whether there is a file of that name, which is fetched if it is on the hub.
+
+        Raises:
+            CheckpointError: the hub cannot say.
+        """
+        return self._locate(filename) is not None
+
     def _read_config(self) -> PretrainedConfig:
         try:
             config = AutoConfig.from_pretrained(

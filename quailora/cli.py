@@ -70,6 +70,10 @@ QuantOption = Annotated[
     Quant | None, typer.Option(help="How the base is quantised. Default: nf4, or what the adapter was made for.")
 ]
 DoubleOption = Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Double quantisation (4 bits).")]
+CheckedDoubleOption = Annotated[
+    bool | None,
+    typer.Option("--double-quant/--no-double-quant", help="Double quantisation (4 bits), with --quant. Default: yes."),
+]
 ComputeOption = Annotated[
     Dtype | None, typer.Option(help="What a 4-bit base computes in. Default: the checkpoint's dtype.")
 ]
@@ -85,7 +89,7 @@ MemoryOption = Annotated[
 HostMemoryOption = Annotated[
     str | None,
     typer.Option(
-        help="What hidden states may take of the host's memory beside a GPU; more goes to disk. "
+        help="What hidden states may take of the host's memory beside a GPU; where that is too little they go to disk. "
         "Default: nine tenths of what is free."
     ),
 ]
@@ -137,8 +141,15 @@ def init(
     from peft import LoraConfig
 
     from quailora import crew, pipeline
+    from quailora.budget import parse_bytes
     from quailora.checkpoint import Checkpoint
+    from quailora.files import check_new_folder
 
+    # Looked at first: a slip of the pen is no reason to wait for a download.
+    check_new_folder(output)
+    pipeline.Settings(solver, iterations)
+    for budget in filter(None, (memory_budget, host_memory_budget)):
+        parse_bytes(budget)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     config = LoraConfig(
         r=rank,
@@ -201,7 +212,10 @@ def plan(
     trust_remote_code: RemoteOption = False,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """What `init` would have where, in bytes, its FLOPs and an estimate of its time. No weight is read."""
+    """What `init` would have where, in bytes, its FLOPs and an estimate of its time.
+
+    No weight is read; but a model on the hub is downloaded first, as `init` would do.
+    """
     from json import dumps
 
     import torch
@@ -253,7 +267,7 @@ def evaluate(
         typer.Option(help="The adapter that training started from, if --adapter has no record of its base."),
     ] = None,
     quant: QuantOption = None,
-    double_quant: DoubleOption = True,
+    double_quant: CheckedDoubleOption = None,
     compute_dtype: ComputeOption = None,
     samples: Annotated[int, typer.Option(help="Sequences to measure on.", min=1)] = 64,
     sequence_length: LengthOption = None,
@@ -271,10 +285,11 @@ def evaluate(
     from quailora.checkpoint import Checkpoint
     from quailora.evaluate import compare
 
+    if adapter is None:
+        quant = quant or Quant.nf4
+    _check_whole(quant, double_quant, compute_dtype)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
-    quantization = None
-    if quant is not None or adapter is None:
-        quantization = _quantization(quant or Quant.nf4, double_quant, compute_dtype, source.dtype)
+    quantization = None if quant is None else _quantization(quant, double_quant, compute_dtype, source.dtype)
     calibration = pipeline.read_calibration(
         source, data, samples=samples, sequence_length=sequence_length, seed=seed, split=split, column=column
     )
@@ -301,7 +316,7 @@ def merge(
         Path | None, typer.Option(help="The adapter that training started from, if ADAPTER has no record of its base.")
     ] = None,
     quant: QuantOption = None,
-    double_quant: DoubleOption = True,
+    double_quant: CheckedDoubleOption = None,
     compute_dtype: ComputeOption = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights written. Default: the checkpoint's.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
@@ -311,7 +326,10 @@ def merge(
     """Write a dense checkpoint W' = Q + scaling B A, for serving: what the quantised base with the adapter computes."""
     from quailora import merge as write
     from quailora.checkpoint import Checkpoint
+    from quailora.files import check_new_folder
 
+    check_new_folder(output)
+    _check_whole(quant, double_quant, compute_dtype)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     quantization = None if quant is None else _quantization(quant, double_quant, compute_dtype, source.dtype)
     write(source, adapter, output, initial=initial, quantization=quantization, dtype=_torch_dtype(dtype), device=device)
@@ -460,7 +478,13 @@ def _target_modules(text: str) -> str | list[str]:
     return names if plain and text != "all-linear" else text
 
 
-def _quantization(quant: Quant, double: bool, compute: Dtype | None, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _check_whole(quant: Quant | None, double: bool | None, compute: Dtype | None) -> None:
+    if quant is None and (double is not None or compute is not None):
+        given = "--compute-dtype" if double is None else "--double-quant" if double else "--no-double-quant"
+        raise QuailoraError(f"{given} says how --quant quantises the base: give that too, or leave both to the record")
+
+
+def _quantization(quant: Quant, double: bool | None, compute: Dtype | None, dtype: torch.dtype) -> BitsAndBytesConfig:
     from transformers import BitsAndBytesConfig
 
     from quailora.pipeline import default_quantization
@@ -468,7 +492,7 @@ def _quantization(quant: Quant, double: bool, compute: Dtype | None, dtype: torc
     if quant is Quant.int8:
         return BitsAndBytesConfig(load_in_8bit=True)
     config = default_quantization(_torch_dtype(compute) or dtype)
-    config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant = quant.value, double
+    config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant = quant.value, double is not False
     config.bnb_4bit_compute_dtype = _torch_dtype(compute) or config.bnb_4bit_compute_dtype
     return config
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from quailora.errors import QuailoraError
 
 _HOW_TO_BUILD = (
-    "where there is a C++ compiler, "
-    "`QUAILORA_EXT=1 pip install --no-build-isolation --no-deps --force-reinstall quailora` builds it, or says why not"
+    "where there is a C++ compiler, `QUAILORA_EXT=1 pip install --no-build-isolation --no-deps --force-reinstall .` in "
+    "the clone builds it, or says why not"
 )
 
 

@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from quailora.errors import QuailoraError
@@ -63,7 +64,7 @@ def writing(path: Path, advice: str | None = None) -> Iterator[None]:
     except Exception as error:
         if _is_out_of_space(error):
             raise QuailoraError(f"the disk that holds {path.parent} is full: {advice}") from error
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | SafetensorError):
             raise QuailoraError(f"{path} cannot be written: {error}; {advice}") from error
         raise
 

@@ -7,7 +7,6 @@ import platform
 import tempfile
 from dataclasses import replace
 from importlib.metadata import version
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from quailora.files import check_new_folder
 from quailora.heap import freed_at_once
 from quailora.meter import Meter
 from quailora.progress import Progress
-from quailora.quantized import Quantization, QuantizedWeight, quantization_of, quantize, read
+from quailora.quantized import Quantization, QuantizedWeight, quantization_of, quantize, read, to_device
 from quailora.report import LayerReport, Report, model_card, write_files
 from quailora.workspace import Workspace
 
@@ -283,7 +282,7 @@ def initialize(
     dtype = base_config.dtype or source.dtype
 
     def held(target: Target, weight: Tensor) -> QuantizedWeight:
-        quantized = read(target.base)
+        quantized = to_device(read(target.base), weight.device)  # a base may be spread over several
         _check_belongs(target, weight, quantized, dtype)
         return quantized
 
@@ -415,18 +414,23 @@ def read_calibration(
     return loaded
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
 def load_tokenizer(source: Checkpoint) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, None where it has none. Raises CheckpointError for one that cannot be read."""
+    """The checkpoint's tokenizer, None where it has none. Raises CheckpointError, with the reason, for one that cannot
+    be read: it is damaged, or takes a package that is not here, or code of its own."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (JSONDecodeError, LookupError, TypeError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+        if not any(source.has(name) for name in _TOKENIZER_FILES):
+            return None
         raise CheckpointError(
-            f"the tokenizer of {source.name} cannot be read: {' '.join(repr(error).split())[:300]}; fetch it again"
+            f"the tokenizer of {source.name} cannot be read: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:600]}"
         ) from error
-    except (OSError, ValueError):  # what transformers says where there is no file of a tokenizer
-        return None
     return tokenizer if len(tokenizer) else None  # transformers makes an empty one where a kind is known but no file
 
 
@@ -455,7 +459,7 @@ def _check_belongs(target: Target, weight: Tensor, quantized: QuantizedWeight, d
     """The codes of the loaded base are those of the checkpoint's own weight, but for ties that devices round apart. A
     fine-tune of the same model, and a base model against its instruct version, differ in many."""
     expected = quantize(weight.to(dtype), quantization_of(target.base)).codes
-    same = float((expected == quantized.codes.to(expected.device)).float().mean())
+    same = float((expected == quantized.codes).float().mean())
     if same < 0.99:
         raise MismatchError(
             f"the loaded base is not a quantisation of this checkpoint: {same:.1%} of the codes of {target.name} are "

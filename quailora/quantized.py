@@ -8,8 +8,8 @@ m and n are a layer's outputs and inputs; b is the number of elements that share
 """
 
 import copy
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeGuard
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeGuard, TypeVar
 
 import bitsandbytes as bnb
 import torch
@@ -239,6 +239,22 @@ class EightBit:
 
 
 QuantizedWeight = FourBit | EightBit
+
+
+_Parts = TypeVar("_Parts", bound=FourBit | EightBit | NestedAbsmax)
+
+
+def to_device(quantized: _Parts, device: torch.device) -> _Parts:
+    """The same with its tensors on `device`; those that are there already are shared."""
+    parts = {field.name: getattr(quantized, field.name) for field in fields(quantized)}
+    moved: dict[str, Any] = {
+        name: to_device(part, device) if isinstance(part, NestedAbsmax) else part.to(device)
+        for name, part in parts.items()
+        if isinstance(part, NestedAbsmax | Tensor)
+    }
+    return replace(quantized, **moved)
+
+
 QuantizedLinear = bnb.nn.Linear4bit | bnb.nn.Linear8bitLt
 
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quailora.adapter import adapted_skeleton, put, quantized_skeleton
 from quailora.blocks import StreamedModel
-from quailora.checkpoint import INDEX, Checkpoint
+from quailora.checkpoint import INDEX, SINGLE, Checkpoint
 from quailora.errors import AdapterError, MismatchError
 from quailora.files import check_new_folder, new_folder
 from quailora.pipeline import default_device, load_tokenizer
@@ -32,12 +32,21 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None:
-    """The record of the base an adapter was made for: beside it, in the folder above (a trainer's output folder), or
-    beside `initial`."""
-    for folder in (adapter, adapter.parent, initial):
-        if folder is not None and (record := read_record(folder)) is not None:
-            return record["base"]
-    return None
+    """The record of the base an adapter was made for: beside it; beside `initial`; or in the folder above, which is a
+    trainer's output folder.
+
+    Raises:
+        AdapterError: `initial` is asked, and has no record.
+    """
+    if (record := read_record(adapter)) is not None:
+        return record["base"]
+    if initial is not None and read_record(initial) is None:
+        raise AdapterError(
+            f"{initial} {f'has no {RECORD}' if initial.is_dir() else 'does not exist'}: give the folder that the start "
+            "was written to, or none"
+        )
+    record = read_record(initial or adapter.parent)
+    return None if record is None else record["base"]
 
 
 def check_base(
@@ -95,7 +104,8 @@ def merge(
         checkpoint: the full-precision checkpoint of the base.
         adapter: the folder of a trained, or just initialised, adapter.
         output_dir: new or empty.
-        initial: the adapter that training started from, where `adapter` has no record of its base.
+        initial: the adapter that training started from, where `adapter` has no record of its base; without it, the
+            folder above `adapter` is looked into.
         quantization: how the base is quantised, where there is no record at all; checked against a record that is
             there.
         dtype: of the weights written; None is the checkpoint's. Rounding Q + scaling B A to bf16 costs about 2⁻⁹ of
@@ -111,12 +121,18 @@ def merge(
     form, dtype = Quantization.from_config(config), dtype or source.dtype
     base = quantized_skeleton(source, config, load_dtype)
     trained = _Adapter(folder)
+    if tokens := next((key for key in trained.tensors if ".token_adapter." in key), None):
+        raise AdapterError(f"{folder} has {tokens} (trainable_token_indices): rows of embeddings cannot be merged")
     model = adapted_skeleton(base, trained.config, source)
     put(model, trained.tensors)
     stream = StreamedModel(source, place, load_dtype)
     merged = model.get_base_model()
-    parameters = {key: name for name in dict(stream.model.named_parameters()) if (key := stream.source(name))}
-    _check_mergeable(merged, set(parameters.values()))
+    names: dict[str, list[str]] = {}
+    for name in dict(stream.model.named_parameters()):
+        if key := stream.source(name):
+            names.setdefault(key, []).append(name)
+    parameters = {key: tied[0] for key, tied in names.items()}
+    _check_mergeable(merged, {tied[0] for tied in names.values() if len(tied) == 1})
 
     shards: dict[Path, list[str]] = {}
     for key, entry in source.tensors.items():
@@ -129,7 +145,7 @@ def merge(
                 if key in parameters:
                     tensor = _merged(merged, parameters[key], tensor, form, load_dtype, place)
                 tensors[key] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-            save_file(tensors, partial / shard.name, metadata={"format": "pt"})
+            save_file(tensors, partial / (shard.name if len(shards) > 1 else SINGLE), metadata={"format": "pt"})
         if len(shards) > 1:
             total = sum(file.stat().st_size for file in partial.iterdir())
             index = {
@@ -217,6 +233,11 @@ def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *,
     embedding = next((key for key in new.tensors if ".lora_embedding_" in key), None)
     if embedding is not None:
         raise AdapterError(f"{after} has {embedding}: only what linears learned can be converted")
+    if new.config.target_parameters:
+        raise AdapterError(
+            f"{after} adapts parameters, {new.config.target_parameters[0]} for one, and not only linears "
+            "(target_parameters): only what linears learned can be converted"
+        )
     tensors = {key: value for key, value in new.tensors.items() if ".lora_A." not in key and ".lora_B." not in key}
     ranks = {}
     for module in new.modules:

@@ -8,11 +8,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,11 @@ class Workspace:
         identity: what the run is, plain JSON: an unfinished run goes on only where it is the same.
         resume: whether to go on with what is there; else it is discarded.
 
+    It is this process's until `finish` or `leave`: two runs would undo each other's work.
+
     Raises:
-        QuailoraError: there is an unfinished run of other settings, which are named; or the folder cannot be written.
+        QuailoraError: there is an unfinished run of other settings, which are named; or one that still runs; or the
+            folder cannot be written.
     """
 
     def __init__(self, output: Path, identity: dict[str, Any], *, resume: bool = True) -> None:
@@ -47,15 +52,18 @@ class Workspace:
         self._record = self.folder / "run.json"
         self.chosen: dict[str, Any] = {}
         self._identity = json.loads(json.dumps(identity))  # as it is read again: no tuples
-        with writing(self.output):
-            if not resume:
-                shutil.rmtree(self.folder, ignore_errors=True)
+        with ExitStack() as held, writing(self.output):
             self.folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_locked(self.folder))
+            if not resume:
+                for path in self.folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             known = self._read()
             if known is not None:
                 self._check_same(known["identity"])
                 self.chosen = known["chosen"]
             self._rows = dict(self._read_blocks())
+            self._lock = held.pop_all()
 
     @property
     def finished(self) -> list[int]:
@@ -104,14 +112,16 @@ class Workspace:
                 self.output.rmdir()
             partial.replace(self.output)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
 
     def leave(self) -> str:
         """Remove the folder where nothing in it is worth keeping. Returns what to tell a person, "" for nothing."""
-        if self.folder.exists() and self.finished:
-            kept = "1 block is" if len(self.finished) == 1 else f"{len(self.finished)} blocks are"
-            return f"the factors of {kept} kept in {self.folder}, and the same command goes on from there"
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return ""
+        with self._lock:
+            if self.folder.exists() and self.finished:
+                kept = "1 block is" if len(self.finished) == 1 else f"{len(self.finished)} blocks are"
+                return f"the factors of {kept} kept in {self.folder}, and the same command goes on from there"
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return ""
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -144,6 +154,31 @@ class Workspace:
 
 
 _DISCARD = "discard it with resume=False (--no-resume)"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """While it lasts, or until the process ends, no other process gets here with the same folder: that one gets a
+    QuailoraError. (Windows has no such locks, and some network file systems have none.)"""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise QuailoraError(
+                f"another run is at work in {folder}: wait for its end, or give another output folder"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class _Stored:

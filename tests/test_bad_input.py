@@ -185,6 +185,14 @@ KNOWN_AT_ONCE = {
     "no tokens at all": Case(CalibrationError, ("no tokens", "empty"), data=[]),
     "text without a tokenizer": Case(CalibrationError, ("tokenizer",), data=["some text"]),
     "text that tokenises to nothing": Case(CalibrationError, ("no tokens", "tokenises to nothing"), data=["", ""]),
+    "a tokenizer that takes code of its own": Case(
+        CheckpointError,
+        ("tokenizer of", "trust_remote_code"),
+        lambda folder: (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}})
+        ),
+        data=["some text"],
+    ),
     "a damaged tokenizer": Case(
         CheckpointError,
         ("tokenizer of", "Unterminated string"),

@@ -370,6 +370,7 @@ def test_calibration_passes_through() -> None:
         ([{"input_ids": PADDED, "attention_mask": 0 * MASK}], {}, r"list \(1 records\) gives no tokens"),
         (torch.empty(0, dtype=torch.int64), {}, "0 tokens gives no tokens"),
         ([], {}, "no tokens"),
+        ([{"instruction": "Say it.", "instances": [None]}], {}, "record 0: field 'instances' begins with a NoneType"),
         (PADDED, {"vocab_size": 11}, r"tokens \(3, 4\): token id 11 in sequence 2.*vocabulary has 11"),
         (Calibration((torch.tensor([3]),), "mine"), {"vocab_size": 3}, "mine: token id 3"),
         (PADDED - 1, {}, "negative token id -1 in sequence 0"),

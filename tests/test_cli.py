@@ -318,6 +318,14 @@ def test_what_a_user_can_mend_is_one_line(run: Ran, checkpoint: Path, corpus: Pa
     assert "adapter_config.json" in one_line(run, "eval", checkpoint, "--data", corpus, "--adapter", tmp_path)
     assert "'tpu9'" in one_line(run, "eval", checkpoint, "--data", corpus, "--device", "tpu9")
     assert str(tmp_path) in one_line(run, "merge", checkpoint, tmp_path, *out)
+    for option in (("--no-double-quant",), ("--compute-dtype", "float16")):
+        assert f"{option[0]} says how --quant" in one_line(run, "merge", checkpoint, tmp_path, *out, *option)
+        assert f"{option[0]} says how --quant" in one_line(
+            run, "eval", checkpoint, "--data", corpus, "--adapter", tmp_path, *option
+        )
+    # Before a checkpoint is looked for, which may be a download.
+    assert "not empty" in one_line(run, "init", "/no/such", *init[2:-1], checkpoint)
+    assert "not empty" in one_line(run, "merge", "/no/such", tmp_path, "--output", checkpoint)
     assert str(tmp_path) in one_line(run, "convert", tmp_path, tmp_path, *out)
     assert not (tmp_path / "out").exists()
 

@@ -313,6 +313,20 @@ def test_nothing_is_left_where_nothing_was_finished(model: Path, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no locks on folders")
+def test_a_folder_belongs_to_one_run_at_a_time(model: Path, tmp_path: Path) -> None:
+    with stopping_after(2, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        build(model, tmp_path / "out")
+    kept = finished(tmp_path / "out")
+    with workspace._locked(work(tmp_path / "out")):
+        for resume in (True, False):
+            with pytest.raises(QuailoraError, match="another run is at work in"):
+                build(model, tmp_path / "out", resume=resume)
+    assert finished(tmp_path / "out") == kept
+    build(model, tmp_path / "out")
+    assert not work(tmp_path / "out").exists()
+
+
 def test_an_interruption_says_what_is_kept(model: Path, tmp_path: Path) -> None:
     with (
         stopping_after(3, KeyboardInterrupt()),

@@ -16,6 +16,7 @@ import quailora
 from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.evaluate import compare
 from quailora.report import RECORD
+from quailora.serving import base_of
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -203,6 +204,56 @@ def test_what_cannot_be_converted_is_refused_by_name(changes: dict[str, object],
             quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense")
     assert not (tmp_path / "converted").exists()
     assert not (tmp_path / "dense").exists()
+
+
+def test_a_head_that_shares_its_weight_with_the_embeddings_is_not_merged_into_both(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "adapter", pipeline.lora(modules_to_save=["lm_head"]))
+    with pytest.raises(AdapterError, match=r"lm_head is adapted.*tied"):
+        quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense")
+
+
+def test_trained_rows_of_embeddings_are_not_lost_in_silence(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / WEIGHTS)
+    weights["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = torch.zeros(1, 64)
+    save_file(weights, tmp_path / "adapter" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="trainable_token_indices"):
+        quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense")
+
+
+def test_a_single_shard_takes_the_name_of_a_whole_model(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    shard = "model-00001-of-00001.safetensors"
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    pipeline.build(folder, tmp_path / "adapter")
+    quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense")
+    assert dense(tmp_path / "dense")
+
+
+def test_adapters_of_parameters_do_not_convert(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_parameters": ["experts.gate_up_proj"]}))
+    with pytest.raises(AdapterError, match=r"experts\.gate_up_proj.*target_parameters"):
+        quailora.convert(tmp_path / "adapter", tmp_path / "adapter", tmp_path / "converted")
+
+
+def test_the_start_that_is_named_counts_more_than_the_folder_above(tmp_path: Path) -> None:
+    folder, fp4 = tiny.checkpoint(tmp_path / "model"), pipeline.QUANTIZATIONS["fp4"]
+    pipeline.build(folder, tmp_path / "above")
+    pipeline.build(folder, tmp_path / "start", quantization=fp4)
+    trained = tmp_path / "above" / "trained"
+    train_a_little(tmp_path / "start", trained)
+    assert base_of(trained) != base_of(trained, tmp_path / "start") == base_of(tmp_path / "start")
+    for missing, words in ((tmp_path / "strat", "does not exist"), (folder, f"has no {RECORD}")):
+        with pytest.raises(AdapterError, match=words):
+            quailora.merge(folder, trained, tmp_path / "dense", initial=missing, quantization=fp4)
 
 
 def test_a_folder_that_is_not_there_is_not_looked_for_on_a_hub(tmp_path: Path) -> None:
