@@ -186,6 +186,16 @@ def test_claims_are_decided_by_the_cells(tmp_path: Path) -> None:
     assert claims.not_faster(tmp_path).verdict == claims.REPRODUCED
 
 
+def test_whether_calibration_matters_is_asked_before_and_after_training(tmp_path: Path) -> None:
+    before = [("bf16", "zero", 10), ("nf4", "zero", 20), ("nf4", "svd", 18), ("nf4", "quailora", 12)]
+    keep_cells(tmp_path, "start", [record(*each, each[2], steps=0) for each in before])
+    assert claims.uncalibrated(tmp_path).verdict == claims.REPRODUCED
+    for end, verdict in ((8.7, claims.REPRODUCED), (8.2, claims.PARTLY)):
+        after = [("nf4", "zero", 20, 9.0), ("nf4", "svd", 18, end), ("nf4", "quailora", 12, 8.0)]
+        keep_cells(tmp_path, "peers", [record(*each) for each in after])
+        assert claims.uncalibrated(tmp_path).verdict == verdict
+
+
 def test_claims_of_the_papers_models(tmp_path: Path) -> None:
     llamas = [(f"x/llama-{size}", 0.5 if size == "7b" else gain) for size, gain in (("7b", 0), ("13b", 0.1))]
     cells = [
