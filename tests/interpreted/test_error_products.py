@@ -105,12 +105,14 @@ def test_each_block_has_its_own_absmax(product: Callable[..., Tensor], n: int, b
     quantized = FourBit(
         torch.full((-(-m * n // 2),), 0xFF, dtype=torch.uint8),
         torch.arange(1.0, blocks + 1),
-        b, "nf4", (m, n), torch.float32,
+        b, "nf4", (m, n), torch.bfloat16,
     )  # fmt: skip
     error = -(torch.arange(m * n) // b + 1.0).view(m, n)
     thin = torch.eye(n)[:, :r] if product is error_product else torch.eye(m)[:, :r]
     expected = error[:, :r] if product is error_product else error[:r].T
-    assert torch.equal(product(torch.zeros(m, n), Codes.of(quantized), thin, precision="ieee"), expected)
+    assert torch.equal(
+        product(torch.zeros(m, n, dtype=torch.bfloat16), Codes.of(quantized), thin, precision="ieee"), expected
+    )
 
 
 @pytest.mark.parametrize("n", [64, 63])  # a row begins with a whole byte, and with half of one
