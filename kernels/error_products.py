@@ -566,8 +566,6 @@ class _Case:
             kept, inner = 32 if self.rank == 256 else 64 if self.precision == "ieee" else kept, 16
         if masked and self.rank >= (128 if self.precision == "tf32" else 256):
             inner = 16
-        if int8_beside_fp32 and self.precision == "bf16x3":
-            inner = 16
         if self.precision == "bf16x3" and self.form != "even" and self.kind != "4bit":
             kept, inner = (32 if self.rank == 256 else 64), 16  # fp32 or int8 as it is loaded, beside its two halves
         if self.form == "ragged":  # a pointer for every element and an absmax for every few: more registers

@@ -407,7 +407,7 @@ def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) 
 
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError, ValueError) as error:  # such as a content of None that it adds to a string
+    except (TemplateError, TypeError, ValueError) as error:  # such as a content that it cannot add to a string
         raise CalibrationError(f"the tokenizer's chat template refuses these messages: {error}") from error
     assert isinstance(text, str)
     return text

@@ -38,15 +38,13 @@ def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None
     Raises:
         AdapterError: `initial` is asked, and has no record.
     """
-    if (record := read_record(adapter)) is not None:
-        return record["base"]
-    if initial is not None and read_record(initial) is None:
+    record = read_record(adapter) or read_record(initial or adapter.parent)
+    if record is None and initial is not None:
         raise AdapterError(
             f"{initial} {f'has no {RECORD}' if initial.is_dir() else 'does not exist'}: give the folder that the start "
             "was written to, or none"
         )
-    record = read_record(initial or adapter.parent)
-    return None if record is None else record["base"]
+    return record["base"] if record else None
 
 
 def check_base(

@@ -297,6 +297,12 @@ def test_hub_name_and_config_reach_the_hub(
     assert asked == [("owner/set-1.0", "raw", "test", True), ("owner/set-1.0", None, "train", True)]
 
 
+def test_a_broken_line_in_a_folder_of_data_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    with pytest.raises(CalibrationError, match=f"{tmp_path.name}' cannot be read: "):
+        load_calibration(tmp_path, samples=2)
+
+
 def test_missing_datasets_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CalibrationError, match=r"'owner/name' takes a package.*quailora\[data\]"):
@@ -408,6 +414,9 @@ def test_text_that_needs_what_the_tokenizer_lacks(
     plain.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(CalibrationError, match="refuses these messages: roles must alternate"):
         load_calibration(chat, plain)
+    plain.chat_template = "{{ 'said: ' + messages[0]['content'] }}"
+    with pytest.raises(CalibrationError, match=r"record 0: .*refuses these messages: .*str"):
+        load_calibration([{"messages": [{"role": "user", "content": 3}]}], plain)
 
 
 def test_long_texts_give_no_length_warning(

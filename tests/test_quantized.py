@@ -36,6 +36,7 @@ from quailora.quantized import (
     quantization_of,
     quantize,
     read,
+    to_device,
 )
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -342,6 +343,20 @@ def test_bytes_held() -> None:
     assert quantize(weight, dataclasses.replace(NF4, double=False)).nbytes == 64 * 128 // 2 + 4 * blocks
     assert quantize(weight, NF4).nbytes == 64 * 128 // 2 + blocks + 4 * (256 + 1 + 1)
     assert quantize(weight, INT8).nbytes == 64 * 128 + 4 * 64
+
+
+@pytest.mark.parametrize("record", [INT8, NF4, dataclasses.replace(NF4, double=False)], ids=["int8", "nested", "plain"])
+def test_all_of_it_goes_to_another_device(record: Quantization) -> None:
+    quantized = quantize(random_weight(64, 128, torch.bfloat16), record)
+    assert {part.device.type for part in tensors_of(to_device(quantized, torch.device("meta")))} == {"meta"}
+    stayed = to_device(quantized, torch.device("cpu"))
+    assert all(before is after for before, after in zip(tensors_of(quantized), tensors_of(stayed), strict=True))
+
+
+def tensors_of(quantized: Any) -> list[Tensor]:
+    parts = [getattr(quantized, field.name) for field in dataclasses.fields(quantized)]
+    inner = [tensor for part in parts if isinstance(part, NestedAbsmax) for tensor in tensors_of(part)]
+    return [part for part in parts if isinstance(part, Tensor)] + inner
 
 
 def test_nothing_is_said_on_the_way(caplog: pytest.LogCaptureFixture) -> None:

@@ -206,10 +206,11 @@ def test_what_cannot_be_converted_is_refused_by_name(changes: dict[str, object],
     assert not (tmp_path / "dense").exists()
 
 
-def test_a_head_that_shares_its_weight_with_the_embeddings_is_not_merged_into_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_weight_that_head_and_embeddings_share_is_not_merged_into_both(name: str, tmp_path: Path) -> None:
     folder = tiny.checkpoint(tmp_path / "model")
-    pipeline.build(folder, tmp_path / "adapter", pipeline.lora(modules_to_save=["lm_head"]))
-    with pytest.raises(AdapterError, match=r"lm_head is adapted.*tied"):
+    pipeline.build(folder, tmp_path / "adapter", pipeline.lora(modules_to_save=[name]))
+    with pytest.raises(AdapterError, match=rf"{name} is adapted.*tied"):
         quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense")
 
 
