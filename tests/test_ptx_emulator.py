@@ -649,7 +649,7 @@ def test_a_group_of_linears(
     kind: str, dtype: torch.dtype, precision: str, transposed: bool, form: str, members: int
 ) -> None:
     """Of every kind, no two alike in height and rank."""
-    case = error_products._Case(kind, dtype, dtype, 16, precision, transposed, form)
+    case = error_products._Case(kind, dtype, dtype, 16, precision, transposed, form)._served()
     variant = next(error_products._product_variants("sm_80", case))
     n = {"even": 256, "masked": 192, "masked16": 112, "ragged": 75}[form]
     heights, ranks = (256, 512) if form == "even" else (37, 70, 20), (5, 16, 9)
