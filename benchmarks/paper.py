@@ -72,14 +72,16 @@ def perplexity(study: Study) -> Iterator[Cell]:
                     yield study.cell(model, name, base, kind, study.trained[0], seed)
     for model in study.scale.models:
         for name in study.trained:
-            yield study.cell(model, name, "nf4", "als", study.trained[0], 0)
+            for kind in ("als", "svd"):
+                yield study.cell(model, name, "nf4", kind, study.trained[0], 0)
 
 
 def convergence(study: Study) -> Iterator[Cell]:
-    """On the first set and seed: the starts of both kinds, and the control, at every rate."""
+    """On the first set and seed, at every rate: the starts of both kinds, that without calibration, and the control."""
+    kinds = (("nf4", "zero"), ("nf4", "quailora"), ("nf4", "svd"), ("nf4", "random"), ("bf16", "zero"))
     for model in study.scale.models:
         for rate in study.scale.rates:
-            for base, kind in (("nf4", "zero"), ("nf4", "quailora"), ("nf4", "random"), ("bf16", "zero")):
+            for base, kind in kinds:
                 yield study.cell(model, study.trained[0], base, kind, study.trained[0], 0, learning_rate=rate)
 
 

@@ -83,12 +83,10 @@ class Loop:
     stages: Stages
     folder: Path
 
-    def run(self, targets: Collection[Target], batches: Sequence[Batch], finished: Collection[int]) -> dict[str, str]:
-        """Solve for every target, but in `finished` blocks, whose forward pass alone is run; the targets that could not
-        be reached, with why."""
+    def run(self, targets: Collection[Target], batches: Sequence[Batch], finished: Collection[int]) -> None:
+        """Solve for every target, but in `finished` blocks, whose forward pass alone is run."""
         model, stages = self.model, self.stages
         inside = {name: index for index, block in enumerate(model.blocks) for name in block.linears()}
-        outside = {t.name: "it stands outside the decoder's blocks" for t in targets if t.name not in inside}
         waiting = {t.name: t for t in targets if t.name in inside and inside[t.name] not in finished}
         last = max((inside[name] for name in waiting), default=-1)
         # A caller's autocast must not reach the full-precision forward pass, nor H.
@@ -112,7 +110,6 @@ class Loop:
                         self._block(index, waiting, batches, states, [of_batch[index] for of_batch in calls])
             finally:
                 model.forget_prefetched()
-        return outside | dict.fromkeys(waiting, "no calibration token reached it")
 
     @contextmanager
     def _resident(self, index: int, last: int) -> Iterator[None]:

@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
@@ -47,6 +54,8 @@ _OWN_PAGES = 2**16  # bytes from which a tensor has pages of its own
 
 # What transformers lets out where config.json has a value that no model can be made of.
 BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
+# What huggingface_hub does where headers cannot be had; errors of its HTTP library, whichever that is, pass through.
+_NO_HEADERS: tuple[Any, ...] = (SafetensorsParsingError, ValueError, *HfHubHTTPError.__bases__)
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,8 @@ class Checkpoint:
         name_or_path: a folder, or the id of a model on the Hugging Face hub.
         revision: a branch, tag or commit on the hub.
         trust_remote_code: passed on to transformers; code from a checkpoint runs only where the user says so.
+        headers_only: of a model on the hub whose weights are not here yet, take no more than the headers of its files:
+            dtypes and shapes are known then, and no tensor can be read.
 
     Raises:
         CheckpointError: nothing there, not safetensors, a shard missing or truncated, or weights that are quantised
@@ -141,7 +152,12 @@ class Checkpoint:
     """
 
     def __init__(
-        self, name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+        self,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        headers_only: bool = False,
     ) -> None:
         self.name = str(name_or_path)
         self.revision = revision
@@ -150,8 +166,14 @@ class Checkpoint:
         if folder.is_file():
             raise CheckpointError(f"{folder} is a file: give the folder that holds {SINGLE} and config.json")
         self._folder = folder if folder.is_dir() else None
+        self._downloads = not headers_only
         self.config = self._read_config()
-        self.tensors = {name: entry for file in self._files() for name, entry in _read_header(file)}
+        try:
+            self.tensors = {name: entry for file in self._files() for name, entry in _read_header(file)}
+        except CheckpointError:
+            if self._downloads or self._folder is not None:
+                raise
+            self.tensors = dict(self._headers_on_hub())
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -239,11 +261,25 @@ class Checkpoint:
             path = self._folder / filename
             return path if path.is_file() else None
         try:
-            return Path(hf_hub_download(self.name, filename, revision=self.revision))
+            return Path(
+                hf_hub_download(self.name, filename, revision=self.revision, local_files_only=not self._downloads)
+            )
         except EntryNotFoundError:  # offline as well: what the cache has may do
             return None
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise CheckpointError(f"{filename} of '{self.name}' cannot be had: {_reason(error)}") from error
+
+    def _headers_on_hub(self) -> Iterator[tuple[str, TensorEntry]]:
+        try:
+            found = get_safetensors_metadata(self.name, revision=self.revision)
+        except NotASafetensorsRepoError:
+            self._nothing_found()
+        except _NO_HEADERS as error:
+            raise CheckpointError(f"the headers of '{self.name}' cannot be had: {_reason(error)}") from error
+        for filename, header in found.files_metadata.items():
+            for name, tensor in header.tensors.items():
+                file, (start, end) = Path(self.name, filename), tensor.data_offsets
+                yield name, TensorEntry(file, tensor.dtype, tuple(tensor.shape), start, end, (0, 0))
 
     def _nothing_found(self) -> NoReturn:
         found = sorted(path.name for path in self._folder.iterdir()) if self._folder is not None else []

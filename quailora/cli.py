@@ -214,7 +214,7 @@ def plan(
 ) -> None:
     """What `init` would have where, in bytes, its FLOPs and an estimate of its time.
 
-    No weight is read; but a model on the hub is downloaded first, as `init` would do.
+    No weight is read, nor downloaded: of a model on the hub the headers do.
     """
     from json import dumps
 
@@ -235,7 +235,7 @@ def plan(
     )
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
     place = torch.device("cuda") if absent else pipeline.default_device(device)
-    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, headers_only=True)
     quantization = _quantization(quant or Quant.nf4, double_quant, compute_dtype, source.dtype)
     config = LoraConfig(r=rank, target_modules=_target_modules(target_modules), task_type="CAUSAL_LM")
     base = adapters.quantized_skeleton(source, quantization, source.dtype)

@@ -162,13 +162,13 @@ def build_adapter(
                 stages=stages,
                 folder=output.resolve().parent,
             )
-            unreached = loop.run(targets, list(crew.share(data).batches(plan.batch_size)), finished)
+            loop.run(targets, list(crew.share(data).batches(plan.batch_size)), finished)
         report = None
         if workspace:
             layers = workspace.layers
-            _check_some(layers, unreached)
+            left |= _unreached(targets, layers, stream)
             notes = [*_notes(stream), *_resumed(finished)]
-            report = Report(layers, left | unreached, notes, record, stages.seconds, meter.figures(plan))
+            report = Report(layers, left, notes, record, stages.seconds, meter.figures(plan))
             with workspace.finish() as folder, stages("write"):
                 made = workspace.tensors()
                 adapters.save(model, folder, made | adapters.rest(model, stream, seed, made))
@@ -305,15 +305,15 @@ def initialize(
             stages=stages,
             folder=Path(folder),
         )
-        unreached = loop.run(targets, list(data.batches(plan.batch_size)), ())
+        loop.run(targets, list(data.batches(plan.batch_size)), ())
     layers = [row for _, _, row in found]
-    _check_some(layers, unreached)
+    left |= _unreached(targets, layers, stream)
     for target, factors, _ in found:
         target.assign(factors, seed)
     whole = getattr(base_config, "quantization_config", None)
     skipped = Quantization.from_config(whole).skip_modules if isinstance(whole, BitsAndBytesConfig) else None
     record = make_record(source, dtype, replace(form, skip_modules=skipped), settings, data, config)
-    return Report(layers, left | unreached, _notes(stream), record, stages.seconds, meter.figures(plan))
+    return Report(layers, left, _notes(stream), record, stages.seconds, meter.figures(plan))
 
 
 def default_quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -467,9 +467,20 @@ def _check_belongs(target: Target, weight: Tensor, quantized: QuantizedWeight, d
         )
 
 
-def _check_some(layers: list[LayerReport], unreached: dict[str, str]) -> None:
+def _unreached(targets: list[Target], layers: list[LayerReport], stream: StreamedModel) -> dict[str, str]:
+    """The targets that no factors were found for, with why. Raises AdapterError where none were found at all."""
+    inside = {name for block in stream.blocks for name in block.linears()}
+    solved = {row.name for row in layers}
+    unreached = {
+        target.name: "no calibration token reached it"
+        if target.name in inside
+        else "it stands outside the decoder's blocks"
+        for target in targets
+        if target.name not in solved
+    }
     if not layers:
         raise AdapterError(f"no targeted linear received calibration tokens: {_enumerate(unreached)}")
+    return unreached
 
 
 def _notes(stream: StreamedModel) -> list[str]:

@@ -167,15 +167,16 @@ def _locked(folder: Path) -> Iterator[None]:
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        busy = QuailoraError(f"another run is at work in {folder}: wait for its end, or give another output folder")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise QuailoraError(
-                f"another run is at work in {folder}: wait for its end, or give another output folder"
-            ) from error
+            raise busy from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise busy  # it ended just now, and took the folder along
         yield
     finally:
         os.close(descriptor)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 
 import quailora
-from quailora import blockwise, files, pipeline, workspace
+from quailora import activations, blockwise, files, pipeline, workspace
 from quailora.calibration import Calibration
 from quailora.errors import QuailoraError
 from quailora.gram import Gram
@@ -325,6 +325,44 @@ def test_a_folder_belongs_to_one_run_at_a_time(model: Path, tmp_path: Path) -> N
     assert finished(tmp_path / "out") == kept
     build(model, tmp_path / "out")
     assert not work(tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no locks on folders")
+def test_a_folder_that_goes_while_it_is_locked_still_belongs_to_the_other_run(tmp_path: Path) -> None:
+    import fcntl
+
+    folder, flock = tmp_path / "folder", fcntl.flock
+
+    for again in (False, True):  # a third run may have made it anew
+        folder.mkdir(exist_ok=True)
+
+        def end(descriptor: int, operation: int, again: bool = again) -> None:
+            folder.rename(tmp_path / f"gone {again}")
+            if again:
+                folder.mkdir()
+            flock(descriptor, operation)
+
+        with (
+            mock.patch.object(fcntl, "flock", end),
+            pytest.raises(QuailoraError, match="another run is at work in"),
+            workspace._locked(folder),
+        ):
+            raise AssertionError("it was locked")
+
+
+def test_what_no_token_reached_is_named_by_the_run_that_goes_on(model: Path, tmp_path: Path) -> None:
+    unreached = "model.layers.0.mlp.down_proj"
+
+    def collect(linears: dict[str, torch.nn.Module]) -> Any:
+        return activations.collect({name: linear for name, linear in linears.items() if name != unreached})
+
+    with mock.patch.object(blockwise, "collect", collect):
+        with stopping_after(2, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+            build(model, tmp_path / "out")
+        report = build(model, tmp_path / "out")
+    assert report.left[unreached] == "no calibration token reached it"
+    assert unreached not in [row.name for row in report.layers]
+    assert report.left == build(model, tmp_path / "whole").left | {unreached: report.left[unreached]}
 
 
 def test_an_interruption_says_what_is_kept(model: Path, tmp_path: Path) -> None:
