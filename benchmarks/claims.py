@@ -171,7 +171,7 @@ def _courses(results: Path) -> list[tuple[list[float], list[float]]]:
 
 def uncalibrated(results: Path) -> Finding:
     """Reproduced if the SVD of E gives less than half of what QuAILoRA gives, of the start gap and, where that has run,
-    in perplexity after training; in part if less than half of one of the two."""
+    in perplexity after training, each at its best learning rate; in part if less than half of one of the two."""
     claim = "Without calibration (the SVD of E) it is ineffective"
     shares, gains = [], []
     for records in _models(results, "start"):
@@ -181,9 +181,9 @@ def uncalibrated(results: Path) -> Finding:
             of_svd, of_ours = (tables.start_gap(records, each) for each in (svd, ours))
             if of_svd is not None and of_ours is not None:
                 shares.append((of_svd, of_ours))
-    for records in _models(results, "peers"):
-        found = [one(records, start=start) for start in ("zero", "svd", "quailora")]
-        ends = [each["end"]["perplexity"] for each in found if each is not None and not failed(each)]
+    for records in _models(results, "convergence"):
+        found = [best_rate(records, "nf4", start) for start in ("zero", "svd", "quailora")]
+        ends = [each["end"]["perplexity"] for each in found if each is not None]
         if len(ends) == 3:
             gains.append((ends[0] - ends[1], ends[0] - ends[2]))
     if not shares:

@@ -39,7 +39,7 @@ from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.evaluate import _evaluating, _with_adapter
 from quailora.pipeline import load_tokenizer
 from quailora.report import to_json, write_files
-from quailora.serving import base_of, check_base
+from quailora.serving import base_of, check_base, for_full_precision
 
 NEXT_PASSAGE = "next_passage"
 CHOICES = 4
@@ -215,8 +215,9 @@ def read_model(checkpoint: Checkpoint, base: str, adapter: Path | None) -> Any:
             raise AdapterError(f"{adapter} is no adapter: it has no adapter_config.json")
         quantization = BASES[base]
         if (record := base_of(adapter)) is not None:
-            if quantization is None:
-                raise MismatchError(f"{adapter} was made for a quantised base: on {base} its factors do harm")
+            if (quantization is None) != for_full_precision(record):
+                kind = "the full-precision weights" if for_full_precision(record) else "a quantised base"
+                raise MismatchError(f"{adapter} was made for {kind}: on {base} its factors do harm")
             check_base(record, checkpoint, quantization, adapter)
     model = load(checkpoint, base)
     return model if adapter is None else _with_adapter(model, adapter)

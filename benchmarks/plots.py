@@ -12,7 +12,7 @@ import tables
 from matplotlib.figure import Figure
 from tables import best_rate, failed, one, select
 
-COLOURS = {"zero": "#888888", "quailora": "#0b6e4f", "random": "#c1666b", "bf16": "#222222", "als": "#3a6ea5"}
+COLOURS = {"zero": "#888888", "quailora": "#0b6e4f", "random": "#c1666b", "bf16": "#222222", "svd": "#3a6ea5"}
 # The same bytes on every machine, and text that stays text.
 STYLE: dict[Any, Any] = {"svg.hashsalt": "quailora", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
 
@@ -58,7 +58,7 @@ def ranks(results: Path) -> Figure | None:
 def convergence(results: Path) -> Figure | None:
     """Held-out perplexity in the course of training, every start at its best learning rate."""
     records = tables.read(results, "convergence")
-    lines = [("nf4", "zero"), ("nf4", "random"), ("nf4", "quailora"), ("bf16", "zero")]
+    lines = [("nf4", "zero"), ("nf4", "random"), ("nf4", "svd"), ("nf4", "quailora"), ("bf16", "zero")]
     figure = _figure(4.6, 3.0)
     axes = figure.subplots()
     for base, kind in lines:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ class Call:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's hidden states out, for its hidden states in, both (b, t, d)."""
-        args, kwargs = (_map_tensors(part, lambda x: x.to(hidden.device)) for part in (self.args, self.kwargs))
+        args, kwargs = (
+            _map_tensors(part, lambda x: x.to(hidden.device, non_blocking=True)) for part in (self.args, self.kwargs)
+        )
         out = block(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -106,6 +109,8 @@ class Calls:
         for tensor in known:
             if torch.equal(tensor, value):
                 return tensor
+        if self._model.device.type == "cuda":
+            value = value.pin_memory()  # or the host would wait for its copy at every call
         known.append(value)
         return value
 
@@ -185,13 +190,8 @@ class Collector:
     _seen: list[tuple[Tensor, int, _Input]] = field(default_factory=list)
     _keep: Tensor | None = None
     _side: torch.cuda.Stream | None = None
-
-    def groups(self) -> list[tuple[Gram, list[str]]]:
-        """Each H, and the linears that it is the H of."""
-        names: dict[int, list[str]] = {}
-        for name, gram in self.grams.items():
-            names.setdefault(id(gram), []).append(name)
-        return [(self.grams[group[0]], group) for group in names.values()]
+    _read: list[Tensor | None] = field(default_factory=list)  # by the side stream, since the batch began
+    _behind: bool = False  # those are still of the batch before
 
     @contextmanager
     def batch(self, keep: Tensor | None) -> Iterator[None]:
@@ -204,8 +204,13 @@ class Collector:
                 entry.lasting = x._version == edits
             # The tensors are held only this long: identity means nothing once they are gone.
             self._seen.clear()
+            self._behind = True
 
     def receive(self, name: str, x: Tensor) -> None:
+        if x.numel() == 0:
+            return  # an expert that no token chose; and all empty tensors are at one address
+        if self._behind:
+            self.join()
         shared = self._inputs.get(name)
         if shared is None:
             shared = next((entry for seen, edits, entry in self._seen if _same(seen, edits, x)), None)
@@ -221,18 +226,20 @@ class Collector:
     def _beside(self, device: torch.device, *read: Tensor | None) -> Iterator[None]:
         """On a stream of its own, so that the block goes on meanwhile. What it reads must not be edited any more."""
         if self._side is None:
-            self._side = torch.cuda.Stream(device)
+            self._side = _side_stream(device)
         self._side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._side):
             yield
-        for tensor in read:
-            if tensor is not None:
-                tensor.record_stream(self._side)  # or its memory would be given away while it is still read
+        # Held until the current stream waits, so that by its order alone their memory is not given away before: at the
+        # first input of the next batch, of which the hidden states are copied meanwhile.
+        self._read += read
 
     def join(self) -> None:
         """Let the current stream wait for what is added up beside it."""
         if self._side is not None:
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+        self._read.clear()
+        self._behind = False
 
     def _mask(self, x: Tensor, name: str) -> Tensor | None:
         if self._keep is None:
@@ -245,13 +252,20 @@ class Collector:
         return self._keep.reshape(x.shape[:-1])
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all blocks: what the allocator and cuBLAS keep, they keep for each stream."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def collect(linears: dict[str, nn.Module]) -> Iterator[Collector]:
     """Hooks on the linears of a block that add up one H per distinct input; removed whatever happens.
 
     Linears share an H when they receive the same tensor (q, k and v; gate and up), found in the first batch by the
     tensor itself. A linear that no token reaches has no entry in `grams`. On CUDA, from the second batch on, H is
-    added up on a stream of its own; the `grams` are complete, for the stream that is current, after the `with`.
+    added up on a stream of its own, while the block goes on and the next batch comes; the `grams` are complete, for the
+    stream that is current, after the `with`.
     """
     collector = Collector()
     with ExitStack() as hooks:

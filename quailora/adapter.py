@@ -94,7 +94,7 @@ def adapted_skeleton(base: PreTrainedModel, config: LoraConfig, checkpoint: Chec
     """
     _check_names(base, config)
     base.name_or_path = checkpoint.name
-    config.base_model_name_or_path = checkpoint.name
+    config.base_model_name_or_path, config.revision = checkpoint.name, checkpoint.revision
     try:
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers for a property that is about to be renamed.
@@ -178,7 +178,7 @@ def check_can_be_saved(model: PeftModel, source: StreamedModel) -> None:
     Raises:
         AdapterError: naming the tensor and the setting it comes from.
     """
-    for key in _unfilled(model):
+    for key in unfilled(model):
         if ".lora_" not in key and source.source(_base_name(key)) is None:
             raise AdapterError(
                 f"PEFT would save {key}, which neither LoRA nor the checkpoint defines: load the model and use "
@@ -299,7 +299,8 @@ def _allocate(layer: LoraLayer, adapter: str) -> None:
             embedding[adapter] = nn.Parameter(torch.empty_like(embedding[adapter], device="cpu"))
 
 
-def _unfilled(model: PeftModel) -> list[str]:
+def unfilled(model: PeftModel) -> list[str]:
+    """What PEFT would save of the model, and has no values yet: the names."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return [key for key, tensor in state.items() if tensor.device.type == "meta"]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from threading import Event, Thread, current_thread
 
 import torch
@@ -38,7 +38,7 @@ from quailora.checkpoint import BAD_CONFIG, FLOATING, Checkpoint, TensorEntry, U
 from quailora.errors import CheckpointError
 from quailora.heap import return_freed_memory
 
-_STAGING_BYTES = 32 * 2**20  # page-locked host memory through which a prefetch reaches a GPU
+STAGING_BYTES = 32 * 2**20  # page-locked host memory through which a prefetch reaches a GPU
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ class _Prefetch:
         )
         stop, stream = Event(), None
         if device.type == "cuda":
-            stream = torch.cuda.Stream(device)
+            stream = _copy_stream(device)
             # The memory of the destinations may still be read, as something freed, by what is queued until now.
             stream.wait_stream(torch.cuda.current_stream(device))
         thread = Thread(target=_fetch, args=(queue, stop, stream), name="quailora-prefetch", daemon=True)
@@ -349,6 +349,12 @@ class _Prefetch:
 
     def _take(self, key: str) -> Tensor:
         return self._futures.pop(key).result()
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all prefetches: torch has 32 to a device and goes round them, so that one may be another's too."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass
@@ -392,7 +398,7 @@ def _fetch_one(fetch: _Fetch, stream: torch.cuda.Stream | None) -> None:
     # torch keeps page-locked memory for ever, and rounds it up to a power of two: so tensors go through it in pieces.
     flat = fetch.place.view(-1)
     with torch.cuda.stream(stream):
-        staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
+        staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
         for first, piece in fetch.entry.pieces(staging):
             flat[first : first + len(piece)].copy_(piece, non_blocking=True)
             stream.synchronize()  # this thread waits; the block that computes meanwhile does not

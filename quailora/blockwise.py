@@ -93,7 +93,7 @@ class Loop:
         with (
             torch.no_grad(),
             torch.autocast(model.device.type, enabled=False),
-            _memory_errors(model.device),
+            memory_errors(model.device, _SMALLER),
             HiddenStates(model.device, self.folder if self.plan.states == "disk" else None) as states,
         ):
             calls: list[list[Call]] = []
@@ -142,7 +142,9 @@ class Loop:
                 collect({name: linears[name] for name in names}) as collector,
             ):
                 for number, batch in enumerate(batches):
-                    keep = None if batch.keep is None else batch.keep.to(self.model.device)
+                    keep = batch.keep
+                    if keep is not None and self.model.device.type == "cuda":
+                        keep = keep.pin_memory().to(self.model.device, non_blocking=True)
                     with collector.batch(keep):
                         hidden = calls[number].run(block.module, states[number])
                     if last:
@@ -230,13 +232,16 @@ def _row(target: Target, factors: LoraFactors, tokens: int, seconds: float) -> L
     )
 
 
+_SMALLER = (
+    "lower memory_budget (--memory-budget), which the plan keeps to, or batch_size (--batch-size 1) or sequence_length "
+    "(--sequence-length)"
+)
+
+
 @contextmanager
-def _memory_errors(device: torch.device) -> Iterator[None]:
+def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
+    """Within it, that a device has no more memory is a QuailoraError with `advice`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise QuailoraError(
-            f"{device} is out of memory: lower memory_budget (--memory-budget), which the plan keeps to, or batch_size "
-            "(--batch-size 1) or sequence_length (--sequence-length). "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
+        raise QuailoraError(f"{device} is out of memory: {advice}. {' '.join(str(error).split())[:200]}") from error

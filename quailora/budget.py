@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from quailora import ops, rehearsal
-from quailora.blocks import Block, StreamedModel, linear_weight
+from quailora.blocks import STAGING_BYTES, Block, StreamedModel, linear_weight
 from quailora.errors import BudgetError, QuailoraError
 from quailora.methods import METHODS
 from quailora.quantized import Quantization
@@ -44,7 +44,6 @@ _LIBRARIES = {
 }
 
 _READ_RATE = 2e9  # bytes per second of an NVMe disk, assumed
-_PINNED_PIECE = 32 * 2**20  # what a prefetch reads at a time, see `blocks.py`
 
 _UNITS = {"": 1, "B": 1} | {f"{letter}{binary}B": (1024 if binary else 1000) ** power
                             for power, letter in enumerate("KMGT", 1) for binary in ("i", "")}  # fmt: skip
@@ -495,7 +494,7 @@ class _Facts:
         yield Part("factors of all blocks", sum(of_blocks), "disk", "all")
         if on_gpu:
             loading = max(self._weights(block)[1] for block in self.stream.blocks)
-            yield Part("weights being read", _PINNED_PIECE + loading, "host", "all")
+            yield Part("weights being read", STAGING_BYTES + loading, "host", "all")
         if self.held:
             yield Part("held already", self.held, "device", "all")
         yield Part("allocator and libraries", int(_SLACK * most) + _LIBRARIES.get(self.device.type, 0), "device", "all")
@@ -521,7 +520,9 @@ class _Facts:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             return None
         rate, exact_rate = (_rate(self.device, dtype) for dtype in (self.stream.dtype, torch.float32))
-        computing = (plan.flops["forward"] + plan.flops["H"]) / rate + plan.flops["solve"] / exact_rate
+        # Plain PyTorch adds up H in fp32, the extension from the inputs as they are.
+        h_rate = exact_rate if self._backend("gram_", "reference") == "reference" else rate
+        computing = plan.flops["forward"] / rate + plan.flops["H"] / h_rate + plan.flops["solve"] / exact_rate
         reading = plan.read / _READ_RATE
         moved = 0.0
         if plan.states == "disk":

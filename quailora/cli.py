@@ -75,7 +75,14 @@ CheckedDoubleOption = Annotated[
     typer.Option("--double-quant/--no-double-quant", help="Double quantisation (4 bits), with --quant. Default: yes."),
 ]
 ComputeOption = Annotated[
-    Dtype | None, typer.Option(help="What a 4-bit base computes in. Default: the checkpoint's dtype.")
+    Dtype | None, typer.Option(help="What a 4-bit base computes in. Default: what its weights are loaded as.")
+]
+LoadedOption = Annotated[
+    Dtype | None,
+    typer.Option(
+        help="What the base's weights are loaded as before they are quantised, which decides their codes: as the "
+        "training will load them. Default: the checkpoint's dtype."
+    ),
 ]
 RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint on the hub.")]
@@ -113,6 +120,7 @@ def init(
     quant: QuantOption = None,
     double_quant: DoubleOption = True,
     compute_dtype: ComputeOption = None,
+    dtype: LoadedOption = None,
     solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
     iterations: Annotated[int | None, typer.Option(help="Depth of krylov (3), alternations of als (20).")] = None,
     damping: Annotated[
@@ -151,6 +159,7 @@ def init(
     for budget in filter(None, (memory_budget, host_memory_budget)):
         parse_bytes(budget)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    loaded_as = _torch_dtype(dtype) or source.dtype
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -165,7 +174,8 @@ def init(
             config,
             data,
             output,
-            quantization=_quantization(quant or Quant.nf4, double_quant, compute_dtype, source.dtype),
+            quantization=_quantization(quant or Quant.nf4, double_quant, compute_dtype, loaded_as),
+            dtype=loaded_as,
             solver=solver,
             iterations=iterations,
             damping=pipeline.DEFAULT_DAMPING if damping is None else damping,
@@ -199,6 +209,7 @@ def plan(
     quant: QuantOption = None,
     double_quant: DoubleOption = True,
     compute_dtype: ComputeOption = None,
+    dtype: LoadedOption = None,
     solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
     iterations: Annotated[int | None, typer.Option(help="Depth of krylov (3), alternations of als (20).")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
@@ -236,13 +247,14 @@ def plan(
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
     place = torch.device("cuda") if absent else pipeline.default_device(device)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, headers_only=True)
-    quantization = _quantization(quant or Quant.nf4, double_quant, compute_dtype, source.dtype)
+    loaded_as = _torch_dtype(dtype) or source.dtype
+    quantization = _quantization(quant or Quant.nf4, double_quant, compute_dtype, loaded_as)
     config = LoraConfig(r=rank, target_modules=_target_modules(target_modules), task_type="CAUSAL_LM")
-    base = adapters.quantized_skeleton(source, quantization, source.dtype)
+    base = adapters.quantized_skeleton(source, quantization, loaded_as)
     targets, _ = adapters.find_targets(adapters.adapted_skeleton(base, config, source))
     positions = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
     found = budget.make_plan(
-        StreamedModel(source, torch.device("cpu") if absent else place, source.dtype),
+        StreamedModel(source, torch.device("cpu") if absent else place, loaded_as),
         {target.name: target.rank for target in targets},
         Quantization.from_config(quantization),
         settings,
@@ -280,7 +292,10 @@ def evaluate(
     trust_remote_code: RemoteOption = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
 ) -> None:
-    """Perplexity and KL divergence: full precision, quantised, quantised with the adapter."""
+    """Perplexity and KL divergence: full precision, quantised, and with the adapter on the one it belongs on.
+
+    Both models are on the device together.
+    """
     from quailora import pipeline
     from quailora.checkpoint import Checkpoint
     from quailora.evaluate import compare
@@ -513,7 +528,8 @@ def main() -> None:
     try:
         app()
     except QuailoraError as error:
-        rank = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+        rank = f" (process {os.environ['RANK']})" if several else ""
         line = Text.assemble((f"error{rank}:", "bold red"), " ", " ".join(str(error).split()))
         Console(stderr=True, highlight=False).print(line, soft_wrap=True)
         sys.exit(1)

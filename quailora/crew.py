@@ -145,8 +145,9 @@ def _agreed(of_ranks: Sequence[list[tuple[list[str], int]]]) -> list[tuple[list[
 
 
 def launched() -> bool:
-    """Whether torchrun started this process together with others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether torchrun started this process together with others. Schedulers set WORLD_SIZE alone."""
+    alone = any(name not in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "WORLD_SIZE"))
+    return not alone and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def rank() -> int:

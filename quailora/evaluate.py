@@ -22,13 +22,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from quailora import ops
 from quailora.blocks import no_progress_bar
+from quailora.blockwise import memory_errors
 from quailora.calibration import Batch, Calibration
 from quailora.checkpoint import Checkpoint
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
 from quailora.pipeline import default_device
 from quailora.quantized import METHODS, Quantization
 from quailora.report import read_record, to_json, write_files
-from quailora.serving import base_of, check_base
+from quailora.serving import base_of, check_base, for_full_precision
 
 # How many logits are in fp32 at once: 256 MiB for each of the few tensors that the scores take.
 LOGITS_AT_ONCE = 1 << 26
@@ -152,9 +153,9 @@ def compare(
 ) -> Comparison:
     """Score full precision, the quantised base, and that with an adapter, loaded as users of transformers and PEFT do.
 
-    The full-precision and the quantised model are in memory together. Each runs every batch once, the quantised one
-    again with the adapter. Where products in its dtype are made in fp32 (`ops.half_products`), copies of the head's
-    weight and of its logits in fp32 come on top.
+    The full-precision and the quantised model are on the device together. Each runs every batch once, and again with
+    the adapter the one that it belongs on: the quantised one, but for an adapter that `convert` made. Where products in
+    its dtype are made in fp32 (`ops.half_products`), copies of the head's weight and of its logits in fp32 come on top.
 
     Args:
         checkpoint: the full-precision model: a folder, or an id on the Hugging Face hub.
@@ -170,45 +171,52 @@ def compare(
     Raises:
         MismatchError: the adapter's record names another checkpoint or quantisation.
         AdapterError: `adapter` is no adapter, or nothing says how the base is quantised.
-        CalibrationError, QuailoraError: as for `perplexity`.
+        CalibrationError, QuailoraError: as for `perplexity`; or the device is out of memory.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     batches = list(calibration.batches(batch_size))
-    loaded_in, what = source.dtype, "adapter"
+    loaded_in, what, converted = source.dtype, "adapter", False
     if adapter is not None:
         folder = Path(adapter)
-        if read_record(folder) is not None:  # beside the adapter itself only before training
-            what = "QuAILoRA"
         if not (folder / "adapter_config.json").is_file():
             raise AdapterError(f"{folder} is no adapter: it has no adapter_config.json")
         base = base_of(folder, Path(initial) if initial else None)
+        converted = base is not None and for_full_precision(base)
+        if read_record(folder) is not None and not converted:  # beside the adapter itself only before training
+            what = "QuAILoRA"
         quantization, loaded_in = check_base(base, source, quantization, folder)
     elif quantization is None:
         raise AdapterError("without an adapter nothing says how the base is quantised: pass `quantization`")
     where = default_device(device)
     dtype = dtype or loaded_in
     method = METHODS[Quantization.from_config(quantization).method]
-    full = _load(source, where, dtype)
-    quantised = _load(source, where, dtype, quantization)
-    adapted = None if adapter is None else _with_adapter(quantised, adapter)
-
     of_full, of_quantised, of_adapted = _Tally(), _Tally(), _Tally()
-    with _evaluating(full, quantised):
-        for done, batch in enumerate(map(_predictions, batches), 1):
-            reference = batch.logits(full)
-            of_full.add(batch, reference)
-            with nullcontext() if adapted is None else adapted.disable_adapter():
-                of_quantised.add(batch, batch.logits(quantised), reference)
-            if adapted is not None:
-                of_adapted.add(batch, batch.logits(adapted), reference)
-            if progress is not None:
-                progress(done, len(batches))
+    with memory_errors(where, _SMALLER):
+        full = _load(source, where, dtype)
+        quantised = _load(source, where, dtype, quantization)
+        adapted = None if adapter is None else _with_adapter(full if converted else quantised, adapter)
+        with _evaluating(full, quantised):
+            for done, batch in enumerate(map(_predictions, batches), 1):
+                with nullcontext() if adapted is None else adapted.disable_adapter():
+                    reference = batch.logits(full)
+                    of_full.add(batch, reference)
+                    of_quantised.add(batch, batch.logits(quantised), reference)
+                if adapted is not None:
+                    of_adapted.add(batch, batch.logits(adapted), reference)
+                if progress is not None:
+                    progress(done, len(batches))
     return Comparison(
         of_full.scores("full precision"),
         of_quantised.scores(method),
-        of_adapted.scores(f"{method} + {what}") if adapted is not None else None,
+        of_adapted.scores(f"{'full precision' if converted else method} + {what}") if adapted is not None else None,
         of_full.tokens,
     )
+
+
+_SMALLER = (
+    "it has the full-precision and the quantised model at once. Lower batch_size (--batch-size 1) or the length of "
+    "sequences (--sequence-length), or take the CPU (--device cpu)"
+)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def check_new_folder(path: Path) -> None:
     """Raises QuailoraError where `path` is anything but absent or an empty folder."""
     if path.is_dir() and any(path.iterdir()):
-        raise QuailoraError(f"the output folder {path} is not empty: give another, or remove it")
+        raise QuailoraError(f"the output folder {path} is not empty: use what is in it, give another, or remove it")
     if path.exists() and not path.is_dir():
         raise QuailoraError(f"{path} is a file: the output is a folder")
     if os.path.ismount(path):

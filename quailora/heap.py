@@ -12,6 +12,7 @@ from functools import cache
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _OWN_PAGES = 256 * 2**10
 _GLIBC_MOST = 32 * 2**20  # where glibc's threshold, which grows by itself with what is freed, ends; half the other's
+_MOST_GAPS = 4096  # 1 GiB of them; where malloc is told never to map pages there would be no end
 _IS_MMAPPED = 2  # malloc.c: a bit of the size that stands before every chunk
 
 
@@ -42,7 +43,7 @@ def _gaps(libc: ctypes.CDLL) -> Iterator[int]:
     """Take what the heap has free in pieces of that size, which malloc would use first. Nothing is written to them, so
     that after `malloc_trim` they are address space and no memory."""
     libc.malloc_trim(0)
-    while True:
+    for _ in range(_MOST_GAPS):
         chunk = libc.malloc(_OWN_PAGES)
         if ctypes.c_size_t.from_address(chunk - ctypes.sizeof(ctypes.c_size_t)).value & _IS_MMAPPED:
             libc.free(chunk)
@@ -59,10 +60,13 @@ def return_freed_memory() -> None:
 
 @cache
 def _glibc() -> ctypes.CDLL | None:
-    """The C library, where it is that of GNU."""
+    """The C library, where it is that of GNU, and its malloc the process's: another may have been preloaded."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return None
     libc = ctypes.CDLL(None)
+    first, own = (ctypes.cast(of.malloc, ctypes.c_void_p).value for of in (libc, ctypes.CDLL("libc.so.6")))
+    if first != own:
+        return None
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     return libc

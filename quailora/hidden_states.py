@@ -41,7 +41,11 @@ class HiddenStates:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._memory and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the last copies
         self._memory.clear()
+        if self._device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):
+            torch.accelerator.empty_host_cache()  # torch would keep what was page-locked from whoever trains next
         if self._file is not None:
             self._file.close()
 

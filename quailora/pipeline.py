@@ -36,6 +36,7 @@ from quailora.workspace import Workspace
 RANK, ALPHA = 64, 16
 
 
+@torch.inference_mode(False)  # a caller's: of its tensors torch does not count the edits, and it has no fake ones
 def build_adapter(
     checkpoint: str | Path | Checkpoint,
     lora_config: LoraConfig | None,
@@ -211,6 +212,7 @@ def _resumed(finished: list[int]) -> list[str]:
     return [f"blocks solved by an earlier run, which did not come to its end: {len(finished)}; times are this run's"]
 
 
+@torch.inference_mode(False)
 def initialize(
     peft_model: PeftModel,
     calibration: Any,
@@ -417,19 +419,19 @@ def read_calibration(
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def load_tokenizer(source: Checkpoint) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, None where it has none. Raises CheckpointError, with the reason, for one that cannot
-    be read: it is damaged, or takes a package that is not here, or code of its own."""
+def load_tokenizer(source: Checkpoint, adapter: Path | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the folder `adapter`, where training has saved one, or else the checkpoint's; None where there
+    is none. Raises CheckpointError, with the reason, for one that cannot be read: it is damaged, or takes a package
+    that is not here, or code of its own."""
+    saved = adapter is not None and any((adapter / name).is_file() for name in _TOKENIZER_FILES)
+    name, revision = (str(adapter), None) if saved else (source.name, source.revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
-        if not any(source.has(name) for name in _TOKENIZER_FILES):
+        if not saved and not any(source.has(each) for each in _TOKENIZER_FILES):
             return None
         raise CheckpointError(
-            f"the tokenizer of {source.name} cannot be read: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:600]}"
+            f"the tokenizer of {name} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:600]}"
         ) from error
     return tokenizer if len(tokenizer) else None  # transformers makes an empty one where a kind is known but no file
 

@@ -16,17 +16,17 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from quailora.adapter import adapted_skeleton, put, quantized_skeleton
+from quailora.adapter import adapted_skeleton, put, quantized_skeleton, unfilled
 from quailora.blocks import StreamedModel
 from quailora.checkpoint import INDEX, SINGLE, Checkpoint
 from quailora.errors import AdapterError, MismatchError
 from quailora.files import check_new_folder, new_folder
 from quailora.pipeline import default_device, load_tokenizer
 from quailora.quantized import Quantization, is_quantized, quantize
-from quailora.report import RECORD, read_record
+from quailora.report import RECORD, read_record, to_json, write_files
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -45,6 +45,11 @@ def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None
             "was written to, or none"
         )
     return record["base"] if record else None
+
+
+def for_full_precision(base: dict[str, Any]) -> bool:
+    """Whether an adapter belongs on the full-precision weights of its base, by its record: `convert` made it."""
+    return base.get("full_precision") is True
 
 
 def check_base(
@@ -95,8 +100,9 @@ def merge(
     """Write the dense checkpoint W' = Q + scaling B A: what the quantised base with its adapter computes, as ordinary
     weights.
 
-    Every linear that the base holds quantised becomes its Q, adapted or not; all else is copied. Shard by shard; the
-    model is never in memory as a whole.
+    Every linear that the base holds quantised becomes its Q, adapted or not; all else is copied. The tokenizer is that
+    beside the adapter, where training has saved one, or else the checkpoint's. Shard by shard; the model is never in
+    memory as a whole.
 
     Args:
         checkpoint: the full-precision checkpoint of the base.
@@ -115,7 +121,13 @@ def merge(
     output, folder = Path(output_dir), Path(adapter)
     check_new_folder(output)
     source, place = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint), default_device(device)
-    config, load_dtype = check_base(base_of(folder, Path(initial) if initial else None), source, quantization, folder)
+    made_for = base_of(folder, Path(initial) if initial else None)
+    if made_for and for_full_precision(made_for):
+        raise AdapterError(
+            f"{folder} was converted for the full-precision weights: there is no Q to merge it with. PEFT's "
+            "merge_and_unload is right for it, on the full-precision model"
+        )
+    config, load_dtype = check_base(made_for, source, quantization, folder)
     form, dtype = Quantization.from_config(config), dtype or source.dtype
     base = quantized_skeleton(source, config, load_dtype)
     trained = _Adapter(folder)
@@ -123,6 +135,8 @@ def merge(
         raise AdapterError(f"{folder} has {tokens} (trainable_token_indices): rows of embeddings cannot be merged")
     model = adapted_skeleton(base, trained.config, source)
     put(model, trained.tensors)
+    if lacking := unfilled(model):
+        raise AdapterError(f"{folder / WEIGHTS} lacks {lacking[0]}, which its configuration names: save it anew")
     stream = StreamedModel(source, place, load_dtype)
     merged = model.get_base_model()
     names: dict[str, list[str]] = {}
@@ -151,12 +165,13 @@ def merge(
                 "weight_map": {key: e.file.name for key, e in source.tensors.items()},
             }
             (partial / INDEX).write_text(json.dumps(index, indent=2))
-        config_written = copy.deepcopy(source.config)
+        config_written, generation = copy.deepcopy(source.config), _generation_config(source)
         config_written.dtype = dtype
-        config_written.save_pretrained(partial)
-        if (tokenizer := load_tokenizer(source)) is not None:
+        if (tokenizer := load_tokenizer(source, folder)) is not None:
             tokenizer.save_pretrained(partial)
-        if (generation := _generation_config(source)) is not None:
+            _end_with(tokenizer, config_written, generation)
+        config_written.save_pretrained(partial)
+        if generation is not None:
             generation.save_pretrained(partial)
 
 
@@ -210,6 +225,9 @@ def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *,
     only the second is wanted. The difference has rank at most r + r₀; its factors come from thin QRs and a small SVD in
     fp64, so that two large, nearly equal products do not have to cancel in bf16 later.
 
+    The record in `output_dir` says that it belongs on the full-precision weights: `quailora eval` puts it there, and
+    `merge` refuses it.
+
     Args:
         initial: the adapter that training started from.
         trained: the adapter after training.
@@ -217,13 +235,20 @@ def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *,
         rank: truncate to the best approximation of this rank; None keeps all, r + r₀.
 
     Raises:
-        AdapterError: the two do not adapt the same modules, or are no plain LoRA adapters.
+        AdapterError: the two do not adapt the same modules, are one and the same, seem to be swapped, or are no plain
+            LoRA adapters.
     """
     output, before, after = Path(output_dir), Path(initial), Path(trained)
     check_new_folder(output)
     if rank is not None and rank < 1:
         raise AdapterError(f"rank {rank}: it must be at least 1")
     old, new = _Adapter(before), _Adapter(after)
+    record = read_record(before)
+    if record is None and read_record(after) is not None:
+        raise AdapterError(
+            f"{after} has a {RECORD}, as a start has, and {before} has none: give the start first. If {before} is the "
+            f"start all the same, move that {RECORD} into it"
+        )
     if different := set(old.modules) ^ set(new.modules):
         raise AdapterError(
             f"{before} and {after} adapt different modules, {sorted(different)[0]} for one: they do not belong together"
@@ -235,6 +260,10 @@ def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *,
         raise AdapterError(
             f"{after} adapts parameters, {new.config.target_parameters[0]} for one, and not only linears "
             "(target_parameters): only what linears learned can be converted"
+        )
+    if old.tensors.keys() == new.tensors.keys() and all(torch.equal(v, new.tensors[k]) for k, v in old.tensors.items()):
+        raise AdapterError(
+            f"{before} and {after} hold the same factors: nothing was learned, or training was saved over its start"
         )
     tensors = {key: value for key, value in new.tensors.items() if ".lora_A." not in key and ".lora_B." not in key}
     ranks = {}
@@ -253,6 +282,9 @@ def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *,
     with new_folder(output) as partial:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(partial))
+        if record is not None:
+            record["base"]["full_precision"] = True
+            write_files(partial, {RECORD: to_json(record)})
 
 
 def _compressed(left: Tensor, right: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -292,6 +324,15 @@ class _Adapter:
         )
         if not self.modules:
             raise AdapterError(f"{folder} adapts no linear")
+        for key, tensor in self.tensors.items():
+            if not tensor.isfinite().all():
+                raise AdapterError(
+                    f"{key} in {folder / WEIGHTS} is not finite: training diverged, or the file is damaged"
+                )
+            other = key.replace(".lora_A.weight", ".lora_B.weight")
+            other = key.replace(".lora_B.weight", ".lora_A.weight") if other == key else other
+            if other not in self.tensors:
+                raise AdapterError(f"{folder / WEIGHTS} has {key} and lacks {other}: save it anew")
         biased = next((key for key in self.tensors if key.endswith(".lora_B.bias")), None)
         if biased is not None:
             raise AdapterError(f"{folder} has {biased} (lora_bias=True): only W' = Q + scaling B A is written, no bias")
@@ -304,6 +345,20 @@ class _Adapter:
         alpha = pattern.get(get_pattern_key(list(pattern), name), self.config.lora_alpha)
         scaling = alpha / math.sqrt(a.shape[0]) if self.config.use_rslora else alpha / a.shape[0]
         return a, b * scaling
+
+
+def _end_with(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, generation: GenerationConfig | None
+) -> None:
+    """Training may have given the tokenizer another end of a sequence than the checkpoint's: a server stops at that
+    too."""
+    end, both = tokenizer.eos_token_id, [config] if generation is None else [config, generation]
+    each: Any
+    for each in both:
+        found = getattr(each, "eos_token_id", None)
+        known = found if isinstance(found, list) else [found]
+        if end is not None and end not in known:
+            each.eos_token_id = [end, *(token for token in known if token is not None)]
 
 
 def _generation_config(source: Checkpoint) -> GenerationConfig | None:

@@ -182,10 +182,9 @@ def _check_shapes(linear: Linear, h: Tensor) -> None:
     if weight.dim() != 2 or not weight.is_floating_point():
         raise _error(f"expected a floating-point weight (m, n), got {tuple(weight.shape)} of {weight.dtype}", linear)
     rows, columns = weight.shape
-    if isinstance(quantized, Tensor) and quantized.shape != weight.shape:
-        raise _error(
-            f"expected quantized of weight's shape {tuple(weight.shape)}, got {tuple(quantized.shape)}", linear
-        )
+    shape = getattr(quantized, "shape", None)  # of dense and of packed ones
+    if shape is not None and tuple(shape) != weight.shape:
+        raise _error(f"expected quantized of weight's shape {tuple(weight.shape)}, got {tuple(shape)}", linear)
     if h.shape != (columns, columns):
         raise _error(f"expected gram {(columns, columns)} for weight {(rows, columns)}, got {tuple(h.shape)}", linear)
     if h.device != weight.device:
@@ -325,12 +324,18 @@ def _finish(
 def _measure(errors: ErrorMatrices, index: int, h: Tensor, left: Tensor, right: Tensor) -> tuple[float, float]:
     """The objective and ‖R‖²_F of the residual R = E - A Bᵀ itself, in fp64."""
     energy, square = (torch.zeros((), dtype=torch.float64, device=h.device) for _ in range(2))
+    right = right.double()
     for rows, panel in errors.panels(index, whole=False):  # fp64 takes room
-        residual = panel.double() - left[rows].double() @ right.double().T
+        residual = _residual(panel, left[rows], right)
         energy += ops.gram_energy(h, residual) / 2
-        square += residual.square().sum()
+        square += residual.norm().square()
     left_over, residual_square = _read([energy, square])
     return left_over, residual_square
+
+
+def _residual(error: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """E - A Bᵀ in fp64, without a second tensor of that size; right: fp64."""
+    return error.double().addmm_(left.double(), right.T, alpha=-1)
 
 
 def _balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

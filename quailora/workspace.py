@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quailora.checkpoint import DTYPES
 from quailora.errors import QuailoraError
 from quailora.files import LazyTensor, check_new_folder, replaced, writing
 from quailora.report import LayerReport, to_json
@@ -95,8 +96,9 @@ class Workspace:
             path = self.folder / f"block-{index:04}.safetensors"
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (no dict)
-                    tensor = file.get_tensor(name)
-                    found[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, _Stored(path, name))
+                    header = file.get_slice(name)
+                    dtype = DTYPES[header.get_dtype()]
+                    found[name] = LazyTensor(tuple(header.get_shape()), dtype, _Stored(path, name))
         return found
 
     @contextmanager

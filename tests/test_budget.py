@@ -336,8 +336,9 @@ def peak_of_calls(stream: StreamedModel, index: int, call: Any, hidden: torch.Te
         for _ in range(2):
             with rehearsal.ops.half_products(CPU, [stream.dtype]), collector.batch(keep):
                 call.run(block.module, hidden)
-        groups = collector.groups()
-    return footprint.peak, [tuple(names) for _, names in groups]
+        grams = collector.grams
+    of_one = {id(gram): tuple(name for name, its in grams.items() if its is gram) for gram in grams.values()}
+    return footprint.peak, list(of_one.values())
 
 
 @pytest.mark.parametrize("slow", [(), (torch.bfloat16,)], ids=["bf16", "bf16 in fp32"])

@@ -139,6 +139,7 @@ def test_options_reach_build_adapter(
         "batch_size": None,
         "memory_budget": None,
         "host_memory_budget": None,
+        "dtype": torch.float32,
         "resume": True,
         "distributed": False,
         "device": None,
@@ -151,7 +152,16 @@ def test_options_reach_build_adapter(
         *("--quant", "fp4", "--no-double-quant", "--compute-dtype", "float16"),
         *("--solver", "als", "--iterations", "7", "--damping", "0", "--samples", "3", "--sequence-length", "5"),
         *("--split", "validation", "--column", "body", "--batch-size", "2", "--device", "cpu", "--seed", "9"),
-        *("--memory-budget", "3GiB", "--host-memory-budget", "2GB", "--no-resume", "--no-progress"),
+        *(
+            "--memory-budget",
+            "3GiB",
+            "--host-memory-budget",
+            "2GB",
+            "--no-resume",
+            "--no-progress",
+            "--dtype",
+            "float16",
+        ),
     )
     assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (8, 3, True, 0.1)
     assert config.target_modules == {"q_proj", "v_proj"}
@@ -168,12 +178,16 @@ def test_options_reach_build_adapter(
         "batch_size": 2,
         "memory_budget": "3GiB",
         "host_memory_budget": "2GB",
+        "dtype": torch.float16,
         "resume": False,
         "distributed": False,
         "device": "cpu",
         "seed": 9,
         "progress": False,
     }
+
+    _, quantization, keywords = call("--dtype", "bfloat16")
+    assert quantization.bnb_4bit_compute_dtype == keywords["dtype"] == torch.bfloat16
 
     config, quantization, _ = call("--quant", "int8", "--target-modules", r"model\.layers\.\d+\.mlp\..*")
     assert quantization.load_in_8bit and config.target_modules == r"model\.layers\.\d+\.mlp\..*"

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 import quailora
-from quailora import blockwise
+from quailora import blockwise, crew
 from quailora.calibration import Calibration
 from quailora.crew import Crew, _agreed
 from quailora.errors import QuailoraError
@@ -152,6 +152,13 @@ def test_torchrun_runs_the_command(model: Path, tmp_path: Path) -> None:
 
 
 # ---- the parts
+
+
+@pytest.mark.parametrize("missing", [None, "RANK", "LOCAL_RANK", "MASTER_ADDR", "WORLD_SIZE"])
+def test_a_world_size_alone_makes_no_crew(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "here")):
+        monkeypatch.delenv(name, raising=False) if name == missing else monkeypatch.setenv(name, value)
+    assert (crew.launched(), crew.rank()) == ((True, 1) if missing is None else (False, 0))
 
 
 def test_without_a_group_there_is_no_crew() -> None:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quailora import methods, ops, solvers
+from quailora import activations, methods, ops, solvers
 from quailora.activations import collect
 from quailora.gram import Gram
 from quailora.quantized import EightBit, FourBit, NestedAbsmax
@@ -454,10 +454,10 @@ def test_h_is_added_up_beside_the_forward_pass(
 ) -> None:
     events: list[str] = []
     side, main = Stream(events, "side"), Stream(events, "main")
+    activations._side_stream.cache_clear()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: events.append(f"recorded for {stream.name}"))
     block = Block(editing)
     with torch.no_grad(), collect({"first": block.first, "second": block.second}) as collector:
         with collector.batch(None):
@@ -465,8 +465,17 @@ def test_h_is_added_up_beside_the_forward_pass(
         assert events == []  # it is not known yet what is edited
         with collector.batch(None):
             block(torch.empty(2, 5, 8, device=CUDA))
-    once = ["side waits for main", "on side", "back", "recorded for side"]
+    once = ["side waits for main", "on side", "back"]
     assert events == [*once * (1 if editing else 2), "main waits for side"]
+    events.clear()
+    # What the side stream reads is held until the main one waits for it: at the first input of the next batch.
+    with torch.no_grad(), collect({"first": block.first, "second": block.second}) as collector:
+        for number in range(3):
+            with collector.batch(None):
+                assert len(collector._read) == (0 if number < 2 else 2 if editing else 4)
+                block(torch.empty(2, 5, 8, device=CUDA))
+    assert events == [*once * (1 if editing else 2), "main waits for side"] * 2
+    assert not collector._read
     events.clear()
     with pytest.raises(RuntimeError), torch.no_grad(), collect({"first": block.first}) as collector:
         for _ in range(2):

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.falcon import modeling_falcon
@@ -162,3 +163,27 @@ def test_an_input_that_was_changed_in_place_is_another_input() -> None:
         second(x.mul_(3))
     assert collector.grams["first"] is not collector.grams["second"]
     assert torch.equal(collector.grams["second"].matrix(), 9 * collector.grams["first"].matrix())
+
+
+def test_experts_that_no_token_chose_share_nothing() -> None:
+    """All empty tensors are alike, at one address."""
+    experts = {name: nn.Linear(4, 2) for name in ("first", "second", "third")}
+    x = torch.ones(3, 4)
+    with collect(experts) as collector, torch.no_grad():
+        with collector.batch(None):
+            for expert in experts.values():
+                expert(x[:0])
+        for name, factor in (("first", 1), ("second", 3)):
+            with collector.batch(None):
+                experts[name](factor * x)
+    assert collector.grams.keys() == {"first", "second"}
+    assert torch.equal(collector.grams["second"].matrix(), 9 * collector.grams["first"].matrix())
+
+
+def test_under_inference_mode_it_is_the_same(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    build(folder, tiny.sequences(), tmp_path / "expected")
+    with torch.inference_mode():
+        build(folder, tiny.sequences(), tmp_path / "adapter")
+    got, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "expected"))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)

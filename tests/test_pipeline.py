@@ -2,6 +2,8 @@
 
 import ctypes
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -384,6 +386,57 @@ def test_at_most_one_block_is_in_memory_and_neither_model_is_ever_whole(
     build(tiny.checkpoint(tmp_path / "model", num_hidden_layers=5), tmp_path / "adapter")
     # The embeddings, then block 0 beside them (to see what a block returns), then every block by itself.
     assert seen == [(0, 1), (1, 0), *[(1, 0)] * 5]
+
+
+USES_HEAP = """
+from quailora.heap import _glibc, freed_at_once
+with freed_at_once():
+    print(_glibc() is not None)
+"""
+
+
+@pytest.mark.skipif(heap._glibc() is None, reason="malloc is not that of glibc")
+@pytest.mark.parametrize("malloc", ["glibc's", "without mapped pages", "another"])
+def test_whatever_malloc_is_there_is_borne(malloc: str, tmp_path: Path) -> None:
+    environment = dict(os.environ)
+    if malloc == "without mapped pages":
+        environment["MALLOC_MMAP_MAX_"] = "0"
+    elif malloc == "another":  # with nothing before its chunks that could be read
+        if (compiler := shutil.which("cc")) is None:
+            pytest.skip("there is no C compiler")
+        (tmp_path / "other.c").write_text(OTHER_MALLOC)
+        other = tmp_path / "other.so"
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", other, tmp_path / "other.c"], check=True)
+        environment["LD_PRELOAD"] = str(other)
+    command = [sys.executable, "-P", "-c", USES_HEAP]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == str(malloc != "another")
+
+
+OTHER_MALLOC = """
+#include <stddef.h>
+#include <string.h>
+#include <sys/mman.h>
+/* A page of its own for each chunk, its size at the start. */
+void *malloc(size_t n) {
+    size_t *p = mmap(0, n + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) return 0;
+    p[0] = n;
+    return (char *)p + 64;
+}
+void free(void *p) { if (p) munmap((char *)p - 64, ((size_t *)((char *)p - 64))[0] + 4096); }
+void *calloc(size_t a, size_t b) { return malloc(a * b); }
+void *realloc(void *p, size_t n) {
+    void *q = malloc(n);
+    if (p && q) {
+        size_t old = ((size_t *)((char *)p - 64))[0];
+        memcpy(q, p, old < n ? old : n);
+        free(p);
+    }
+    return q;
+}
+"""
 
 
 @pytest.mark.parametrize("made_by", ["build_adapter", "initialize"])

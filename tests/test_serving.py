@@ -1,6 +1,7 @@
 """After training: merge into Q, convert for the full-precision weights, refuse what does not belong together."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import quailora
 from quailora.errors import AdapterError, MismatchError, QuailoraError
@@ -128,14 +130,95 @@ def test_converted_to_a_lower_rank_it_is_the_best_of_that_rank(tmp_path: Path) -
         assert (low[name] - product).norm().item() == pytest.approx(beyond.item(), rel=1e-3)
 
 
-def test_untrained_it_converts_to_nothing(tmp_path: Path) -> None:
+def test_what_is_learned_survives_beside_much_larger_factors(tmp_path: Path) -> None:
     folder = tiny.checkpoint(tmp_path / "model")
-    pipeline.build(folder, tmp_path / "adapter")
-    quailora.convert(tmp_path / "adapter", tmp_path / "adapter", tmp_path / "converted")
+    pipeline.build(folder, tmp_path / "initial")
+    train_a_little(tmp_path / "initial", tmp_path / "trained")
+    weights = load_file(tmp_path / "initial" / WEIGHTS)
+    first = next(key for key in weights if ".lora_B." in key)
+    weights[first][0, 0] += 0.5
+    save_file(weights, tmp_path / "trained" / WEIGHTS, metadata={"format": "pt"})
+    quailora.convert(tmp_path / "initial", tmp_path / "trained", tmp_path / "converted")
     learned = pipeline.products(PeftModel.from_pretrained(dense(folder), str(tmp_path / "converted")))
-    started = pipeline.products(PeftModel.from_pretrained(dense(folder), str(tmp_path / "adapter")))
-    # B A - B A through a QR in fp64.
-    assert all(learned[name].norm() < 1e-12 * started[name].norm() for name in learned)
+    started = pipeline.products(PeftModel.from_pretrained(dense(folder), str(tmp_path / "initial")))
+    changed = first.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+    for name, product in learned.items():  # elsewhere B A - B A, through a QR in fp64
+        assert (product.norm() > 1e-3 * started[name].norm()) == (name == changed), name
+        assert name == changed or product.norm() < 1e-12 * started[name].norm(), name
+
+
+def test_a_start_and_what_was_trained_from_it_are_not_mistaken(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "initial")
+    train_a_little(tmp_path / "initial", tmp_path / "trained")
+    with pytest.raises(AdapterError, match="give the start first"):
+        quailora.convert(tmp_path / "trained", tmp_path / "initial", tmp_path / "converted")
+    shutil.copytree(tmp_path / "initial", tmp_path / "copy")
+    with pytest.raises(AdapterError, match="hold the same factors"):
+        quailora.convert(tmp_path / "initial", tmp_path / "copy", tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+def test_what_was_converted_is_scored_on_full_precision_and_not_merged_into_q(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "initial")
+    train_a_little(tmp_path / "initial", tmp_path / "trained")
+    quailora.convert(tmp_path / "initial", tmp_path / "trained", tmp_path / "learned")
+    found = compare(folder, tmp_path / "learned", pipeline.DATA)
+    model = PeftModel.from_pretrained(dense(folder), str(tmp_path / "learned"))
+    assert found.adapted is not None
+    assert found.adapted.name == "full precision + adapter"
+    batches = list(pipeline.DATA.batches(1))
+    assert found.adapted.perplexity == pytest.approx(quailora.evaluate.perplexity(model, batches), rel=1e-6)
+    started = compare(folder, tmp_path / "initial", pipeline.DATA)
+    assert (found.full, found.quantised) == (started.full, started.quantised)
+    with pytest.raises(AdapterError, match="no Q to merge it with"):
+        quailora.merge(folder, tmp_path / "learned", tmp_path / "dense")
+
+
+@pytest.mark.parametrize("fault", ["not finite", "lora_A", "lora_B", "both"])
+def test_adapters_that_diverged_or_lack_a_factor_are_named(fault: str, tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "initial")
+    train_a_little(tmp_path / "initial", tmp_path / "trained")
+    weights = load_file(tmp_path / "trained" / WEIGHTS)
+    name = "base_model.model.model.layers.1.mlp.up_proj"
+    if fault == "not finite":
+        weights[f"{name}.lora_A.weight"][0, 0] = torch.nan
+    for side in ("lora_A", "lora_B"):
+        if fault in (side, "both"):
+            del weights[f"{name}.{side}.weight"]
+    save_file(weights, tmp_path / "trained" / WEIGHTS, metadata={"format": "pt"})
+    words = rf"{name}\.lora_A\.weight.*not finite" if fault == "not finite" else rf"lacks {name}\.lora_[AB]\.weight"
+    with pytest.raises(AdapterError, match=words):
+        quailora.merge(folder, tmp_path / "trained", tmp_path / "dense", initial=tmp_path / "initial")
+    with pytest.raises(AdapterError, match="different modules" if fault == "both" else words):
+        quailora.convert(tmp_path / "initial", tmp_path / "trained", tmp_path / "converted")
+
+
+def test_the_tokenizer_that_was_trained_with_is_the_one_to_serve_with(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    words = {"<s>": 0, "<pad>": 1, "<end>": 2, "a": 3}
+
+    def tokenizer(**tokens: str) -> PreTrainedTokenizerFast:
+        model = Tokenizer(models.WordLevel(words, unk_token="a"))
+        return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", pad_token="<pad>", **tokens)
+
+    tokenizer(eos_token="<s>").save_pretrained(folder)
+    pipeline.build(folder, tmp_path / "initial")
+    train_a_little(tmp_path / "initial", tmp_path / "trained")
+    quailora.merge(folder, tmp_path / "trained", tmp_path / "before", initial=tmp_path / "initial")
+    trained = tokenizer(eos_token="<end>")
+    trained.chat_template = "{{ messages }}"
+    trained.save_pretrained(tmp_path / "trained")
+    quailora.merge(folder, tmp_path / "trained", tmp_path / "after", initial=tmp_path / "initial")
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("before", "after"))
+    assert (before.eos_token, before.chat_template) == ("<s>", None)
+    assert (after.eos_token, after.chat_template) == ("<end>", "{{ messages }}")
+    for name, ends in (("before", None), ("after", 2)):
+        for config in (AutoConfig.from_pretrained(tmp_path / name), dense(tmp_path / name).generation_config):
+            found = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+            assert found[0] == (ends if ends is not None else AutoConfig.from_pretrained(folder).eos_token_id)
 
 
 def test_adapters_of_different_modules_do_not_convert(tmp_path: Path) -> None:

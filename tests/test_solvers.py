@@ -17,6 +17,7 @@ from quailora.error_matrices import ErrorMatrices
 from quailora.errors import CalibrationError, QuailoraError, SolverError
 from quailora.gram import Gram
 from quailora.methods import METHODS
+from quailora.quantized import Quantization, quantize
 from quailora.solvers import Linear, LoraFactors, SolverWarning, solve, solve_group
 
 CALIBRATED = ["krylov", "als", "eigh"]
@@ -430,6 +431,14 @@ def test_a_group_is_solved_as_its_linears_alone(solver: str) -> None:
         assert of_group.objective == pytest.approx(alone.objective, abs=FP32 * alone.initial)
         start = objective(linear.weight - linear.quantized, damped(h, 1e-3), alone.A * 0, alone.B * 0)
         assert of_group.trace[-1] == pytest.approx(alone.trace[-1], abs=FP32 * start)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (64, 32), (32, 128)])
+def test_packed_codes_of_another_shape_are_refused(shape: tuple[int, int]) -> None:
+    weight = torch.randn(32, 64)
+    for form in (Quantization("nf4", blocksize=64, compute_dtype=torch.float32), Quantization("int8")):
+        with pytest.raises(SolverError, match=rf"\(32, 64\), got \({shape[0]}, {shape[1]}\)"):
+            solve(weight, quantize(torch.randn(shape), form), torch.eye(64), 4)
 
 
 def test_of_a_group_the_culprit_is_named() -> None:
