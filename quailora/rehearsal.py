@@ -34,7 +34,7 @@ from quailora.methods import METHODS, Problem
 from quailora.precision import exact_products
 from quailora.quantized import Quantization, quantize
 from quailora.reference import _PANEL
-from quailora.solvers import _finish, _residual
+from quailora.solvers import _finish
 
 _aten: Any = torch.ops.aten
 _FLOPS: dict[Any, Callable[..., int]] = {
@@ -421,11 +421,7 @@ def solve(
                     ops.gram_energy(h[: 2 * _PANEL, : 2 * _PANEL], panel[:, : 2 * _PANEL])
             ones = [1.0] * len(dense)
             problem = Problem(errors, h, 1.0, ones, ones, [w.rank for w in weights], steps, seed=0)
-            found = _finish(problem, method.run(problem), ones, [0.0] * len(dense))
-            for i, factors in enumerate(found):  # what `solvers._measure` does where little of the objective is left
-                _, panel = next(errors.panels(i, whole=False))
-                residual = _residual(panel, factors.A[: len(panel)], factors.B.double())
-                ops.gram_energy(h[: 2 * _PANEL, : 2 * _PANEL], residual[:, : 2 * _PANEL])
+            _finish(problem, method.run(problem), ones, [0.0] * len(dense))
             codes = sum(q.nbytes for q in quantized)
     return codes, copies + footprint.peak
 

@@ -23,6 +23,7 @@ from quailora.reference import Dequantizable
 # The objective is a difference of sums that fp32 products give to some 1e-7. Where less than this part of the start is
 # left, that is an error of over 1e-5, and the objective is computed from the residual itself, in fp64.
 _CANCELLATION = 0.01
+_FP64_ROWS = 256  # of that residual at once: little beside the panel of H in fp64 that they are multiplied with
 
 # How far from its transpose H may be, and how negative, relative to bounds from its diagonal. Rounding is far below;
 # a triangle that was never filled, or a matrix that is no sum of x xᵀ, far above.
@@ -325,17 +326,13 @@ def _measure(errors: ErrorMatrices, index: int, h: Tensor, left: Tensor, right: 
     """The objective and ‖R‖²_F of the residual R = E - A Bᵀ itself, in fp64."""
     energy, square = (torch.zeros((), dtype=torch.float64, device=h.device) for _ in range(2))
     right = right.double()
-    for rows, panel in errors.panels(index, whole=False):  # fp64 takes room
-        residual = _residual(panel, left[rows], right)
-        energy += ops.gram_energy(h, residual) / 2
-        square += residual.norm().square()
+    for rows, panel in errors.panels(index, whole=False):
+        for part, of_part in zip(panel.split(_FP64_ROWS), left[rows].split(_FP64_ROWS), strict=True):
+            residual = part.double().addmm_(of_part.double(), right.T, alpha=-1)
+            energy += ops.gram_energy(h, residual) / 2
+            square += residual.norm().square()
     left_over, residual_square = _read([energy, square])
     return left_over, residual_square
-
-
-def _residual(error: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """E - A Bᵀ in fp64, without a second tensor of that size; right: fp64."""
-    return error.double().addmm_(left.double(), right.T, alpha=-1)
 
 
 def _balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
