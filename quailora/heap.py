@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 _OWN_PAGES = 256 * 2**10
 _GLIBC_MOST = 32 * 2**20  # where glibc's threshold, which grows by itself with what is freed, ends; half the other's
-_MOST_GAPS = 4096  # 1 GiB of them; where malloc is told never to map pages there would be no end
 _IS_MMAPPED = 2  # malloc.c: a bit of the size that stands before every chunk
 
 
@@ -29,6 +28,7 @@ def freed_at_once() -> Iterator[None]:
         yield
         return
     libc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
+    libc.mallopt(_M_MMAP_MAX, 65536)  # glibc's own; with MALLOC_MMAP_MAX_=0 nothing would ever have pages of its own
     gaps = list(_gaps(libc))
     try:
         yield
@@ -43,8 +43,7 @@ def _gaps(libc: ctypes.CDLL) -> Iterator[int]:
     """Take what the heap has free in pieces of that size, which malloc would use first. Nothing is written to them, so
     that after `malloc_trim` they are address space and no memory."""
     libc.malloc_trim(0)
-    for _ in range(_MOST_GAPS):
-        chunk = libc.malloc(_OWN_PAGES)
+    while (chunk := libc.malloc(_OWN_PAGES)) is not None:
         if ctypes.c_size_t.from_address(chunk - ctypes.sizeof(ctypes.c_size_t)).value & _IS_MMAPPED:
             libc.free(chunk)
             return

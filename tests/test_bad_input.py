@@ -294,7 +294,7 @@ def build(checkpoint: Path, output: Path) -> None:
 def test_an_output_folder_with_something_in_it_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    with pytest.raises(QuailoraError, match=r"out is not empty: give another"):
+    with pytest.raises(QuailoraError, match=r"out is not empty: use what is in it, give another"):
         build(tmp_path / "not even read", tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
     with pytest.raises(QuailoraError, match=r"mine is a file: the output is a folder"):

@@ -457,7 +457,7 @@ def test_what_goes_to_a_gpu_goes_through_a_small_piece_of_locked_memory(
     stream: Any = SimpleNamespace(synchronize=lambda: waits.append(None))
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch, "empty", locked)
-    monkeypatch.setattr(blocks_module, "_STAGING_BYTES", 1000)
+    monkeypatch.setattr(blocks_module, "STAGING_BYTES", 1000)
     entry = model.checkpoint.tensors["model.layers.0.mlp.up_proj.weight"]
     fetch = _Fetch(entry, dtype, blocks_module.Future(), empty(entry.shape, dtype=dtype))
     _fetch_one(fetch, stream)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quailora import activations, methods, ops, solvers
 from quailora.activations import collect
 from quailora.gram import Gram
+from quailora.hidden_states import HiddenStates
 from quailora.quantized import EightBit, FourBit, NestedAbsmax
 from quailora.solvers import Linear, LoraFactors, solve_group
 
@@ -454,8 +455,9 @@ def test_h_is_added_up_beside_the_forward_pass(
 ) -> None:
     events: list[str] = []
     side, main = Stream(events, "side"), Stream(events, "main")
-    activations._side_stream.cache_clear()
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(activations, "_side_stream", cache(activations._side_stream.__wrapped__))
+    streams = iter([side])  # one for all blocks
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: next(streams))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     block = Block(editing)
@@ -485,3 +487,14 @@ def test_h_is_added_up_beside_the_forward_pass(
         raise RuntimeError
     assert events == [*once, "main waits for side"]
     assert not block.first._forward_pre_hooks
+
+
+def test_page_locked_memory_is_given_back_after_the_last_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    states = HiddenStates(CUDA)
+    states._memory[0] = torch.zeros(1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append(f"{len(states._memory)} left"))
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: events.append(f"{len(states._memory)} kept"))
+    with states:
+        pass
+    assert events == ["1 left", "0 kept"]
