@@ -4,8 +4,8 @@
 
     start          before training: what the start gives back, by rank and by solver (no table of the paper's)
     perplexity     Tables 2 and 4: 4 and 8 bits, from zero and from QuAILoRA, and LoRA on 16 bits
-    convergence    Figure 2: the course of training; beside it other learning rates, and random factors of the same
-                   norms, to tell what the start knows from what it is to be away from zero
+    convergence    Figure 2: the course of training; beside it other learning rates, the SVD of E, which knows no
+                   inputs, and random factors of the same norms: what the start knows, what it is to be away from zero
     rank           Figure 1: after training, by rank
     calibration    Table 1: texts to make the start from against texts to train on
     downstream     Tables 3 and 5: tasks, by lm-eval
@@ -102,12 +102,12 @@ def calibration(study: Study) -> Iterator[Cell]:
 
 
 def downstream(study: Study) -> Iterator[Cell]:
-    """Their fine-tuned adapters are what the tasks are solved with."""
+    """Of the last seed. Their fine-tuned adapters are what the tasks are solved with."""
     if study.scale.name != "paper" and MEASURE not in study.sets:
         return
     for model in study.scale.models:
         for base, kind in PAIRS:
-            yield study.cell(model, study.trained[0], base, kind, study.trained[0], 0)
+            yield study.cell(model, study.trained[0], base, kind, study.trained[0], study.scale.seeds[-1])
 
 
 def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
