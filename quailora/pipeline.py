@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 
 import quailora
 from quailora import adapter as adapters
+from quailora import ops
 from quailora.adapter import Target
 from quailora.blocks import StreamedModel, linear_weight
 from quailora.blockwise import DEFAULT_DAMPING, Loop, Settings, Solved, Stages
@@ -486,20 +487,24 @@ def _unreached(targets: list[Target], layers: list[LayerReport], stream: Streame
 
 
 def _notes(stream: StreamedModel) -> list[str]:
-    """Fused expert weights are parameters of three dimensions, which bitsandbytes does not quantise: worth saying
-    once."""
+    """What is worth saying once: that H took the slow path, and of fused expert weights, parameters of three dimensions
+    which bitsandbytes does not quantise."""
+    notes = []
+    gram = ops.backends(stream.device)["gram_"]
+    if gram.backend == "reference":
+        notes.append(f"H was added up by plain PyTorch, not by the compiled extension: {gram.others['extension']}")
     fused = [
         (name, tuple(parameter.shape))
         for name, parameter in stream.model.named_parameters()
         if parameter.dim() == 3 and any(name.startswith(f"{block.name}.") for block in stream.blocks)
     ]
-    if not fused:
-        return []
-    name, shape = fused[0]
-    return [
-        f"{len(fused)} fused expert weights (the first is {name}, {shape}) stay in full precision when bitsandbytes "
-        "loads this model: there is no error of theirs to undo, and they are left alone"
-    ]
+    if fused:
+        name, shape = fused[0]
+        notes.append(
+            f"{len(fused)} fused expert weights (the first is {name}, {shape}) stay in full precision when "
+            "bitsandbytes loads this model: there is no error of theirs to undo, and they are left alone"
+        )
+    return notes
 
 
 def _enumerate(reasons: dict[str, str]) -> str:

@@ -169,7 +169,8 @@ def merge(
         config_written.dtype = dtype
         if (tokenizer := load_tokenizer(source, folder)) is not None:
             tokenizer.save_pretrained(partial)
-            _end_with(tokenizer, config_written, generation)
+            if tokenizer.name_or_path == str(folder):
+                _end_with(tokenizer, config_written, generation)
         config_written.save_pretrained(partial)
         if generation is not None:
             generation.save_pretrained(partial)

@@ -23,13 +23,14 @@ import quailora
 import quailora.adapter
 import quailora.blockwise
 import quailora.pipeline
-from quailora import heap
+from quailora import heap, ops
 from quailora.adapter import find_targets
 from quailora.blocks import StreamedModel
 from quailora.budget import Plan
 from quailora.calibration import Calibration
 from quailora.errors import MismatchError, QuailoraError
 from quailora.meter import Meter
+from quailora.ops import Service
 from quailora.precision import exact_products
 from quailora.quantized import is_quantized, read
 from quailora.report import Report
@@ -386,6 +387,20 @@ def test_at_most_one_block_is_in_memory_and_neither_model_is_ever_whole(
     build(tiny.checkpoint(tmp_path / "model", num_hidden_layers=5), tmp_path / "adapter")
     # The embeddings, then block 0 beside them (to see what a block returns), then every block by itself.
     assert seen == [(0, 1), (1, 0), *[(1, 0)] * 5]
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_the_report_says_where_h_took_the_slow_path(
+    built: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, backends = (
+        ops.backends,
+        {"gram_": Service("extension" if built else "reference", {"extension": "it was not built"})},
+    )
+    monkeypatch.setattr(ops, "backends", lambda device: real(device) | backends)
+    report = build(tiny.checkpoint(tmp_path / "model"), tmp_path / "adapter")
+    said = [note for note in report.notes if "plain PyTorch" in note and note.endswith("it was not built")]
+    assert len(said) == (0 if built else 1)
 
 
 USES_HEAP = """

@@ -204,7 +204,7 @@ def test_the_tokenizer_that_was_trained_with_is_the_one_to_serve_with(tmp_path: 
         model = Tokenizer(models.WordLevel(words, unk_token="a"))
         return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", pad_token="<pad>", **tokens)
 
-    tokenizer(eos_token="<s>").save_pretrained(folder)
+    tokenizer(eos_token="<pad>").save_pretrained(folder)
     pipeline.build(folder, tmp_path / "initial")
     train_a_little(tmp_path / "initial", tmp_path / "trained")
     quailora.merge(folder, tmp_path / "trained", tmp_path / "before", initial=tmp_path / "initial")
@@ -213,7 +213,7 @@ def test_the_tokenizer_that_was_trained_with_is_the_one_to_serve_with(tmp_path: 
     trained.save_pretrained(tmp_path / "trained")
     quailora.merge(folder, tmp_path / "trained", tmp_path / "after", initial=tmp_path / "initial")
     before, after = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("before", "after"))
-    assert (before.eos_token, before.chat_template) == ("<s>", None)
+    assert (before.eos_token, before.chat_template) == ("<pad>", None)
     assert (after.eos_token, after.chat_template) == ("<end>", "{{ messages }}")
     for name, ends in (("before", None), ("after", 2)):
         for config in (AutoConfig.from_pretrained(tmp_path / name), dense(tmp_path / name).generation_config):
