@@ -359,10 +359,14 @@ def make_record(
             "seed": data.seed,
             "fingerprint": data.fingerprint(),
         },
-        "lora": {"r": config.r, "alpha": config.lora_alpha, "use_rslora": config.use_rslora},
+        "lora": lora_record(config),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
     }
+
+
+def lora_record(config: LoraConfig) -> dict[str, Any]:
+    return {"r": config.r, "alpha": config.lora_alpha, "use_rslora": config.use_rslora}
 
 
 def default_device(device: str | torch.device | None) -> torch.device:

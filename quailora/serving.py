@@ -24,7 +24,7 @@ from quailora.blocks import StreamedModel
 from quailora.checkpoint import INDEX, SINGLE, Checkpoint
 from quailora.errors import AdapterError, MismatchError
 from quailora.files import check_new_folder, new_folder
-from quailora.pipeline import default_device, load_tokenizer
+from quailora.pipeline import default_device, load_tokenizer, lora_record
 from quailora.quantized import Quantization, is_quantized, quantize
 from quailora.report import RECORD, read_record, to_json, write_files
 
@@ -285,6 +285,7 @@ def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *,
         config.save_pretrained(str(partial))
         if record is not None:
             record["base"]["full_precision"] = True
+            record["lora"] = lora_record(config)
             write_files(partial, {RECORD: to_json(record)})
 
 
@@ -320,20 +321,21 @@ class _Adapter:
             self.tensors = load_file(folder / WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-        self.modules = sorted(
-            key.removesuffix(".lora_A.weight") for key in self.tensors if key.endswith(".lora_A.weight")
+        a, b = (
+            {key.removesuffix(side) for key in self.tensors if key.endswith(side)}
+            for side in (".lora_A.weight", ".lora_B.weight")
         )
-        if not self.modules:
+        if lone := sorted(a ^ b):
+            lacking = f"{lone[0]}.lora_{'B' if lone[0] in a else 'A'}.weight"
+            raise AdapterError(f"{folder / WEIGHTS} lacks {lacking}: save it anew")
+        if not a:
             raise AdapterError(f"{folder} adapts no linear")
+        self.modules = sorted(a)
         for key, tensor in self.tensors.items():
             if not tensor.isfinite().all():
                 raise AdapterError(
                     f"{key} in {folder / WEIGHTS} is not finite: training diverged, or the file is damaged"
                 )
-            other = key.replace(".lora_A.weight", ".lora_B.weight")
-            other = key.replace(".lora_B.weight", ".lora_A.weight") if other == key else other
-            if other not in self.tensors:
-                raise AdapterError(f"{folder / WEIGHTS} has {key} and lacks {other}: save it anew")
         biased = next((key for key in self.tensors if key.endswith(".lora_B.bias")), None)
         if biased is not None:
             raise AdapterError(f"{folder} has {biased} (lora_bias=True): only W' = Q + scaling B A is written, no bias")

@@ -278,6 +278,17 @@ def test_the_smallest_budget(device: torch.device, batch_size: int | None, small
         planned(small, plan.peak - 1, device=device, batch_size=batch_size, **SMALL)
 
 
+def test_the_time_of_h_goes_by_what_adds_it_up(small: StreamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, facts = planned(small, GIB, **SMALL), budget._Facts(small, targets_of(small), NF4, KRYLOV, 64, 512, CPU, 0)
+    monkeypatch.setattr(budget, "_rate", lambda device, dtype: 1e9 if dtype == torch.float32 else 1e10)
+    found = []
+    for backend in ("extension", "reference"):
+        monkeypatch.setattr(budget._Facts, "_backend", lambda *_, backend=backend: backend)
+        found.append(facts.seconds(plan))
+    assert None not in found
+    assert found[1] - found[0] == pytest.approx(plan.flops["H"] * (1e-9 - 1e-10))
+
+
 def test_what_counts(small: StreamedModel) -> None:
     plan = planned(small, GIB, **SMALL)
     assert planned(small, GIB, held=100 * MIB, **SMALL).peak == plan.peak + 100 * MIB

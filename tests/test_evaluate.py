@@ -5,6 +5,7 @@ import logging
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import bitsandbytes as bnb
 import pytest
@@ -248,6 +249,14 @@ def test_compare_without_an_adapter(checkpoint: Path, data: Calibration) -> None
         compare(checkpoint, None, data)
     with pytest.raises(CalibrationError, match="batch_size must be at least 1"):
         compare(checkpoint, None, data, quantization=NF4, batch_size=0)
+
+
+def test_a_full_device_is_named_with_the_way_out(
+    checkpoint: Path, data: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "_load", mock.Mock(side_effect=torch.OutOfMemoryError("2.00 GiB")))
+    with pytest.raises(QuailoraError, match=r"cpu is out of memory: .*--batch-size 1.*2\.00 GiB"):
+        compare(checkpoint, None, data, quantization=NF4, device="cpu")
 
 
 def test_compare_refuses_what_does_not_belong_together(

@@ -28,6 +28,7 @@ from quailora.adapter import find_targets
 from quailora.blocks import StreamedModel
 from quailora.budget import Plan
 from quailora.calibration import Calibration
+from quailora.checkpoint import Checkpoint
 from quailora.errors import MismatchError, QuailoraError
 from quailora.meter import Meter
 from quailora.ops import Service
@@ -389,15 +390,17 @@ def test_at_most_one_block_is_in_memory_and_neither_model_is_ever_whole(
     assert seen == [(0, 1), (1, 0), *[(1, 0)] * 5]
 
 
+def test_the_revision_of_the_base_goes_into_the_adapters_configuration(tmp_path: Path) -> None:
+    build(Checkpoint(tiny.checkpoint(tmp_path / "model"), revision="v1"), tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["revision"] == "v1"
+
+
 @pytest.mark.parametrize("built", [False, True])
 def test_the_report_says_where_h_took_the_slow_path(
     built: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, backends = (
-        ops.backends,
-        {"gram_": Service("extension" if built else "reference", {"extension": "it was not built"})},
-    )
-    monkeypatch.setattr(ops, "backends", lambda device: real(device) | backends)
+    real, gram = ops.backends, Service("extension" if built else "reference", {"extension": "it was not built"})
+    monkeypatch.setattr(ops, "backends", lambda device: real(device) | {"gram_": gram})
     report = build(tiny.checkpoint(tmp_path / "model"), tmp_path / "adapter")
     said = [note for note in report.notes if "plain PyTorch" in note and note.endswith("it was not built")]
     assert len(said) == (0 if built else 1)

@@ -116,6 +116,16 @@ def test_eigh_is_the_optimum(shape: tuple[int, int], rank: int) -> None:
     assert factors.objective == pytest.approx(optimum(weight - quantized, h, rank), rel=1e-5)
 
 
+def test_what_is_little_is_measured_in_parts() -> None:
+    rows, columns, rank = 2 * solvers._FP64_ROWS + 88, 48, 4
+    weight, _, h = problem(rows, columns)
+    low = torch.randn(rows, rank, generator=generator(1)) @ torch.randn(rank, columns, generator=generator(2))
+    quantized = weight - low - 1e-3 * torch.randn(rows, columns, generator=generator(3))
+    factors = solve(weight, quantized, h, rank, solver="eigh")
+    assert factors.objective < solvers._CANCELLATION * factors.initial
+    assert_sound(factors, weight, quantized, h)
+
+
 def test_krylov_and_als_reach_the_optimum() -> None:
     excess: dict[str, list[float]] = {"krylov": [], "als": []}
     for seed, (rows, columns) in enumerate([(256, 256), (128, 384), (384, 128), (256, 192), (192, 256)]):
