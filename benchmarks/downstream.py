@@ -34,12 +34,12 @@ from starts import BASES, load
 from tables import PAPER_TASKS
 from tqdm import tqdm
 
+from quailora.base import base_of, for_full_precision, loading
 from quailora.checkpoint import Checkpoint
 from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.evaluate import _evaluating, _with_adapter
 from quailora.pipeline import load_tokenizer
 from quailora.report import to_json, write_files
-from quailora.serving import base_of, check_base, for_full_precision
 
 NEXT_PASSAGE = "next_passage"
 CHOICES = 4
@@ -218,7 +218,7 @@ def read_model(checkpoint: Checkpoint, base: str, adapter: Path | None) -> Any:
             if (quantization is None) != for_full_precision(record):
                 kind = "the full-precision weights" if for_full_precision(record) else "a quantised base"
                 raise MismatchError(f"{adapter} was made for {kind}: on {base} its factors do harm")
-            check_base(record, checkpoint, quantization, adapter)
+            loading(record, checkpoint, quantization, adapter)
     model = load(checkpoint, base)
     return model if adapter is None else _with_adapter(model, adapter)
 

@@ -124,6 +124,7 @@ SCALES = {
         # Between the best rates of the two starts in so few steps (the experiment `convergence`): at the paper's,
         # factors that start from zero hardly get away from it.
         learning_rate=2e-3,
+        patience=7200,
     ),
     "tiny": Scale(
         name="tiny",

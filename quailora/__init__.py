@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from quailora import evaluate as evaluate
+    from quailora.base import check_base as check_base
     from quailora.gram import Gram as Gram
     from quailora.ops import backends as backends
     from quailora.pipeline import build_adapter as build_adapter
@@ -21,6 +22,7 @@ _HOMES = {
     "LoraFactors": "solvers",
     "backends": "ops",
     "build_adapter": "pipeline",
+    "check_base": "base",
     "convert": "serving",
     "initialize": "pipeline",
     "merge": "serving",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from quailora import ops
+from quailora.base import base_of, for_full_precision, loading
 from quailora.blocks import no_progress_bar
 from quailora.blockwise import memory_errors
 from quailora.calibration import Batch, Calibration
@@ -29,7 +30,6 @@ from quailora.errors import AdapterError, CalibrationError, MismatchError, Quail
 from quailora.pipeline import default_device
 from quailora.quantized import METHODS, Quantization
 from quailora.report import read_record, to_json, write_files
-from quailora.serving import base_of, check_base, for_full_precision
 
 # How many logits are in fp32 at once: 256 MiB for each of the few tensors that the scores take.
 LOGITS_AT_ONCE = 1 << 26
@@ -184,7 +184,7 @@ def compare(
         converted = base is not None and for_full_precision(base)
         if read_record(folder) is not None and not converted:  # beside the adapter itself only before training
             what = "QuAILoRA"
-        quantization, loaded_in = check_base(base, source, quantization, folder)
+        quantization, loaded_in = loading(base, source, quantization, folder)
     elif quantization is None:
         raise AdapterError("without an adapter nothing says how the base is quantised: pass `quantization`")
     where = default_device(device)

@@ -20,71 +20,16 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig,
 from transformers.pytorch_utils import Conv1D
 
 from quailora.adapter import adapted_skeleton, put, quantized_skeleton, unfilled
+from quailora.base import base_of, for_full_precision, loading
 from quailora.blocks import StreamedModel
 from quailora.checkpoint import INDEX, SINGLE, Checkpoint
-from quailora.errors import AdapterError, MismatchError
+from quailora.errors import AdapterError
 from quailora.files import check_new_folder, new_folder
 from quailora.pipeline import default_device, load_tokenizer, lora_record
 from quailora.quantized import Quantization, is_quantized, quantize
 from quailora.report import RECORD, read_record, to_json, write_files
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None:
-    """The record of the base an adapter was made for: beside it; beside `initial`; or in the folder above, which is a
-    trainer's output folder.
-
-    Raises:
-        AdapterError: `initial` is asked, and has no record.
-    """
-    record = read_record(adapter) or read_record(initial or adapter.parent)
-    if record is None and initial is not None:
-        raise AdapterError(
-            f"{initial} {f'has no {RECORD}' if initial.is_dir() else 'does not exist'}: give the folder that the start "
-            "was written to, or none"
-        )
-    return record["base"] if record else None
-
-
-def for_full_precision(base: dict[str, Any]) -> bool:
-    """Whether an adapter belongs on the full-precision weights of its base, by its record: `convert` made it."""
-    return base.get("full_precision") is True
-
-
-def check_base(
-    base: dict[str, Any] | None, checkpoint: Checkpoint, config: BitsAndBytesConfig | None, adapter: Path
-) -> tuple[BitsAndBytesConfig, torch.dtype]:
-    """How the base of `adapter` is quantised and what its weights are loaded as: by its record, or else by `config`.
-
-    Raises:
-        MismatchError: the record names another checkpoint, or another quantisation than `config`.
-        AdapterError: there is neither a record nor a `config`.
-    """
-    if base is None:
-        if config is None:
-            raise AdapterError(
-                f"{adapter} has no {RECORD}, so the base it belongs to is not known: name the adapter that training "
-                "started from, or the quantisation"
-            )
-        return config, checkpoint.dtype
-    if base["fingerprint"] != checkpoint.fingerprint:
-        raise MismatchError(
-            f"{adapter} was made for {base['checkpoint']} (fingerprint {base['fingerprint']}), and "
-            f"{checkpoint.name} has other "
-            f"weights (fingerprint {checkpoint.fingerprint}): the factors undo the quantisation error of that "
-            "checkpoint only"
-        )
-    recorded = Quantization.from_dict(base["quantization"])
-    if config is not None and (differences := recorded.differences(Quantization.from_config(config))):
-        raise MismatchError(
-            f"{adapter} was made for a base in {recorded.describe()}; asked for is another: "
-            f"{'; '.join(differences)}. On another base its factors do harm"
-        )
-    dtype = getattr(torch, str(base["dtype"]), None)
-    if not isinstance(dtype, torch.dtype):
-        raise AdapterError(f"dtype {base['dtype']!r} in the {RECORD} of {adapter} is no dtype of torch")
-    return recorded.to_config(), dtype
 
 
 def merge(
@@ -116,7 +61,8 @@ def merge(
             each weight.
 
     Raises:
-        MismatchError, AdapterError, CheckpointError: see `check_base`; or weights that cannot be merged, named.
+        MismatchError, AdapterError, CheckpointError: see `quailora.base.loading`; or weights that cannot be merged,
+            named.
     """
     output, folder = Path(output_dir), Path(adapter)
     check_new_folder(output)
@@ -127,7 +73,7 @@ def merge(
             f"{folder} was converted for the full-precision weights: there is no Q to merge it with. PEFT's "
             "merge_and_unload is right for it, on the full-precision model"
         )
-    config, load_dtype = check_base(made_for, source, quantization, folder)
+    config, load_dtype = loading(made_for, source, quantization, folder)
     form, dtype = Quantization.from_config(config), dtype or source.dtype
     base = quantized_skeleton(source, config, load_dtype)
     trained = _Adapter(folder)

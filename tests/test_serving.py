@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import quailora
+from quailora.base import base_of
 from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.evaluate import compare
 from quailora.report import RECORD
-from quailora.serving import base_of
 
 WEIGHTS = "adapter_model.safetensors"
 
