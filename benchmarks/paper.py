@@ -94,11 +94,12 @@ def rank(study: Study) -> Iterator[Cell]:
 
 def calibration(study: Study) -> Iterator[Cell]:
     calibrate = [name for name in study.sets if name not in (CALIBRATE, MEASURE)]
-    for model in study.scale.models:
-        for name in study.trained:
-            yield study.cell(model, name, "nf4", "zero", study.trained[0], 0)
-            for source in calibrate:
-                yield study.cell(model, name, "nf4", "quailora", source, 0)
+    for seed in study.scale.seeds:
+        for model in study.scale.models:
+            for name in study.trained:
+                yield study.cell(model, name, "nf4", "zero", study.trained[0], seed)
+                for source in calibrate:
+                    yield study.cell(model, name, "nf4", "quailora", source, seed)
 
 
 def downstream(study: Study) -> Iterator[Cell]:

@@ -297,15 +297,22 @@ def rank(records: Sequence[Record]) -> str:
 
 
 def calibration(records: Sequence[Record]) -> str:
-    """After training, by what the start was made from."""
+    """After training, by what the start was made from; of the seeds that have run with every one."""
     sets = unique(records, "train")
+    whole = [record for each in sets for record in whole_seeds(select(records, train=each))]
     rows = []
     for source in unique(records, "calibrate"):
-        found = select(records, calibrate=source)
+        found = select(whole, calibrate=source)
         tokens = ", ".join(sorted({str(each["calibration_tokens"]) for each in found if "calibration_tokens" in each}))
         name = f"QuAILoRA from {source}" if source else NAMES["zero"]
         rows.append((name, tokens, *(shown(select(found, train=each), "end", 3) for each in sets)))
     return table(("start", "calibration tokens", *(f"trained on {each}" for each in sets)), rows)
+
+
+def whole_seeds(records: Sequence[Record]) -> list[Record]:
+    """Those of the seeds that every start has run with: what differs between starts is then not the seed."""
+    starts = len(unique(records, "calibrate"))
+    return [record for record in records if len(select(records, seed=record["cell"]["seed"])) == starts]
 
 
 def by_model(draw: Callable[[Sequence[Record]], str]) -> Callable[[Sequence[Record]], str]:

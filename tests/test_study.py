@@ -197,6 +197,24 @@ def test_whether_calibration_matters_is_asked_before_and_after_training(tmp_path
         assert claims.uncalibrated(tmp_path).verdict == verdict
 
 
+def test_calibration_sets_are_compared_over_the_same_seeds(tmp_path: Path) -> None:
+    def cells(ends: dict[str | None, float], seed: int) -> list[Any]:
+        return [
+            record("nf4", "quailora" if source else "zero", 20, end, calibrate=source, seed=seed)
+            for source, end in ends.items()
+        ]
+
+    first = cells({None: 9.0, "one": 8.0, "two": 8.4}, 0)
+    keep_cells(tmp_path, "calibration", first)
+    assert claims.calibration_set(tmp_path).verdict == claims.NOT
+    # In the mean of two seeds the sets are as good, and a seed that one of them has not run with does not count.
+    both = [*first, *cells({None: 9.2, "one": 8.4, "two": 8.0}, 1)]
+    keep_cells(tmp_path, "calibration", [*both, *cells({None: 5.0, "one": 4.0}, 2)])
+    found = claims.calibration_set(tmp_path)
+    assert (found.verdict, found.found) == (claims.REPRODUCED, "perplexities differ by 0.000 of 0.900")
+    assert "| QuAILoRA from one |  | 8.200 ± 0.283 |" in tables.calibration(tables.read(tmp_path, "calibration"))
+
+
 def test_claims_of_the_papers_models(tmp_path: Path) -> None:
     llamas = [(f"x/llama-{size}", 0.5 if size == "7b" else gain) for size, gain in (("7b", 0), ("13b", 0.1))]
     cells = [
