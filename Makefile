@@ -35,7 +35,7 @@ check: $(INSTALLED) ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## remove .venv and everything built
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist *.egg-info quailora/_C.* .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)

@@ -5,8 +5,9 @@ The extension is built against the torch that is installed here, which pip hides
 and perhaps of another release, and an extension works with the release that it was built against.
 
 QUAILORA_EXT=0 leaves the extension out, QUAILORA_EXT=1 makes it an error if it cannot be built. By default the package
-is then installed without, and works: `quailora.backends()` says what serves instead. If it is only the CUDA part that
-cannot be built, the part for CPUs is.
+is then installed without, and works: `quailora.backends()` says what serves instead, and `pip install -v` shows why. If
+it is only the CUDA part that cannot be built, the part for CPUs is. It is for Linux: elsewhere it would be one thread,
+slower than what torch does itself.
 """
 
 import os
@@ -17,7 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import setup
 from setuptools.errors import BaseError, CCompilerError
@@ -29,9 +30,9 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SYSTEM = Path("/usr/local")
 
-# What a build that fails raises: setuptools, torch (whose check of the compilers and of ninja raises RuntimeError), or
-# a compiler that is not there.
-FAILURES = (BaseError, CCompilerError, RuntimeError, OSError, subprocess.CalledProcessError)
+# What a build that fails raises: setuptools, torch (RuntimeError for compilers and ninja, ValueError for architectures
+# that it does not know), or a compiler that is not there.
+FAILURES = (BaseError, CCompilerError, RuntimeError, ValueError, OSError, subprocess.CalledProcessError)
 
 
 def leave_out(reason: str, part: str = "compiled extension") -> None:
@@ -53,29 +54,53 @@ def toolkits() -> Iterator[Path]:
     yield from sorted(SYSTEM.glob("cuda*"), reverse=True)
 
 
-def toolkit_version(folder: Path) -> str | None:
-    """The release of the toolkit in `folder`, such as 13.0; None unless it has compiler, headers and library.
+class Toolkit(NamedTuple):
+    """A CUDA toolkit, with the folders of its headers and libraries."""
 
-    The nvcc on the search path may be a script that calls the real one, with no toolkit around it; toolkits from PyPI
-    may have no library that a linker finds.
+    home: Path
+    include: Path
+    library: Path
+
+
+def find_toolkit(cuda: str) -> Toolkit | None:
+    """The first toolkit of the major version of `cuda`: the runtime's interface is the same within one.
+
+    It has compiler, headers and library, where NVIDIA, conda or Debian put them. The nvcc on the search path may be a
+    script that calls the real one, with no toolkit around it; toolkits from PyPI may have no library that a linker
+    finds.
     """
-    nvcc = folder / "bin" / "nvcc"
-    others = [*folder.glob("include/cuda_runtime.h"), *folder.glob("lib*/libcudart.so")]
-    if not nvcc.exists() or len(others) < 2:
+    for home in toolkits():
+        headers = [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include/cuda_runtime.h")]
+        libraries = [
+            *home.glob("lib*/libcudart.so"),
+            *home.glob("lib/*/libcudart.so"),
+            *home.glob("targets/*/lib/libcudart.so"),
+        ]
+        if headers and libraries and (release(home) or "").split(".")[0] == cuda.split(".")[0]:
+            return Toolkit(home, headers[0].parent, libraries[0].parent)
+    return None
+
+
+def release(home: Path) -> str | None:
+    """Of the compiler in a toolkit, such as 13.0; None where there is none that runs."""
+    nvcc = home / "bin" / "nvcc"
+    if not nvcc.exists():
         return None
     try:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"quailora: {folder} is passed over, its compiler does not run: {error}", file=sys.stderr)
+        print(f"quailora: {home} is passed over, its compiler does not run: {error}", file=sys.stderr)
         return None
     found = re.search(r"release (\d+\.\d+)", text)
     return found.group(1) if found else None
 
 
-def find_toolkit(cuda: str) -> Path | None:
-    """The first toolkit of the major version of `cuda`: the runtime's interface is the same within one."""
-    major = cuda.split(".")[0]
-    return next((folder for folder in toolkits() if (toolkit_version(folder) or "").split(".")[0] == major), None)
+def architectures() -> str:
+    """What the kernels are compiled for: of what TORCH_CUDA_ARCH_LIST names that which they can be, or a default."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    older = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing", *(f"{major}." for major in range(3, 8)))
+    # Code of 9.0 as PTX is what later processors compile for themselves.
+    return ";".join(each for each in named if not each.startswith(older)) or "8.0;9.0+PTX"
 
 
 def sources(*patterns: str) -> list[str]:
@@ -86,6 +111,9 @@ def sources(*patterns: str) -> list[str]:
 def extension() -> dict[str, Any]:
     """The arguments of `setup` that build `quailora._C`; none if it is to be left out."""
     if WANTED == "0":
+        return {}
+    if sys.platform != "linux":
+        leave_out("it is for Linux only")
         return {}
     if not CSRC.exists():
         leave_out(f"its sources are not in {ROOT}")
@@ -100,17 +128,17 @@ def extension() -> dict[str, Any]:
     if torch.version.cuda:
         toolkit = find_toolkit(torch.version.cuda)
         if toolkit:
-            os.environ["CUDA_HOME"] = str(toolkit)  # read when torch.utils.cpp_extension is imported
-            # Code of 9.0 as PTX is what later processors compile for themselves.
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+            os.environ["CUDA_HOME"] = str(toolkit.home)  # read when torch.utils.cpp_extension is imported
+            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
+        elif home := os.environ.get("CUDA_HOME"):
+            leave_out(f"CUDA_HOME, {home}, holds no whole toolkit of CUDA {torch.version.cuda}", "CUDA kernels")
         else:
             print(f"quailora: no CUDA {torch.version.cuda} toolkit found, building for CPUs only", file=sys.stderr)
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     # torch's loop over threads stands in its headers, and is one thread where the compiler is not told of OpenMP. The
     # runtime is then the one that torch has loaded.
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    flags = ["/O2"] if os.name == "nt" else ["-O3", "-g0", *openmp]
+    openmp = "-fopenmp"
 
     def module(cuda: bool) -> Any:
         build: Any = CUDAExtension if cuda else CppExtension
@@ -118,8 +146,10 @@ def extension() -> dict[str, Any]:
             name="quailora._C",
             sources=sources("extension.cpp", "cpu/*.cpp", *(["gram_cuda.cpp", "cuda/*.cu"] if cuda else [])),
             depends=sources("*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh"),
-            extra_compile_args={"cxx": [*flags], "nvcc": ["-O3"]},
-            extra_link_args=[*openmp],
+            include_dirs=[str(toolkit.include)] if toolkit and cuda else [],
+            library_dirs=[str(toolkit.library)] if toolkit and cuda else [],
+            extra_compile_args={"cxx": ["-O3", "-g0", openmp], "nvcc": ["-O3"]},
+            extra_link_args=[openmp],
         )
 
     class Build(BuildExtension):

@@ -21,6 +21,7 @@ from quailora.reference import Dequantizable, Error
 _PANEL_ROWS = 1024
 
 _HALVES = (torch.bfloat16, torch.float16)
+_OF_KERNELS = (*_HALVES, torch.float32)  # what W may be in, for kernels
 
 
 def choose_form(weight: Tensor, quantized: Tensor | Dequantizable, products: int, overwrite: bool) -> str:
@@ -29,7 +30,7 @@ def choose_form(weight: Tensor, quantized: Tensor | Dequantizable, products: int
     Without kernels for the device, or without codes to read, it is "dense"; but an fp32 W that is not needed any more
     has room for the same values.
     """
-    if isinstance(quantized, Tensor) or not hasattr(quantized, "codes"):
+    if weight.dtype not in _OF_KERNELS or not hasattr(quantized, "codes"):
         return "dense"
     if ops.backends(weight.device)["grouped_error_product"].backend == "reference":
         return "cached" if overwrite and weight.dtype == torch.float32 and weight.is_contiguous() else "dense"
@@ -134,7 +135,7 @@ class ErrorMatrices:
 
 
 def _hold(weight: Tensor, quantized: Any, form: str) -> Error:
-    if not hasattr(quantized, "codes"):  # dense, or something else that can only say what it stands for
+    if weight.dtype not in _OF_KERNELS or not hasattr(quantized, "codes"):  # dense, or says only what it stands for
         return reference.error(weight, quantized), None
     if form == "fused":
         return weight.contiguous(), ops.packed(quantized)

@@ -14,7 +14,7 @@ from torch import Tensor
 from quailora.errors import QuailoraError
 
 _HOW_TO_BUILD = (
-    "where there is a C++ compiler, `QUAILORA_EXT=1 pip install --no-build-isolation --no-deps --force-reinstall .` in "
+    "on Linux with a C++ compiler, `QUAILORA_EXT=1 pip install --no-build-isolation --no-deps --force-reinstall .` in "
     "the clone builds it, or says why not"
 )
 
@@ -42,8 +42,10 @@ def obstacle(device: torch.device) -> str | None:
     """
     if reason := _load():
         return reason
+    if device.type not in ("cpu", "cuda"):
+        return f"it has no code for {device.type}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("quailora::gram_", device.type.upper()):
-        return f"it was built without {device.type}"
+        return f"it was built without {device.type}; where CUDA_HOME names a toolkit, and {_HOW_TO_BUILD}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"its kernels are for compute capability 8.0 and later, {device} has less"
     return None

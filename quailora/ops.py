@@ -4,6 +4,7 @@ What an operation computes is said, and specified, in `reference.py`.
 """
 
 import importlib
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -59,6 +60,17 @@ def _triton_obstacle(device: torch.device) -> str | None:
             return f"its kernels are compiled and tested for {', '.join(tested)} only, and {device} is {target}"
     elif (capability := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
         return f"its kernels need sm_80 or later, and {device} is sm_{capability[0]}{capability[1]}"
+    return _launcher_obstacle()
+
+
+@cache
+def _launcher_obstacle() -> str | None:
+    """Triton compiles what launches its kernels when it is first asked for, which is in the midst of a run."""
+    try:
+        importlib.import_module("triton.runtime").driver.active.utils  # noqa: B018
+    except (RuntimeError, AssertionError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        reason = " ".join(str(error).split())[:300]
+        return f"Triton cannot launch kernels here, for which it takes a C compiler and Python's headers: {reason}"
     return None
 
 

@@ -246,7 +246,8 @@ def _take_stock(linears: Sequence[Linear], errors: ErrorMatrices, h: Tensor) -> 
     initial = [energy / 2 for energy in values[-len(linears) :]]
     for linear, norm, start in zip(linears, norms, initial, strict=True):
         if not math.isfinite(norm):
-            culprit = "quantized" if linear.weight.isfinite().all() else "weight"
+            q = linear.quantized  # and not W, in whose memory E may be by now
+            culprit = "weight" if (q if isinstance(q, Tensor) else q.dequantize()).isfinite().all() else "quantized"
             raise _error(f"{culprit} holds values that are not finite", linear)
         if not math.isfinite(start):
             raise _error(f"the objective overflows with gram up to {most:.3g}; scale it down", linear)
@@ -303,7 +304,8 @@ def _finish(
     for i, (left, right) in enumerate(balanced):
         left_over, half_square, width, *trace = [next(values) for _ in scalars[i]]
         residual_square = 2 * half_square
-        if left_over < _CANCELLATION * initial[i] or residual_square < _CANCELLATION * problem.error_norm[i] ** 2:
+        start = problem.initial[i]  # damped, as the sums are
+        if left_over < _CANCELLATION * start or residual_square < _CANCELLATION * problem.error_norm[i] ** 2:
             left_over, residual_square = _measure(problem.errors, i, problem.gram, left, right)
         found.append(
             LoraFactors(

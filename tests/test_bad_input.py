@@ -414,3 +414,15 @@ def test_initialize_refuses_at_once_what_it_cannot_start(checkpoint: Path, adapt
 def test_initialize_refuses_a_checkpoint_with_other_weights(adapted: PeftModel, tmp_path: Path) -> None:
     other = tiny.checkpoint(tmp_path / "other", seed=1)
     refused(MismatchError, r"\d% of the codes of model\.layers\.0\.\S+ .* the base was made from", adapted, other)
+
+
+def test_a_device_without_fp64_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*size: int, dtype: torch.dtype | None = None, device: str) -> None:
+        if dtype == torch.float64:  # in the words of MPS
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(QuailoraError, match=r"device 'mps' cannot be used here: .*float64.*; name another"):
+        pipeline.default_device("mps")

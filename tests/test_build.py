@@ -75,21 +75,21 @@ def test_the_toolkit_that_is_named_comes_first(
 ) -> None:
     wheels = toolkit(tmp_path / "site-packages" / "nvidia" / "cu13", "13.2")
     toolkit(tmp_path / "local" / "cuda-13.0", "13.0")
-    assert folders.find_toolkit("13.0") == wheels
+    assert folders.find_toolkit("13.0").home == wheels
     on_path = toolkit(tmp_path / "elsewhere", "13.1")
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "nvcc").symlink_to(on_path / "bin" / "nvcc")
-    assert folders.find_toolkit("13.0") == on_path
+    assert folders.find_toolkit("13.0").home == on_path
     named = toolkit(tmp_path / "named", "13.0")
     monkeypatch.setenv("CUDA_HOME", str(named))
-    assert folders.find_toolkit("13.0") == named
+    assert folders.find_toolkit("13.0").home == named
 
 
 def test_an_nvcc_that_is_a_script_does_not_mislead(folders: ModuleType, tmp_path: Path) -> None:
     real = toolkit(tmp_path / "local" / "cuda-13.0", "13.0")
     (tmp_path / "path").mkdir()
     script(tmp_path / "path" / "nvcc", f'exec {real}/bin/nvcc "$@"')
-    assert folders.find_toolkit("13.0") == real
+    assert folders.find_toolkit("13.0").home == real
 
 
 def test_a_toolkit_that_cannot_be_linked_with_is_passed_over(folders: ModuleType, tmp_path: Path) -> None:
@@ -98,10 +98,69 @@ def test_a_toolkit_that_cannot_be_linked_with_is_passed_over(folders: ModuleType
     assert folders.find_toolkit("13.0") is None
 
 
+@pytest.mark.parametrize(
+    ("include", "library"),
+    [("include", "lib/x86_64-linux-gnu"), ("targets/x86_64-linux/include", "targets/x86_64-linux/lib")],
+    ids=["Debian", "conda"],
+)
+def test_other_layouts(folders: ModuleType, tmp_path: Path, include: str, library: str) -> None:
+    real = toolkit(tmp_path / "local" / "cuda-13.0", "13.0")
+    for before, after in (("include/cuda_runtime.h", include), ("lib64/libcudart.so", library)):
+        (real / after).mkdir(parents=True, exist_ok=True)
+        (real / before).rename(real / after / Path(before).name)
+    assert folders.find_toolkit("13.0") == (real, real / include, real / library)
+
+
+@pytest.mark.parametrize("wanted", ["", "1"])
+def test_a_named_folder_that_is_no_toolkit_is_said(
+    folders: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    wanted: str,
+) -> None:
+    import torch
+
+    monkeypatch.setattr(folders, "WANTED", wanted)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    if wanted:
+        with pytest.raises(SystemExit, match=f"CUDA_HOME, {tmp_path}, holds no whole toolkit of CUDA 13.0"):
+            folders.extension()
+    else:
+        assert folders.extension()["ext_modules"]
+        assert f"WITHOUT its CUDA kernels: CUDA_HOME, {tmp_path}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        (None, "8.0;9.0+PTX"),
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "8.0;8.6;9.0;10.0;12.0+PTX"),
+        ("Volta;Ampere", "Ampere"),
+        ("7.0;7.5+PTX", "8.0;9.0+PTX"),
+    ],
+)
+def test_architectures_that_the_kernels_are_not_for_are_left_out(
+    folders: ModuleType, monkeypatch: pytest.MonkeyPatch, named: str | None, expected: str
+) -> None:
+    if named is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
+    assert folders.architectures() == expected
+
+
+def test_elsewhere_than_on_linux_it_is_left_out(
+    run_setup: RunSetup, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "ext_modules" not in run_setup("")[1]
+    assert "WITHOUT its compiled extension: it is for Linux only" in capfd.readouterr().err
+
+
 def test_a_toolkit_of_another_major_version_is_passed_over(folders: ModuleType, tmp_path: Path) -> None:
     older = toolkit(tmp_path / "local" / "cuda-12.8", "12.8")
     toolkit(tmp_path / "local" / "cuda-13.0", "13.0")
-    assert folders.find_toolkit("12.6") == older
+    assert folders.find_toolkit("12.6").home == older
 
 
 def test_cuda_is_added_where_torch_has_it_and_a_toolkit_is_found(
@@ -132,10 +191,10 @@ def test_a_compiler_that_does_not_run_is_passed_over(
     assert folders.find_toolkit("13.0") is None
     assert f"{broken} is passed over" in capfd.readouterr().err
     sound = toolkit(tmp_path / "local" / "cuda-13.0", "13.0")
-    assert folders.find_toolkit("13.0") == sound
+    assert folders.find_toolkit("13.0").home == sound
 
 
-@pytest.mark.parametrize("fails", ["check", "cuda", "both", "nothing"])
+@pytest.mark.parametrize("fails", ["check", "architecture", "cuda", "both", "nothing"])
 def test_if_the_cuda_part_fails_the_rest_is_built(
     folders: ModuleType,
     tmp_path: Path,
@@ -150,6 +209,8 @@ def test_if_the_cuda_part_fails_the_rest_is_built(
     def check(*versions: object) -> None:
         if fails == "check":
             raise RuntimeError("this gcc is too new for that CUDA")
+        if fails == "architecture":
+            raise ValueError("Unknown CUDA arch (12.0f) or GPU not supported")
 
     def compile_(self: object, ext: setuptools.Extension) -> None:
         cuda = any(source.endswith(".cu") for source in ext.sources)

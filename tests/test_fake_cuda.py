@@ -153,6 +153,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     made = Launches()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    monkeypatch.setattr(ops, "_launcher_obstacle", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", made.device)
     monkeypatch.setattr(
         triton.JITFunction, "run", lambda kernel, *args, **keywords: made.run(kernel, *args, **keywords)

@@ -1,6 +1,7 @@
 """The reference operations against plain fp64 algebra, and the dispatch that serves them."""
 
 import re
+import subprocess
 import sys
 from collections import defaultdict
 from types import SimpleNamespace
@@ -259,6 +260,7 @@ def test_gpus_older_than_ampere_take_the_plain_path(
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(ops, "_launcher_obstacle", lambda: None)
     ops._choose.cache_clear()
     try:
         service = backends("cuda:0")["cholesky_solve"]
@@ -267,6 +269,34 @@ def test_gpus_older_than_ampere_take_the_plain_path(
     assert service.backend == expected
     if why is not None:
         assert re.search(why, service.others["triton"])
+
+
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("Failed to find C compiler."), subprocess.CalledProcessError(1, ["gcc", "-I", "Python.h"])]
+)
+def test_without_a_c_compiler_triton_cannot_launch_and_that_is_known_before_a_run(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pytest.importorskip("triton.runtime", reason="Triton is not installed")
+
+    class Driver:
+        @property
+        def active(self) -> None:
+            raise failure
+
+    monkeypatch.setattr(runtime, "driver", Driver())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    for cached in (ops._choose, ops._launcher_obstacle):
+        cached.cache_clear()
+    try:
+        service = backends("cuda:0")["grouped_error_product"]
+    finally:
+        for cached in (ops._choose, ops._launcher_obstacle):
+            cached.cache_clear()
+    assert service.backend == "reference"
+    assert re.search(
+        "cannot launch kernels here, for which it takes a C compiler.*(gcc|Failed)", service.others["triton"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -284,6 +314,7 @@ def test_amd_gpus_that_nobody_compiled_for_take_the_plain_path(
     from quailora.kernels import settings
 
     monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(ops, "_launcher_obstacle", lambda: None)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=architecture), raising=False
     )

@@ -451,6 +451,24 @@ def test_packed_codes_of_another_shape_are_refused(shape: tuple[int, int]) -> No
             solve(weight, quantize(torch.randn(shape), form), torch.eye(64), 4)
 
 
+@pytest.mark.parametrize("damping", [1e4, 1e8])
+@pytest.mark.parametrize("solver", ["krylov", "als"])
+def test_the_objective_is_undamped_however_large_the_damping(solver: str, damping: float) -> None:
+    found = solve(W, Q, H, 4, solver=solver, damping=damping)
+    residual = W.double() - Q.double() - found.A.double() @ found.B.double().T
+    assert found.objective == pytest.approx(float((residual @ H.double() * residual).sum()) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("culprit", ["weight", "quantized"])
+def test_the_culprit_is_named_though_e_may_stand_where_w_was(culprit: str, overwrite: bool) -> None:
+    weight = W.float().clone()
+    quantized = quantize(weight, Quantization("nf4", blocksize=64, compute_dtype=torch.float32))
+    (weight.view(-1) if culprit == "weight" else quantized.absmax)[3] = math.nan
+    with pytest.raises(SolverError, match=f"{culprit} holds values that are not finite"):
+        solve(weight, quantized, H, 4, overwrite_weight=overwrite)
+
+
 def test_of_a_group_the_culprit_is_named() -> None:
     good, wrong = Linear(W, Q, 4, "block.q_proj"), Linear(W, bad(Q, math.inf), 4, "block.k_proj")
     with pytest.raises(SolverError, match=r"^block.k_proj: quantized holds"):

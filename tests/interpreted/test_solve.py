@@ -88,3 +88,13 @@ def test_kernels_reach_what_the_reference_reaches(
         assert found.residual_norm == pytest.approx(expected.residual_norm, rel=1e-3)
         # With so many products E is worth its while in memory.
         assert torch.equal(copy.weight, linear.weight) == (steps < 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_weights_of_dtypes_that_kernels_do_not_read(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(100, 48, generator=g), torch.randn(40, 48, generator=g).to(dtype)
+    quantized = quantize(weight.float(), Quantization("nf4", blocksize=64, compute_dtype=torch.float32))
+    found = solve(weight, quantized, x.T @ x, 16, overwrite_weight=True)
+    expected = solve(weight.float(), quantized.dequantize(), x.T @ x, 16)
+    assert found.objective == pytest.approx(expected.objective, rel=1e-5)
