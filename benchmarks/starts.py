@@ -213,7 +213,8 @@ def _loftq(
         replace_lora_weights_loftq(model, str(files[0]) if len(files) == 1 else None)
     if scaled:
         for layer in lora_layers(model):
-            layer.lora_B["default"].weight.data /= layer.scaling["default"]
+            for factor in (layer.lora_A, layer.lora_B):  # both, which leaves them balanced
+                factor["default"].weight.data /= layer.scaling["default"] ** 0.5
     return model
 
 

@@ -202,6 +202,43 @@ def perplexity(records: Sequence[Record]) -> str:
     return table(("bits", "start", *heads), rows, left=2)
 
 
+def below(records: Sequence[Record]) -> str:
+    """By how much perplexities after training are apart, of the same seed: what the seeds share does not count."""
+    sets = unique(records, "train")
+    rows = []
+    for base, other, ours, name in (
+        ("nf4", "zero", "quailora", "QuAILoRA below zero"),
+        ("int8", "zero", "quailora", "QuAILoRA below zero"),
+        ("nf4", "als", "quailora", "ours below als"),
+    ):
+        found = [differences(select(records, train=each, base=base), other, ours) for each in sets]
+        if any(found):
+            rows.append((BITS[base], name, *(spread(each, 3) for each in found)))
+    return table(("bits", "perplexity after training", *sets), rows, left=2)
+
+
+def pairs(records: Sequence[Record], other: str, ours: str) -> list[tuple[float, float]]:
+    """Perplexities at the end from two starts, of each set and seed that has run with both. records: of one base."""
+    found = []
+    for record in select(records, start=ours):
+        same = {name: record["cell"][name] for name in ("train", "seed")}
+        its, mine = values(select(records, start=other, **same), "end"), values([record], "end")
+        found += [(its[0], mine[0])] if its and mine else []
+    return found
+
+
+def differences(records: Sequence[Record], other: str, ours: str) -> list[float]:
+    """By how much `ours` ends below `other`; see `pairs`."""
+    return [its - mine for its, mine in pairs(records, other, ours)]
+
+
+def chance(records: Sequence[Record]) -> float:
+    """How far fine-tunings end apart for no reason: those from the starts of two solvers of the same problem, which
+    are next to the same. The most of all sets; 0 where als has not run. records: of `perplexity`, one model."""
+    sets = [select(records, train=each, base="nf4") for each in unique(records, "train")]
+    return max((abs(each) for found in sets for each in differences(found, "als", "quailora")), default=0.0)
+
+
 def gaps(records: Sequence[Record]) -> str:
     """The three gaps, of the cells of `perplexity`."""
     rows = []
@@ -331,6 +368,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "start": by_model(start),
     "start-settings": start_settings,
     "perplexity": by_model(perplexity),
+    "below": by_model(below),
     "gaps": by_model(gaps),
     "rates": by_model(rates),
     "convergence": by_model(convergence),
@@ -338,7 +376,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "rank": by_model(rank),
 }
 # The experiment that a table is of, where that has another name.
-EXPERIMENTS = {"gaps": "perplexity", "rates": "convergence", "start-settings": "start"}
+EXPERIMENTS = {"below": "perplexity", "gaps": "perplexity", "rates": "convergence", "start-settings": "start"}
 
 
 def draw(name: str, results: Path) -> str:

@@ -29,8 +29,10 @@ def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None
     trainer's output folder.
 
     Raises:
-        AdapterError: `initial` is asked, and has no record.
+        AdapterError: `adapter` does not exist; or `initial` is asked, and has no record.
     """
+    if not adapter.is_dir():
+        raise AdapterError(f"{adapter} does not exist, or is no folder: give that of an adapter")
     record = read_record(adapter) or read_record(initial or adapter.parent)
     if record is None and initial is not None:
         raise AdapterError(
@@ -58,7 +60,7 @@ def loading(
         if config is None:
             raise AdapterError(
                 f"{adapter} has no {RECORD}, so the base it belongs to is not known: name the adapter that training "
-                "started from, or the quantisation"
+                "started from (--initial), or the quantisation (--quant)"
             )
         return config, checkpoint.dtype
     if base["fingerprint"] != checkpoint.fingerprint:

@@ -9,7 +9,6 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,11 +66,13 @@ class Calibration:
     sequences: each (length,) int64 on the CPU, at least one token long, real tokens only.
     source: what they were read from, for the report.
     seed: of the draw, where there was one.
+    empty: how many records, or rows of tokens, had no tokens and were passed over.
     """
 
     sequences: tuple[Tensor, ...] = field(repr=False)
     source: str
     seed: int = 0
+    empty: int = 0
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -163,9 +164,16 @@ def load_calibration(
         records, source = _open_records(data, samples, seed, split)
         sequences = _encode_all(records, source, tokenizer, column)
 
-    # Clones, for a view would keep the whole tensor it was cut from alive.
-    kept = (sequence[:sequence_length].clone() for sequence in sequences if len(sequence))
-    calibration = Calibration(tuple(islice(kept, samples)), source, seed)
+    kept: list[Tensor] = []
+    empty = 0
+    for sequence in sequences:
+        if len(sequence):
+            kept.append(sequence[:sequence_length].clone())  # a view would keep the whole tensor it was cut from alive
+        else:
+            empty += 1
+        if len(kept) == samples:
+            break
+    calibration = Calibration(tuple(kept), source, seed, empty)
     if not len(calibration):
         raise CalibrationError(f"{source} gives no tokens: it is empty, tokenises to nothing, or is all masked out")
     _check_vocabulary(calibration, vocab_size)
@@ -183,7 +191,7 @@ def text_or_messages(record: Any) -> str | list[dict[str, Any]]:
         return [_message(message) for message in record]
     if not isinstance(record, Mapping):
         raise CalibrationError(f"a {type(record).__name__} is neither a text, chat messages, nor a record")
-    if "text" in record:
+    if record.get("text") is not None:
         return _string(record, "text")
     if "instruction" in record and record.get("instances"):
         instances = record["instances"]
@@ -200,6 +208,8 @@ def text_or_messages(record: Any) -> str | list[dict[str, Any]]:
     for name in ("messages", "conversations"):
         if name in record:
             return text_or_messages(record[name] or "")
+    if "text" in record:  # None, and no other field to use instead
+        return ""
     raise CalibrationError(
         f"none of the known fields among {', '.join(map(repr, record)) or 'no fields at all'}; "
         f"name the one that holds the text with `column`, or use: {ACCEPTED_FIELDS}"
@@ -388,7 +398,7 @@ def _encode(record: Any, tokenizer: PreTrainedTokenizerBase | None, column: str 
 
     content = text_or_messages(record)
     if not content:
-        return ()
+        return (torch.empty(0, dtype=torch.int64),)
     if tokenizer is None:
         raise CalibrationError("it is text, and there is no tokenizer: pass `tokenizer`")
     if isinstance(content, str):

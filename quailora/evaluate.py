@@ -54,11 +54,12 @@ class Comparison:
     quantised: Scores
     adapted: Scores | None
     tokens: int
+    start: bool = True  # whether the adapter is as it was before training
 
     @property
     def gap_closed(self) -> float | None:
-        """See the function `gap_closed`; None without an adapter, too."""
-        if self.adapted is None:
+        """See the function `gap_closed`; None without an adapter, too, and of one that has learned other things."""
+        if self.adapted is None or not self.start:
             return None
         return gap_closed(self.full.perplexity, self.quantised.perplexity, self.adapted.perplexity)
 
@@ -175,15 +176,15 @@ def compare(
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     batches = list(calibration.batches(batch_size))
-    loaded_in, what, converted = source.dtype, "adapter", False
+    loaded_in, start, converted = source.dtype, False, False
     if adapter is not None:
         folder = Path(adapter)
         if not (folder / "adapter_config.json").is_file():
             raise AdapterError(f"{folder} is no adapter: it has no adapter_config.json")
         base = base_of(folder, Path(initial) if initial else None)
         converted = base is not None and for_full_precision(base)
-        if read_record(folder) is not None and not converted:  # beside the adapter itself only before training
-            what = "QuAILoRA"
+        # Beside the adapter itself a record is only before training.
+        start = read_record(folder) is not None and not converted
         quantization, loaded_in = loading(base, source, quantization, folder)
     elif quantization is None:
         raise AdapterError("without an adapter nothing says how the base is quantised: pass `quantization`")
@@ -208,8 +209,11 @@ def compare(
     return Comparison(
         of_full.scores("full precision"),
         of_quantised.scores(method),
-        of_adapted.scores(f"{'full precision' if converted else method} + {what}") if adapted is not None else None,
+        of_adapted.scores(f"{'full precision' if converted else method} + {'QuAILoRA' if start else 'adapter'}")
+        if adapted is not None
+        else None,
         of_full.tokens,
+        start,
     )
 
 

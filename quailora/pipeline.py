@@ -169,7 +169,7 @@ def build_adapter(
         if workspace:
             layers = workspace.layers
             left |= _unreached(targets, layers, stream)
-            notes = [*_notes(stream), *_resumed(finished)]
+            notes = [*_notes(stream, data, layers), *_resumed(finished)]
             report = Report(layers, left, notes, record, stages.seconds, meter.figures(plan))
             with workspace.finish() as folder, stages("write"):
                 made = workspace.tensors()
@@ -316,7 +316,7 @@ def initialize(
     whole = getattr(base_config, "quantization_config", None)
     skipped = Quantization.from_config(whole).skip_modules if isinstance(whole, BitsAndBytesConfig) else None
     record = make_record(source, dtype, replace(form, skip_modules=skipped), settings, data, config)
-    return Report(layers, left, _notes(stream), record, stages.seconds, meter.figures(plan))
+    return Report(layers, left, _notes(stream, data, layers), record, stages.seconds, meter.figures(plan))
 
 
 def default_quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -491,10 +491,24 @@ def _unreached(targets: list[Target], layers: list[LayerReport], stream: Streame
     return unreached
 
 
-def _notes(stream: StreamedModel) -> list[str]:
-    """What is worth saying once: that H took the slow path, and of fused expert weights, parameters of three dimensions
-    which bitsandbytes does not quantise."""
+# With 7 tokens to an input 54 % of the output error was left on them, and 59 % on other text; with 0.9, 44 % and 63 %
+# (SmolLM2-135M-Instruct, gate_proj of the third block, r = 64).
+_TOKENS_PER_INPUT = 8
+
+
+def _notes(stream: StreamedModel, data: Calibration, layers: list[LayerReport]) -> list[str]:
+    """What is worth saying once: data that was passed over, or is little; that H took the slow path; and of fused
+    expert weights, parameters of three dimensions which bitsandbytes does not quantise."""
     notes = []
+    if data.empty:
+        notes.append(f"{data.empty} records of {data.source} had no tokens, and were passed over")
+    if few := [layer for layer in layers if layer.tokens < _TOKENS_PER_INPUT * layer.inputs]:
+        least = min(few, key=lambda layer: layer.tokens / layer.inputs)
+        notes.append(
+            f"{len(few)} linears saw fewer than {_TOKENS_PER_INPUT} tokens for each of their inputs ({least.name}: "
+            f"{least.tokens} tokens, {least.inputs} inputs): on other text more of their error is left than is "
+            "reported here; more data would do better"
+        )
     gram = ops.backends(stream.device)["gram_"]
     if gram.backend == "reference":
         notes.append(f"H was added up by plain PyTorch, not by the compiled extension: {gram.others['extension']}")

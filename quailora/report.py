@@ -148,7 +148,10 @@ class Report:
 
     def _headline(self) -> str:
         left = _left(self.layers)
-        return f"{len(self.layers)} linears initialised; {left} of their output error is left (geometric mean)"
+        return (
+            f"{len(self.layers)} linears initialised; {left} of their output error on the calibration tokens is left "
+            "(geometric mean)"
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write report.json, report.md and quailora.json (the record) into `folder`; on failure what stood there stays.
@@ -265,8 +268,8 @@ tags:
 This LoRA adapter has not been trained on a task. Its factors undo what quantisation does to the outputs of the base's
 linears: they minimise ‖(W - Q - A Bᵀ) X‖ for the full-precision weight W, its quantised value Q and the inputs X of
 each linear on calibration data (QuAILoRA, [arXiv 2410.14713](https://arxiv.org/abs/2410.14713)). {len(report.layers)}
-linears were initialised, and {_left(report.layers)} of their output error is left (geometric mean). Fine-tuning starts
-from here instead of from A Bᵀ = 0. Every layer is in `report.md`.
+linears were initialised, and {_left(report.layers)} of their output error on that data is left (geometric mean).
+Fine-tuning starts from here instead of from A Bᵀ = 0. Every layer is in `report.md`.
 
 {_settings(record)}
 

@@ -122,5 +122,7 @@ def test_what_is_missing_is_said(folder: Path, start: Path, tmp_path: Path) -> N
     train_a_little(start, tmp_path / "trained")
     with pytest.raises(AdapterError, match=r"trained has no quailora\.json: .* as initial"):
         quailora.check_base(base, tmp_path / "trained")
+    with pytest.raises(AdapterError, match="strat does not exist"):
+        quailora.check_base(base, start.parent / "strat")
     with pytest.raises(CheckpointError, match="nowhere"):
         quailora.check_base(base, start, checkpoint=tmp_path / "nowhere")

@@ -126,6 +126,7 @@ def test_token_stream() -> None:
         ("a text", "a text"),
         ({"text": "a text", "messages": []}, "a text"),
         ({"text": None}, ""),
+        ({"text": None, "messages": [{"role": "user", "content": "Hi"}]}, [{"role": "user", "content": "Hi"}]),
         (
             {"instruction": "Add.", "input": "", "output": "3"},
             "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -181,7 +182,9 @@ def test_unreadable_records_name_what_was_found(record: Any, complaint: str) -> 
 def test_texts_carry_the_special_tokens_of_the_tokenizer_and_are_cut_off(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["the square of", "", LINES[3]]  # the tokenizer makes of "" one <s>: no text, so passed over
     expected = [ids(tokenizer, text, special=True)[:9] for text in (texts[0], texts[2])]
-    assert lists(load_calibration(texts, tokenizer, sequence_length=9)) == expected
+    found = load_calibration(texts, tokenizer, sequence_length=9)
+    assert (lists(found), found.empty) == (expected, 1)
+    assert load_calibration(texts, tokenizer, samples=1).empty == 0  # no more is looked at than is taken
     assert expected[0][0] == tokenizer.bos_token_id and len(expected[1]) == 9
 
 

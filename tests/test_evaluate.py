@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -312,6 +313,7 @@ def test_scoring_leaves_a_quantised_model_trainable_on_a_cpu(checkpoint: Path, d
 def test_a_comparison_in_every_form(tmp_path: Path) -> None:
     result = Comparison(Scores("full precision", 10, 0), Scores("quantised", 14, 0.3), Scores("adapted", 11, 0.05), 800)
     assert result.gap_closed == 0.75
+    assert replace(result, start=False).gap_closed is None  # what it has learned beside counts too then
     console = Console(record=True, width=80)
     console.print(result.table())
     for text in (console.export_text(), result.to_markdown()):

@@ -60,9 +60,11 @@ def lora(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
 
 
-def build(folder: Path, output: Path, config: LoraConfig | None = None, **options: Any) -> Report:
+def build(
+    folder: Path, output: Path, config: LoraConfig | None = None, data: Calibration = DATA, **options: Any
+) -> Report:
     options = {"quantization": four_bits(), "progress": False} | options
-    return quailora.build_adapter(folder, config or lora(), DATA, output, **options)
+    return quailora.build_adapter(folder, config or lora(), data, output, **options)
 
 
 def load_base(folder: Path, quantization: BitsAndBytesConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -404,6 +406,22 @@ def test_the_report_says_where_h_took_the_slow_path(
     report = build(tiny.checkpoint(tmp_path / "model"), tmp_path / "adapter")
     said = [note for note in report.notes if "plain PyTorch" in note and note.endswith("it was not built")]
     assert len(said) == (0 if built else 1)
+
+
+def test_the_report_says_where_the_data_is_little_or_was_passed_over(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    enough = Calibration(tiny.sequences(40, longest=60), "much")  # 128 inputs at most
+    assert enough.tokens > 8 * 128
+    assert [note for note in build(folder, tmp_path / "much", data=enough).notes if "tokens" in note] == []
+    little = Calibration(enough.sequences[:15], "little", empty=3)
+    assert 8 * 64 < little.tokens < 8 * 128
+    report = build(folder, tmp_path / "little", data=little)
+    few, passed = (next(note for note in report.notes if words in note) for words in ("fewer than 8", "passed over"))
+    name = "model.layers.0.mlp.down_proj"  # one a block
+    assert few.startswith(
+        f"2 linears saw fewer than 8 tokens for each of their inputs ({name}: {little.tokens} tokens, "
+    )
+    assert passed.startswith("3 records of little had no tokens")
 
 
 USES_HEAP = """

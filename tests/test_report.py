@@ -99,7 +99,10 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_header() -> None:
 
 def test_summary_names_a_few_that_were_left_and_counts_the_rest() -> None:
     lines = str(make_report().summary()).splitlines()
-    assert lines[0] == "24 linears initialised; 25.0% of their output error is left (geometric mean)"
+    assert (
+        lines[0]
+        == "24 linears initialised; 25.0% of their output error on the calibration tokens is left (geometric mean)"
+    )
     assert lines[1] == "400 tokens of a|b.txt, 2 min 05 s"
     assert lines[2].count("up_proj") == 3 and "and 2 more (no calibration token reached it)" in lines[2]
     assert lines[3] == "a note"

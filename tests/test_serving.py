@@ -168,10 +168,12 @@ def test_what_was_converted_is_scored_on_full_precision_and_not_merged_into_q(tm
     model = PeftModel.from_pretrained(dense(folder), str(tmp_path / "learned"))
     assert found.adapted is not None
     assert found.adapted.name == "full precision + adapter"
+    trained = compare(folder, tmp_path / "trained", pipeline.DATA, initial=tmp_path / "initial")
     batches = list(pipeline.DATA.batches(1))
     assert found.adapted.perplexity == pytest.approx(quailora.evaluate.perplexity(model, batches), rel=1e-6)
     started = compare(folder, tmp_path / "initial", pipeline.DATA)
     assert (found.full, found.quantised) == (started.full, started.quantised)
+    assert (started.start, trained.start, found.start) == (True, False, False)
     record = json.loads((tmp_path / "learned" / RECORD).read_text())
     assert record["lora"] == {"r": 16, "alpha": 16, "use_rslora": False}  # twice the start's
     with pytest.raises(AdapterError, match="no Q to merge it with"):

@@ -215,6 +215,28 @@ def test_calibration_sets_are_compared_over_the_same_seeds(tmp_path: Path) -> No
     assert "| QuAILoRA from one |  | 8.200 ± 0.283 |" in tables.calibration(tables.read(tmp_path, "calibration"))
 
 
+def test_what_is_no_more_than_chance_is_not_reproduced(tmp_path: Path) -> None:
+    zero, ours = record("nf4", "zero", 20, 9.0), record("nf4", "quailora", 16, 8.4)
+    ranks = [record("nf4", "zero", 20, 9, rank=r) for r in (8, 64, 256)]
+    ranks += [record("nf4", "quailora", 20, end, rank=r) for r, end in ((8, 8.6), (64, 8.4), (256, 8.35))]
+    sets = [record("nf4", "quailora", 16, end, calibrate=name) for name, end in (("one", 8.4), ("two", 8.7))]
+    keep_cells(tmp_path, "rank", ranks)
+    keep_cells(tmp_path, "calibration", [zero, *sets])
+    expected = {  # als ends so far above: the verdicts on 4 bits, ranks and calibration sets
+        0.0: (claims.REPRODUCED, claims.REPRODUCED, claims.NOT),
+        0.1: (claims.REPRODUCED, claims.PARTLY, claims.NOT),
+        0.4: (claims.REPRODUCED, claims.NOT, claims.PARTLY),
+        0.7: (claims.PARTLY, claims.NOT, claims.PARTLY),
+    }
+    for apart, verdicts in expected.items():
+        keep_cells(tmp_path, "perplexity", [zero, ours, record("nf4", "als", 16, 8.4 + apart)])
+        found = (claims.better("4")(tmp_path), claims.ranks(tmp_path), claims.calibration_set(tmp_path))
+        assert tuple(each.verdict for each in found) == verdicts
+    shown = tables.draw("below", tmp_path)
+    assert "| 4 | QuAILoRA below zero | 0.600 |" in shown
+    assert "| 4 | ours below als | 0.700 |" in shown
+
+
 def test_claims_of_the_papers_models(tmp_path: Path) -> None:
     llamas = [(f"x/llama-{size}", 0.5 if size == "7b" else gain) for size, gain in (("7b", 0), ("13b", 0.1))]
     cells = [
