@@ -9,6 +9,7 @@
     rank           Figure 1: after training, by rank
     calibration    Table 1: texts to make the start from against texts to train on
     downstream     Tables 3 and 5: tasks, by lm-eval
+    serving        what was trained on 4 bits, on full precision (no table of the paper's)
 
 The models, data sets and settings of the scale `paper` are the paper's; it needs a GPU and a data hub, and has not been
 run. Alpaca and HH-RLHF it takes from the hub; name the files of the other two sets yourself, as in `--data
@@ -36,14 +37,17 @@ from pathlib import Path
 from typing import Any
 
 import tables
+import torch
 from smollm2 import fetch
-from starts import load_trained
+from starts import kept, load_trained
 from study import CALIBRATE, MEASURE, RANK, SCALES, SMOLLM2, TWO_BLOCKS, Cell, Study
 from timing import circumstances
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import quailora
+from quailora import ops
 from quailora.blocks import no_progress_bar
-from quailora.pipeline import load_tokenizer
+from quailora.pipeline import default_device, load_tokenizer
 from quailora.report import to_json, write_files
 
 PAIRS = (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"), ("int8", "quailora"), ("bf16", "zero"))
@@ -111,6 +115,62 @@ def downstream(study: Study) -> Iterator[Cell]:
             yield study.cell(model, study.trained[0], base, kind, study.trained[0], study.scale.seeds[-1])
 
 
+def serving(study: Study) -> Iterator[Cell]:
+    """Of the last seed. Not in the paper: what was trained on 4 bits, served on full precision."""
+    for model in study.scale.models:
+        for name in study.trained:
+            for base, kind in (("nf4", "zero"), ("nf4", "quailora"), ("bf16", "zero")):
+                yield study.cell(model, name, base, kind, study.trained[0], study.scale.seeds[-1])
+
+
+def score_served(study: Study, cells: Iterable[Cell], retry: bool) -> None:
+    """Perplexity on full precision after training on 4 bits: results/served, one file a cell. The adapter goes there as
+    it is, or converted where its start was made for the quantised base."""
+    for cell in cells:
+        path = study.results / "served" / f"{cell.slug}.json"
+        if cell.base == "bf16" or _kept(path, retry) or (trained := _trained(study, cell)) is None:
+            continue
+        checkpoint = study.checkpoint(cell.model)
+        batches = torch.stack(study.texts(cell.model, cell.train, cell.length).held_out).split(
+            max(1, 512 // cell.length)
+        )
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                if cell.calibrate:
+                    start = kept(study.work, checkpoint, cell.base, cell.start, study.calibration(cell), cell.rank)
+                    quailora.convert(start, trained, trained := Path(folder) / "converted")
+                with ops.half_products(default_device(None), [torch.bfloat16]):
+                    model = load_trained(checkpoint, "bf16", trained)
+                    found: dict[str, Any] = {"perplexity": quailora.evaluate.perplexity(model, batches)}
+        except Exception as error:  # as in `Study.run`
+            found = _failure(error)
+        _keep(path, cell, found)
+
+
+def _trained(study: Study, cell: Cell) -> Path | None:
+    """The folder of the adapter that a cell trained; None, and a word, where it is not kept."""
+    trained = study.work / "trained" / cell.slug
+    if trained.is_dir():
+        return trained
+    print(f"{cell.slug}: its trained adapter is not in {trained.parent}; run its cell again for it", flush=True)
+    return None
+
+
+def _kept(path: Path, retry: bool) -> bool:
+    """Whether a file of results is there, and not of a failure that is to be tried again."""
+    return (before := tables.read_json(path)) is not None and not (retry and "error" in before)
+
+
+def _keep(path: Path, cell: Cell, found: dict[str, Any]) -> None:
+    write_files(path.parent, {path.name: to_json({"cell": asdict(cell), **found, "made_with": circumstances()})})
+    print(f"{cell.slug}: {found}", flush=True)
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    traceback.print_exc()
+    return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
 def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
     """The tasks, before and after the training of each cell that has run: results/tasks, one file a cell.
 
@@ -119,12 +179,8 @@ def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
     from downstream import score, write_choices  # lm-eval is an extra
 
     for cell in cells:
-        trained = study.work / "trained" / cell.slug
         path = study.results / "tasks" / f"{cell.slug}.json"
-        if (before := tables.read_json(path)) is not None and not (retry and "error" in before):
-            continue
-        if not trained.is_dir():
-            print(f"{cell.slug}: its trained adapter is not in {trained.parent}; run its cell again for it", flush=True)
+        if _kept(path, retry) or (trained := _trained(study, cell)) is None:
             continue
         checkpoint = study.checkpoint(cell.model)
         found: dict[str, Any] = {}
@@ -138,10 +194,8 @@ def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
                     model = study.load(cell) if when == "before" else load_trained(checkpoint, cell.base, trained)
                     found[when] = score(model, load_tokenizer(checkpoint), tasks, None, 8)
         except Exception as error:  # as in `Study.run`
-            traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        write_files(path.parent, {path.name: to_json({"cell": asdict(cell), **found, "made_with": circumstances()})})
-        print(f"{cell.slug}: {found}", flush=True)
+            found = _failure(error)
+        _keep(path, cell, found)
 
 
 EXPERIMENTS: dict[str, Callable[[Study], Iterator[Cell]]] = {
@@ -151,8 +205,9 @@ EXPERIMENTS: dict[str, Callable[[Study], Iterator[Cell]]] = {
     "calibration": calibration,
     "rank": rank,
     "downstream": downstream,
+    "serving": serving,
 }
-
+SCORES = {"downstream": score_tasks, "serving": score_served}  # what is done with the trained adapters of an experiment
 
 SHOWN = {"perplexity": ("perplexity", "gaps"), "convergence": ("rates", "convergence")}  # tables of an experiment
 
@@ -252,12 +307,11 @@ def main() -> None:
             continue
         study.save_index(name, cells)
         study.run(cells, part, parts, arguments.retry)
-        if name == "downstream":
-            score_tasks(study, cells[part::parts], arguments.retry)
+        if name in SCORES:
+            SCORES[name](study, cells[part::parts], arguments.retry)
     for name in arguments.experiment:
         for table in SHOWN.get(name, (name,)):
-            shown = tables.downstream(study.results) if table == "downstream" else tables.draw(table, study.results)
-            print(f"\n## {table}\n\n{shown}")
+            print(f"\n## {table}\n\n{tables.draw(table, study.results)}")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def main() -> None:
     study.save_index("peers", cells)
     costs(study, cells, sys.argv[1:], arguments.retry)
     study.run([cell for cell in cells if "error" not in read_cost(study, cell)], retry=arguments.retry)
-    print(tables.peers(study.results))
+    print(tables.draw("peers", study.results))
 
 
 if __name__ == "__main__":

@@ -49,9 +49,7 @@ def _speed(benchmark: str, table: Callable[[tables.Record], str], results: Path)
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "circumstances": tables.circumstances,
-    **{name: partial(tables.draw, name) for name in tables.TABLES},
-    "peers": tables.peers,
-    "downstream": tables.downstream,
+    **{name: partial(tables.draw, name) for name in (*tables.TABLES, *tables.OF_RESULTS)},
     "claims": claims.table,
     **{name: partial(_speed, *source) for name, source in SPEEDS.items()},
 }

@@ -379,11 +379,6 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
 EXPERIMENTS = {"below": "perplexity", "gaps": "perplexity", "rates": "convergence", "start-settings": "start"}
 
 
-def draw(name: str, results: Path) -> str:
-    """One of TABLES, of what has run."""
-    return TABLES[name](read(results, EXPERIMENTS.get(name, name)))
-
-
 def peers(results: Path) -> str:
     """What each start costs to make, and what it gives before and after the same fine-tuning."""
     rows = []
@@ -438,6 +433,39 @@ def downstream(results: Path) -> str:
         rows.append((BITS[cell["base"]], NAMES[cell["start"]], *found))
     heads = [f"{task.replace('_', ' ')}, {when}" for task in tasks for when in ("before", "after")]
     return table(("bits", "start", *heads), rows, left=2)
+
+
+def serving(results: Path) -> str:
+    """After training: on the base that was trained on, and on full precision."""
+    records = read(results, "serving")
+    sets = unique(records, "train")
+    rows = []
+    for base, kind in dict.fromkeys((each["cell"]["base"], each["cell"]["start"]) for each in records):
+        row = [NAMES[kind], BITS[base]]
+        for name in sets:
+            found = select(records, base=base, start=kind, train=name)
+            served = [
+                value for each in found if (value := read_json(results / "served" / f"{slug(each['cell'])}.json"))
+            ]
+            row.append(shown(found, "end", 3))
+            if base == "bf16":
+                row.append(shown(found, "end", 3))
+            else:
+                row.append("failed" if any(map(failed, served)) else spread([each["perplexity"] for each in served], 3))
+        rows.append(row)
+    heads = [head for name in sets for head in (f"{name}, as trained", f"{name}, full precision")]
+    return table(("start", "bits trained on", *heads), rows)
+
+
+# Tables of more than cells.
+OF_RESULTS: dict[str, Callable[[Path], str]] = {"peers": peers, "downstream": downstream, "serving": serving}
+
+
+def draw(name: str, results: Path) -> str:
+    """A table of TABLES or OF_RESULTS, of what has run."""
+    if name in OF_RESULTS:
+        return OF_RESULTS[name](results)
+    return TABLES[name](read(results, EXPERIMENTS.get(name, name)))
 
 
 def circumstances(results: Path) -> str:

@@ -425,8 +425,29 @@ def test_every_experiment_and_peer(
     shown = capsys.readouterr().out
     assert re.search(r"\| CorDA .* failed: ", shown)
     assert shown.count("failed: ") == 1 + len(re.findall(r"\| EVA .* failed: not made within", shown))
-    for name in tables.TABLES:
+    for name in (*tables.TABLES, "serving"):
         assert "–" not in tables.draw(name, tmp_path / "results")
+
+
+def test_served_on_full_precision_a_start_is_taken_off(
+    small_study: study.Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [cell(small_study), cell(small_study, "quailora"), cell(small_study, base="bf16")]
+    small_study.save_index("serving", cells)
+    small_study.run(cells)
+    paper.score_served(small_study, cells, retry=False)
+    assert "–" not in tables.draw("serving", small_study.results)
+    checkpoint = small_study.checkpoint(study.TWO_BLOCKS)
+    batches = torch.stack(small_study.texts(study.TWO_BLOCKS, "one", TINY.length).held_out).split(16)
+    for each in cells[:2]:
+        trained = small_study.work / "trained" / each.slug
+        served = tables.read_json(small_study.results / "served" / f"{each.slug}.json")["perplexity"]
+        as_it_is = quailora.evaluate.perplexity(starts.load_trained(checkpoint, "bf16", trained), batches)
+        assert (served == pytest.approx(as_it_is, rel=1e-4)) == (each.start == "zero")
+    (small_study.work / "trained").rename(small_study.work / "gone")
+    capsys.readouterr()
+    paper.score_served(small_study, cells, retry=False)  # all is there, and nothing is missed
+    assert capsys.readouterr().out == ""
 
 
 def test_what_a_start_costs_is_measured_by_making_it(small_study: study.Study, monkeypatch: pytest.MonkeyPatch) -> None:
