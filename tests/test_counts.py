@@ -107,13 +107,18 @@ def execute(launch: Launch) -> ptx.Counters:
     ("precision", "shape", "m", "n"),
     [
         ("tf32", "n", 256, 512),
-        ("tf32", "n", 512, 256),
         ("tf32", "t", 512, 256),
-        ("tf32", "t", 256, 512),
         ("bf16x3", "n", 256, 256),
-        ("bf16x3", "t", 256, 256),
-        ("bf16", "n", 256, 256),
-        ("bf16", "t", 256, 256),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("tf32", "n", 512, 256),
+                ("tf32", "t", 256, 512),
+                ("bf16x3", "t", 256, 256),
+                ("bf16", "n", 256, 256),
+                ("bf16", "t", 256, 256),
+            )
+        ),
     ],
 )
 def test_bytes_of_an_error_product(precision: str, shape: str, m: int, n: int) -> None:
@@ -186,7 +191,9 @@ def test_the_error_may_take_the_place_of_the_weight(dtype: torch.dtype, form: st
 # ---- H P
 
 
-@pytest.mark.parametrize("precision", ["ieee", "bf16x3", "tf32"])
+@pytest.mark.parametrize(
+    "precision", ["tf32", *(pytest.param(each, marks=pytest.mark.slow) for each in ("ieee", "bf16x3"))]
+)
 def test_bytes_of_a_gram_product(precision: str) -> None:
     """Every tile off the diagonal is asked for twice, what lies above the diagonal never; P once for each tile."""
     n, splits = 256, 2

@@ -178,7 +178,10 @@ def test_any_layout_does(harness: Harness, element: str, layout: str) -> None:
 
 
 # On a GPU of 13 multiprocessors: one tile and three, of few tokens and of many.
-@pytest.mark.parametrize(("features", "tokens", "launches"), [(64, 300, 1), (64, 3000, 2), (200, 2000, 2)])
+@pytest.mark.parametrize(
+    ("features", "tokens", "launches"),
+    [(64, 300, 1), (64, 3000, 2), pytest.param(200, 2000, 2, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("element", TOLERANCE)
 def test_tokens_are_split_where_tiles_are_few(
     harness: Harness, element: str, features: int, tokens: int, launches: int
@@ -211,7 +214,7 @@ def test_a_million_tokens_stay_precise(harness: Harness) -> None:
     assert found["scaled"] <= 1e-6
 
 
-@pytest.mark.parametrize(("tokens", "multiprocessors"), [(300, 1), (2000, 13)])
+@pytest.mark.parametrize(("tokens", "multiprocessors"), [(300, 1), pytest.param(2000, 13, marks=pytest.mark.slow)])
 def test_the_order_of_threads_does_not_matter(harness: Harness, tokens: int, multiprocessors: int) -> None:
     cases = [Case("bf16", 200, tokens, masked=True, seed=seed, multiprocessors=multiprocessors) for seed in (1, 2, 3)]
     assert len({harness.run(case)["hash"] for case in cases}) == 1

@@ -53,7 +53,7 @@ def test_the_peak_grows_neither_with_depth_nor_with_data(tmp_path: Path) -> None
     assert longer == pytest.approx(base, rel=0.05)
 
 
-@pytest.mark.parametrize("samples, budget", [(16, "170MiB"), (64, "250MiB")])
+@pytest.mark.parametrize("samples, budget", [(16, "170MiB"), pytest.param(64, "250MiB", marks=pytest.mark.slow)])
 def test_the_peak_is_what_was_planned(samples: int, budget: str, model: Path) -> None:
     found = measure(model, samples, budget)
     assert found["planned"] <= found["budget"]
