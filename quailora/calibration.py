@@ -365,7 +365,8 @@ def _cut(pieces: Iterable[Tensor], length: int) -> Iterator[Tensor]:
         whole = len(rest) // length * length
         yield from rest[:whole].view(-1, length)
         rest = rest[whole:]
-    yield rest
+    if len(rest):
+        yield rest
 
 
 def _encode_all(

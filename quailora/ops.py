@@ -65,7 +65,8 @@ def _triton_obstacle(device: torch.device) -> str | None:
 
 @cache
 def _launcher_obstacle() -> str | None:
-    """Triton compiles what launches its kernels when it is first asked for, which is in the midst of a run."""
+    """Why Triton cannot launch kernels; None if it can. What launches them it compiles when first asked, which would be
+    in the midst of a run."""
     try:
         importlib.import_module("triton.runtime").driver.active.utils  # noqa: B018
     except (RuntimeError, AssertionError, OSError, ImportError, subprocess.CalledProcessError) as error:

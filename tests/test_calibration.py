@@ -77,6 +77,12 @@ def test_tail_is_kept_only_where_the_file_ends_before_enough_rows(
     assert load_calibration(text_file, tokenizer, samples=2, sequence_length=length).tokens == 2 * length
 
 
+def test_of_a_text_of_whole_rows_nothing_was_passed_over(tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:
+    tokens = sum(map(len, load_calibration(text_file, tokenizer, sequence_length=1).sequences))
+    found = load_calibration(text_file, tokenizer, sequence_length=tokens)
+    assert (len(found), found.empty) == (1, 0)
+
+
 def test_large_file_is_read_in_pieces_cut_after_newlines(
     tokenizer: PreTrainedTokenizerFast, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,8 +115,8 @@ def test_one_endless_line_is_still_read_in_pieces(tmp_path: Path, monkeypatch: p
 @given(st.lists(st.lists(st.integers(0, 9), max_size=9), max_size=6), st.integers(1, 7))
 def test_cutting_a_stream_does_not_depend_on_its_pieces(pieces: list[list[int]], length: int) -> None:
     rows = list(module._cut([torch.tensor(piece, dtype=torch.int64) for piece in pieces], length))
-    assert torch.cat(rows).tolist() == list(chain(*pieces))
-    assert all(len(row) == length for row in rows[:-1]) and len(rows[-1]) < length
+    assert list(chain(*(row.tolist() for row in rows))) == list(chain(*pieces))
+    assert all(len(row) == length for row in rows[:-1]) and all(0 < len(row) <= length for row in rows)
 
 
 def test_token_stream() -> None:
