@@ -40,7 +40,7 @@ import tables
 import torch
 from smollm2 import fetch
 from starts import kept, load_trained
-from study import CALIBRATE, MEASURE, RANK, SCALES, SMOLLM2, TWO_BLOCKS, Cell, Study
+from study import CALIBRATE, MEASURE, ONE_BLOCK, RANK, SCALES, SMOLLM2, Cell, Study
 from timing import circumstances
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -267,14 +267,14 @@ def provide(model: str, work: Path) -> str:
     """The folder of a model that is made here, or the id of one on the hub."""
     if model == SMOLLM2:
         return str(fetch())
-    if model != TWO_BLOCKS:
+    if model != ONE_BLOCK:
         return model
-    folder = work / TWO_BLOCKS
+    folder = work / ONE_BLOCK
     if not folder.is_dir():
         with no_progress_bar():
             whole: Any = AutoModelForCausalLM.from_pretrained(fetch(), dtype="auto")
-            whole.model.layers = whole.model.layers[:2]
-            whole.config.num_hidden_layers = 2
+            whole.model.layers = whole.model.layers[:1]
+            whole.config.num_hidden_layers = 1
             whole.save_pretrained(folder)
         AutoTokenizer.from_pretrained(fetch()).save_pretrained(folder)
     return str(folder)

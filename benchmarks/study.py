@@ -36,7 +36,7 @@ from quailora.report import Report, to_json, write_files
 
 CALIBRATE, MEASURE = "text-calibrate", "text-measure"  # the names of the two texts of the experiment `start`
 SMOLLM2 = "SmolLM2-135M-Instruct"
-TWO_BLOCKS = f"{SMOLLM2}-2-blocks"
+ONE_BLOCK = f"{SMOLLM2}-1-block"
 LORA_ALPHA = 16
 LEARNING_RATE = 2e-4  # this and those below are the paper's
 WARM_UP = 0.03
@@ -128,7 +128,7 @@ SCALES = {
     ),
     "tiny": Scale(
         name="tiny",
-        models=(TWO_BLOCKS,),
+        models=(ONE_BLOCK,),
         sets={},
         steps=2,
         batch=2,

@@ -63,12 +63,12 @@ def run(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 @pytest.fixture
 def small_study(folder: Path, tmp_path: Path) -> study.Study:
     sets = {name: (str(folder / f"{name}.json"), None) for name in ("one", "two")}
-    models = {study.TWO_BLOCKS: str(folder / "model")}
+    models = {study.ONE_BLOCK: str(folder / "model")}
     return study.Study(TINY, tmp_path / "results", tmp_path / "work", models, sets, ("one", "two"))
 
 
 def cell(small_study: study.Study, start: str = "zero", base: str = "nf4", seed: int = 0, **others: Any) -> study.Cell:
-    return small_study.cell(study.TWO_BLOCKS, "one", base, start, "one", seed, **others)
+    return small_study.cell(study.ONE_BLOCK, "one", base, start, "one", seed, **others)
 
 
 # ---- Gaps
@@ -324,16 +324,16 @@ def test_parts_share_the_cells(small_study: study.Study, monkeypatch: pytest.Mon
 def test_no_record_is_both_trained_on_and_held_out(small_study: study.Study, tmp_path: Path) -> None:
     file = tmp_path / "data.json"
     file.write_text(json.dumps([{"text": " ".join([f"w{i}"] * 20)} for i in range(100)]))
-    texts = study.read_texts(small_study.checkpoint(study.TWO_BLOCKS), str(file), None, 32, TINY.held_out, 1000)
+    texts = study.read_texts(small_study.checkpoint(study.ONE_BLOCK), str(file), None, 32, TINY.held_out, 1000)
     words = [{int(token) for each in part for token in each} - {0} for part in (texts.train, texts.held_out)]
     assert not words[0] & words[1]
 
 
 def test_texts_are_the_same_each_time(small_study: study.Study) -> None:
-    texts = small_study.texts(study.TWO_BLOCKS, "one", 32)
+    texts = small_study.texts(study.ONE_BLOCK, "one", 32)
     assert {len(each) for each in (*texts.train, *texts.held_out)} == {32}
     assert len(texts.held_out) == TINY.held_out // 32
-    source = small_study.checkpoint(study.TWO_BLOCKS)
+    source = small_study.checkpoint(study.ONE_BLOCK)
     again = study.read_texts(source, *small_study.sets["one"], 32, TINY.held_out, TINY.calibration)
     assert all(torch.equal(*pair) for pair in zip(texts.held_out, again.held_out, strict=True))
     draws = [texts.calibration(4 * 32, seed, "one") for seed in (0, 0, 1)]
@@ -342,11 +342,11 @@ def test_texts_are_the_same_each_time(small_study: study.Study) -> None:
 
 def test_bad_data_is_named(small_study: study.Study, tmp_path: Path) -> None:
     with pytest.raises(QuailoraError, match="no data set 'three': give it with --data three=FILE"):
-        small_study.texts(study.TWO_BLOCKS, "three", 32)
+        small_study.texts(study.ONE_BLOCK, "three", 32)
     short = tmp_path / "short.json"
     short.write_text(json.dumps([{"text": "w1 w2 w3"}]))
     with pytest.raises(QuailoraError, match=r"short.json holds \d+ tokens, too few"):
-        study.read_texts(small_study.checkpoint(study.TWO_BLOCKS), str(short), None, 32, TINY.held_out, 1000)
+        study.read_texts(small_study.checkpoint(study.ONE_BLOCK), str(short), None, 32, TINY.held_out, 1000)
 
 
 # ---- Starts
@@ -439,8 +439,8 @@ def test_served_on_full_precision_a_start_is_taken_off(
     small_study.run(cells)
     paper.score_served(small_study, cells, retry=False)
     assert "–" not in tables.draw("serving", small_study.results)
-    checkpoint = small_study.checkpoint(study.TWO_BLOCKS)
-    batches = torch.stack(small_study.texts(study.TWO_BLOCKS, "one", TINY.length).held_out).split(16)
+    checkpoint = small_study.checkpoint(study.ONE_BLOCK)
+    batches = torch.stack(small_study.texts(study.ONE_BLOCK, "one", TINY.length).held_out).split(16)
     for each in cells[:2]:
         trained = small_study.work / "trained" / each.slug
         served = tables.read_json(small_study.results / "served" / f"{each.slug}.json")["perplexity"]
