@@ -30,7 +30,6 @@ import argparse
 import json
 import re
 import tempfile
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +39,7 @@ import tables
 import torch
 from smollm2 import fetch
 from starts import kept, load_trained
-from study import CALIBRATE, MEASURE, ONE_BLOCK, RANK, SCALES, SMOLLM2, Cell, Study
+from study import CALIBRATE, MEASURE, ONE_BLOCK, RANK, SCALES, SMOLLM2, Cell, Study, failure, in_batches, settled
 from timing import circumstances
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -128,12 +127,10 @@ def score_served(study: Study, cells: Iterable[Cell], retry: bool) -> None:
     it is, or converted where its start was made for the quantised base."""
     for cell in cells:
         path = study.results / "served" / f"{cell.slug}.json"
-        if cell.base == "bf16" or _kept(path, retry) or (trained := _trained(study, cell)) is None:
+        if cell.base == "bf16" or settled(tables.read_json(path), retry) or (trained := _trained(study, cell)) is None:
             continue
         checkpoint = study.checkpoint(cell.model)
-        batches = torch.stack(study.texts(cell.model, cell.train, cell.length).held_out).split(
-            max(1, 512 // cell.length)
-        )
+        batches = in_batches(study.texts(cell.model, cell.train, cell.length).held_out)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 if cell.calibrate:
@@ -143,7 +140,7 @@ def score_served(study: Study, cells: Iterable[Cell], retry: bool) -> None:
                     model = load_trained(checkpoint, "bf16", trained)
                     found: dict[str, Any] = {"perplexity": quailora.evaluate.perplexity(model, batches)}
         except Exception as error:  # as in `Study.run`
-            found = _failure(error)
+            found = failure(error)
         _keep(path, cell, found)
 
 
@@ -156,19 +153,9 @@ def _trained(study: Study, cell: Cell) -> Path | None:
     return None
 
 
-def _kept(path: Path, retry: bool) -> bool:
-    """Whether a file of results is there, and not of a failure that is to be tried again."""
-    return (before := tables.read_json(path)) is not None and not (retry and "error" in before)
-
-
 def _keep(path: Path, cell: Cell, found: dict[str, Any]) -> None:
     write_files(path.parent, {path.name: to_json({"cell": asdict(cell), **found, "made_with": circumstances()})})
     print(f"{cell.slug}: {found}", flush=True)
-
-
-def _failure(error: Exception) -> dict[str, Any]:
-    traceback.print_exc()
-    return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
 def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
@@ -180,7 +167,7 @@ def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
 
     for cell in cells:
         path = study.results / "tasks" / f"{cell.slug}.json"
-        if _kept(path, retry) or (trained := _trained(study, cell)) is None:
+        if settled(tables.read_json(path), retry) or (trained := _trained(study, cell)) is None:
             continue
         checkpoint = study.checkpoint(cell.model)
         found: dict[str, Any] = {}
@@ -194,7 +181,7 @@ def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
                     model = study.load(cell) if when == "before" else load_trained(checkpoint, cell.base, trained)
                     found[when] = score(model, load_tokenizer(checkpoint), tasks, None, 8)
         except Exception as error:  # as in `Study.run`
-            found = _failure(error)
+            found = failure(error)
         _keep(path, cell, found)
 
 

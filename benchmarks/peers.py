@@ -25,7 +25,7 @@ import tables
 import torch
 from paper import add_arguments, read_study
 from starts import kept, load, lora, making, prepare
-from study import LORA_ALPHA, Cell, Study
+from study import LORA_ALPHA, Cell, Study, settled
 from timing import circumstances
 
 from quailora import ops
@@ -69,7 +69,7 @@ def costs(study: Study, cells: list[Cell], arguments: list[str], retry: bool) ->
     """Each start that takes any making, in a process of its own, if that has not been done."""
     for cell in cells:
         found = read_cost(study, cell)
-        if cell.calibrate is None or (found and not (retry and "error" in found)):
+        if cell.calibrate is None or settled(found, retry):
             continue
         command = [sys.executable, __file__, *arguments, "--make", cell.start]
         try:

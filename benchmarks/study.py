@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from starts import PREPARED, kept, load
@@ -215,7 +215,7 @@ class Study:
         """
         mine = list(dict.fromkeys(cells))[part::parts]
         for number, cell in enumerate(mine, 1):
-            if (found := self.found(cell)) is not None and not (retry and "error" in found):
+            if settled(found := self.found(cell), retry):
                 self._check_same(cell, found)
                 continue
             started = time.perf_counter()
@@ -226,8 +226,7 @@ class Study:
                 if "end" in result:
                     shown += f" -> {result['end']['perplexity']:.3f}"
             except Exception as error:  # of any library: a table shows it in its place, and the others go on
-                traceback.print_exc()
-                result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+                result = failure(error)
                 shown = result["error"]
             record = {
                 "cell": asdict(cell),
@@ -291,6 +290,17 @@ class Study:
         return load(checkpoint, cell.base, cell.start, calibration, cell.rank, LORA_ALPHA, cell.seed, self.work)
 
 
+def settled(found: Record | None, retry: bool) -> TypeGuard[Record]:
+    """Whether something has run, and is no failure that is to be tried again."""
+    return bool(found) and not (retry and "error" in (found or ()))
+
+
+def failure(error: Exception) -> Record:
+    """What is kept of it; its traceback is printed."""
+    traceback.print_exception(error)
+    return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
 # ---- Texts
 
 
@@ -345,6 +355,11 @@ def _cut(records: Sequence[Tensor], length: int) -> tuple[Tensor, ...]:
     return tuple(piece.clone() for piece in stream.split(length) if len(piece) == length)
 
 
+def in_batches(sequences: Sequence[Tensor]) -> Sequence[Tensor]:
+    """(b, t) of sequences of one length, some 512 tokens each: what perplexities are measured on."""
+    return torch.stack(list(sequences)).split(max(1, 512 // len(sequences[0])))
+
+
 # ---- One cell
 
 
@@ -352,9 +367,8 @@ def run_cell(study: Study, cell: Cell) -> Record:
     """Make or load its start, measure, train, measure again."""
     scale, texts = study.scale, study.texts(cell.model, cell.train, cell.length)
     checkpoint = study.checkpoint(cell.model)
-    held_out = torch.stack(texts.held_out)
-    batches = held_out.split(max(1, 512 // cell.length))
-    probe = held_out[: max(1, scale.probe // cell.length)].split(max(1, 512 // cell.length))
+    batches = in_batches(texts.held_out)
+    probe = in_batches(texts.held_out[: max(1, scale.probe // cell.length)])
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     model = study.load(cell)
@@ -366,7 +380,7 @@ def run_cell(study: Study, cell: Cell) -> Record:
             "kl": quailora.evaluate.kl_divergence(model, load(checkpoint, "bf16"), probe),  # not in memory meanwhile
         }
 
-    result: Record = {"tokens": held_out.numel(), "start": measured(), "seconds": seconds}
+    result: Record = {"tokens": sum(map(len, texts.held_out)), "start": measured(), "seconds": seconds}
     if cell.calibrate:
         calibration = study.calibration(cell)
         result["calibration_tokens"] = calibration.tokens

@@ -19,8 +19,8 @@ from quailora.errors import AdapterError, MismatchError
 from quailora.quantized import Quantization, QuantizedLinear, is_quantized, quantization_of, quantize, read
 from quailora.report import RECORD, read_record
 
-# By how much of ‖W - Q‖ the loaded Q may be off. An absmax rounded to bf16, as bitsandbytes has it on some CPUs, makes
-# 0.025; weights that are off by one part in a thousand change enough codes for 0.06 in bf16, and 0.2 in fp32.
+# By how much of ‖W - Q‖ the loaded Q may be off: more than an absmax rounded to bf16 makes, as bitsandbytes has it on
+# some CPUs, and less than the codes that change where weights are off by little more than rounding.
 _OFF = 0.05
 
 

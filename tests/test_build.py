@@ -137,7 +137,7 @@ def test_a_named_folder_that_is_no_toolkit_is_said(
     [
         (None, "8.0;9.0+PTX"),
         ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "8.0;8.6;9.0;10.0;12.0+PTX"),
-        ("Volta;Ampere", "Ampere"),
+        ("Volta;Turing;Ampere", "Ampere"),
         ("7.0;7.5+PTX", "8.0;9.0+PTX"),
     ],
 )

@@ -4,7 +4,10 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -230,6 +233,18 @@ def test_orthonormalize_fills_the_space_and_no_more() -> None:
     assert not ops.orthonormalize(torch.zeros(10, 2)).any()
 
 
+@contextmanager
+def chosen_anew(*caches: Any) -> Iterator[None]:
+    """Within it backends are chosen by what is patched, and afterwards by what is there."""
+    for cached in (ops._choose, *caches):
+        cached.cache_clear()
+    try:
+        yield
+    finally:
+        for cached in (ops._choose, *caches):
+            cached.cache_clear()
+
+
 def test_backends_name_the_one_that_serves_and_why_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     services = backends("cpu")
     others = services.keys() - {"gram_", "bf16_products", "fp16_products"}
@@ -241,15 +256,12 @@ def test_backends_name_the_one_that_serves_and_why_not_the_others(monkeypatch: p
     absent = Backend("absent", lambda h, rights, precision: calls.append("absent"), lambda d: f"not built for {d}")
     candidates = (absent, fast, *ops._BACKENDS["grouped_gram_product"][-1:])
     monkeypatch.setitem(ops._BACKENDS, "grouped_gram_product", candidates)
-    ops._choose.cache_clear()
-    try:
+    with chosen_anew():
         service = backends("cpu")["grouped_gram_product"]
         assert service.backend == "fast"
         assert service.others == {"absent": "not built for cpu", "reference": "fast is preferred"}
         ops.grouped_gram_product(torch.eye(2), [torch.eye(2)])
         assert calls == ["fast"]
-    finally:
-        ops._choose.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -261,11 +273,8 @@ def test_gpus_older_than_ampere_take_the_plain_path(
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(ops, "_launcher_obstacle", lambda: None)
-    ops._choose.cache_clear()
-    try:
+    with chosen_anew():
         service = backends("cuda:0")["cholesky_solve"]
-    finally:
-        ops._choose.cache_clear()
     assert service.backend == expected
     if why is not None:
         assert re.search(why, service.others["triton"])
@@ -286,13 +295,8 @@ def test_without_a_c_compiler_triton_cannot_launch_and_that_is_known_before_a_ru
 
     monkeypatch.setattr(runtime, "driver", Driver())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    for cached in (ops._choose, ops._launcher_obstacle):
-        cached.cache_clear()
-    try:
+    with chosen_anew(ops._launcher_obstacle):
         service = backends("cuda:0")["grouped_error_product"]
-    finally:
-        for cached in (ops._choose, ops._launcher_obstacle):
-            cached.cache_clear()
     assert service.backend == "reference"
     assert re.search(
         "cannot launch kernels here, for which it takes a C compiler.*(gcc|Failed)", service.others["triton"]
@@ -318,13 +322,8 @@ def test_amd_gpus_that_nobody_compiled_for_take_the_plain_path(
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=architecture), raising=False
     )
-    for cached in (ops._choose, settings.target_of):
-        cached.cache_clear()
-    try:
+    with chosen_anew(settings.target_of):
         service = backends("cuda:0")["grouped_error_product"]
-    finally:
-        for cached in (ops._choose, settings.target_of):
-            cached.cache_clear()
     assert service.backend == expected
     if why is not None:
         assert re.search(why, service.others["triton"])
@@ -332,11 +331,8 @@ def test_amd_gpus_that_nobody_compiled_for_take_the_plain_path(
 
 def test_without_triton_the_reference_serves_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)  # what an import then raises is ImportError
-    ops._choose.cache_clear()
-    try:
+    with chosen_anew():
         service = backends("cuda:0")["orthonormalize"]
-    finally:
-        ops._choose.cache_clear()
     assert service.backend == "reference"
     assert "Triton cannot be imported" in service.others["triton"]
 
