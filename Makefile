@@ -19,15 +19,15 @@ help: ## list the targets
 install: $(INSTALLED) ## make .venv: quailora in place, with all that its demo, tests and checks need
 	@echo 'Installed: $(BIN)/quailora'
 
-demo: $(INSTALLED) ## initialise an adapter for a small real model (or MODEL=path) and measure what it gains
-	$(BIN)/python benchmarks/demo.py $(if $(MODEL),'$(MODEL)')
+demo: $(INSTALLED) ## initialize an adapter for a small real model (or MODEL=path) and measure what it gains
+	$(BIN)/python benchmarks/end_to_end/demo.py $(if $(MODEL),'$(MODEL)')
 
 test: $(INSTALLED) ## the quick tests
 	$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED) ## every test, the slow ones too
-	$(PYTEST) --ignore tests/test_compiled.py
-	$(PYTEST) --dist worksteal tests/test_compiled.py  # an hour of single tests, which no process is to have alone
+	$(PYTEST) --ignore tests/kernels/test_compiled.py
+	$(PYTEST) --dist worksteal tests/kernels/test_compiled.py  # an hour of single tests, which no process is to have alone
 
 check: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.errors import BaseError, CCompilerError
 
 WANTED = os.environ.get("QUAILORA_EXT", "")
@@ -170,8 +170,15 @@ def extension() -> dict[str, Any]:
     return {"ext_modules": [module(cuda=toolkit is not None)], "cmdclass": {"build_ext": Build}}
 
 
+def packages() -> list[str]:
+    """What is installed. An editable install makes `benchmarks` and `tests` importable too, so that neither needs the
+    repository on sys.path, where the folder `kernels/` would hide the Hugging Face package of that name."""
+    extra = ["benchmarks*", "tests*"] if {"editable_wheel", "develop"} & set(sys.argv) else []
+    return [*find_packages(include=["quailora*", *extra]), "quailora.kernels"]
+
+
 setup(
-    packages=["quailora", "quailora.kernels"],
+    packages=packages(),
     # A top-level import package named `kernels` would shadow the Hugging Face package that transformers imports.
     package_dir={"quailora.kernels": "kernels"},
     **extension(),

@@ -10,9 +10,9 @@
     x = inverse.mT @ (inverse @ right_hand_sides)
     x = x + inverse.mT @ (inverse @ (right_hand_sides - systems @ x))      # one step of refinement
 
-Everything is fp32, with fp32 products: tf32 inside a factorisation is wrong by 31 % at a condition of 1e4.
+Everything is fp32, with fp32 products: tf32 inside a factorization is wrong by 31 % at a condition of 1e4.
 
-The factorisation. One program a system, left-looking, in blocks of 16 rows. R is r rounded up to blocks, the identity
+The factorization. One program a system, left-looking, in blocks of 16 rows. R is r rounded up to blocks, the identity
 standing in the rest. Block k needs what earlier blocks have left in memory (L1 and L2), never more than a few tiles in
 registers, so that none spill, whatever r is:
 
@@ -200,7 +200,7 @@ def factor(systems: Tensor, least: Tensor, refused: float) -> tuple[Tensor, Tens
     """V = L⁻¹ (batch, r, r) and `info` (batch,) int32 of systems (batch, r, r) fp32.
 
     A pivot that is not above its `least` (batch, r) is refused, which `info` tells of the first (1-based, 0 if none).
-    Its column leaves the factorisation: no later one is reduced by it. In V, its row is that of 1 / √pivot = `refused`:
+    Its column leaves the factorization: no later one is reduced by it. In V, its row is that of 1 / √pivot = `refused`:
     with 1.0, what the columns before leave of it, at its own length; with 0.0, zeros; with NaN, no solution.
     """
     batch, r, _ = systems.shape

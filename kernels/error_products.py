@@ -340,7 +340,7 @@ def grouped_error_product(
 ) -> list[Tensor]:
     """[E₀ P₀, E₁ P₁, ...] of linears that share their input (n alike): each E as (weight, codes), each P (n, r) fp32.
 
-    m and r may differ from linear to linear; the kind of quantisation and the dtypes may not. The products are views
+    m and r may differ from linear to linear; the kind of quantization and the dtypes may not. The products are views
     of one buffer.
     """
     return _in_groups(errors, rights, False, precision)

@@ -1,10 +1,10 @@
-"""Orthonormal columns by CholeskyQR, with reorthogonalisation and truncation, and with no word to the host.
+"""Orthonormal columns by CholeskyQR, with reorthogonalization and truncation, and with no word to the host.
 
 What is computed is what `reference.orthonormalize` computes, but for the shape: a column that adds nothing to the span
 is not removed but set to zero, since how many there are is known to the device only.
 
 Why not plain CholeskyQR (Q = Y L⁻ᵀ, L Lᵀ = Yᵀ Y): in fp32, Yᵀ Y forgets what is shorter than √(r ε) of its column,
-about 4e-3. Shifted CholeskyQR3 (Fukaya et al., SIAM J. Sci. Comput. 42(1), 2020) adds s·I, so that the factorisation
+about 4e-3. Shifted CholeskyQR3 (Fukaya et al., SIAM J. Sci. Comput. 42(1), 2020) adds s·I, so that the factorization
 goes through and each pass lengthens the shortest directions by 1 / √s. But it also lengthens rounding, until a column
 that was zero is a direction like any other, and later columns have lost what they had along it. So a column too short
 for this pass is *put off*: earlier columns are taken out of it, it is taken out of none, and the next pass begins by

@@ -11,7 +11,7 @@ Sums are fp32 throughout.
 import triton
 import triton.language as tl
 
-PRECISIONS = ("ieee", "bf16x3", "tf32", "bf16")
+from quailora.ops.precision import PRECISIONS as PRECISIONS
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A start for QLoRA fine-tuning that undoes most of what 4-bit quantisation costs (QuAILoRA, arXiv 2410.14713)."""
+"""Calibrated LoRA initialization for quantized models (QuAILoRA, arXiv 2410.14713)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -7,26 +7,28 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from quailora import evaluate as evaluate
-    from quailora.base import check_base as check_base
-    from quailora.gram import Gram as Gram
+    from quailora.adapters.base_record import check_base as check_base
+    from quailora.adapters.serving import convert as convert
+    from quailora.adapters.serving import merge as merge
+    from quailora.calibration.gram import Gram as Gram
+    from quailora.errors import QuailoraError as QuailoraError
     from quailora.ops import backends as backends
-    from quailora.pipeline import build_adapter as build_adapter
-    from quailora.pipeline import initialize as initialize
-    from quailora.serving import convert as convert
-    from quailora.serving import merge as merge
-    from quailora.solvers import LoraFactors as LoraFactors
-    from quailora.solvers import solve as solve
+    from quailora.pipeline.build import build_adapter as build_adapter
+    from quailora.pipeline.build import initialize as initialize
+    from quailora.solvers.solve import LoraFactors as LoraFactors
+    from quailora.solvers.solve import solve as solve
 
 _HOMES = {
-    "Gram": "gram",
-    "LoraFactors": "solvers",
+    "Gram": "calibration.gram",
+    "LoraFactors": "solvers.solve",
+    "QuailoraError": "errors",
     "backends": "ops",
-    "build_adapter": "pipeline",
-    "check_base": "base",
-    "convert": "serving",
-    "initialize": "pipeline",
-    "merge": "serving",
-    "solve": "solvers",
+    "build_adapter": "pipeline.build",
+    "check_base": "adapters.base_record",
+    "convert": "adapters.serving",
+    "initialize": "pipeline.build",
+    "merge": "adapters.serving",
+    "solve": "solvers.solve",
 }
 __all__ = ["__version__", "evaluate", *_HOMES]
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quailora import half, ops, reference
-from quailora.precision import PRECISIONS, exact_products
-from quailora.quantized import Quantization, quantize
-from quailora.solvers import solve
+from quailora import ops
+from quailora.ops import cpu_matmul, reference
+from quailora.ops.precision import PRECISIONS, exact_products
+from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.solvers.solve import solve
 
 # How far from fp64 a product may be, relative to its norm: ten times what its precision loses (kernels/precision.py),
 # for sums are shorter or longer. fp32 itself where the reference serves.
@@ -60,7 +61,7 @@ class _Case:
     operation: str
     name: str
     allowed: float
-    operands: Sequence[Any]  # tensors and quantised weights, on the CPU
+    operands: Sequence[Any]  # tensors and quantized weights, on the CPU
     run: Callable[..., Sequence[Tensor]]  # takes them as they are on the device; for all but `solve`, packed
     error: Callable[..., float]  # takes what it gave, on the CPU
     timed: bool = False
@@ -139,7 +140,7 @@ def _cases(size: int) -> Iterator[_Case]:
             yield _gram_product_case(h, precision)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             yield _gram_case(n, dtype)
-    for dtype, name in half.NAMES.items():
+    for dtype, name in cpu_matmul.NAMES.items():
         yield _half_case(size, dtype, name)
     for rank in (16, 33, 64, min(256, size)):
         yield _cholesky_case(rank, size)
@@ -317,7 +318,7 @@ def _solve_case(solver: str, overwrite: bool, size: int) -> _Case:
 
 
 def _moved(operand: Any, device: torch.device) -> Any:
-    """A tensor on `device`, or a quantised weight with its tensors there."""
+    """A tensor on `device`, or a quantized weight with its tensors there."""
     if isinstance(operand, Tensor):
         return operand.to(device)
     parts = {

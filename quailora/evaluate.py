@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from quailora import ops
-from quailora.base import base_of, for_full_precision, loading
-from quailora.blocks import no_progress_bar
-from quailora.blockwise import memory_errors
-from quailora.calibration import Batch, Calibration
-from quailora.checkpoint import Checkpoint
+from quailora.adapters.base_record import base_of, for_full_precision, loading
+from quailora.calibration.data import Batch, Calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
-from quailora.pipeline import default_device
-from quailora.quantized import METHODS, Quantization
-from quailora.report import read_record, to_json, write_files
+from quailora.modeling.checkpoint import Checkpoint
+from quailora.modeling.streamed_model import no_progress_bar
+from quailora.pipeline.build import default_device
+from quailora.pipeline.loop import memory_errors
+from quailora.quantization.bitsandbytes import NAMES, Quantization
+from quailora.reporting.report import read_record, to_json, write_files
 
 # How many logits are in fp32 at once: 256 MiB for each of the few tensors that the scores take.
 LOGITS_AT_ONCE = 1 << 26
@@ -48,10 +48,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What quantisation costs, and how much of it an adapter gives back, on `tokens` predicted tokens."""
+    """What quantization costs, and how much of it an adapter gives back, on `tokens` predicted tokens."""
 
     full: Scores
-    quantised: Scores
+    quantized: Scores
     adapted: Scores | None
     tokens: int
     start: bool = True  # whether the adapter is as it was before training
@@ -61,7 +61,7 @@ class Comparison:
         """See the function `gap_closed`; None without an adapter, too, and of one that has learned other things."""
         if self.adapted is None or not self.start:
             return None
-        return gap_closed(self.full.perplexity, self.quantised.perplexity, self.adapted.perplexity)
+        return gap_closed(self.full.perplexity, self.quantized.perplexity, self.adapted.perplexity)
 
     def table(self) -> Table:
         """For rich to print."""
@@ -91,7 +91,7 @@ class Comparison:
     _header = ("", "perplexity", "KL, nats", "gap closed")
 
     def _rows(self) -> list[tuple[str, ...]]:
-        scores = [self.full, self.quantised] + ([self.adapted] if self.adapted else [])
+        scores = [self.full, self.quantized] + ([self.adapted] if self.adapted else [])
         closed = "" if self.gap_closed is None else f"{self.gap_closed:.1%}"
         return [
             (score.name, f"{score.perplexity:.2f}", f"{score.kl:.4f}", closed if score is self.adapted else "")
@@ -132,12 +132,12 @@ def kl_divergence(model: nn.Module, reference: nn.Module, batches: Batches) -> f
     return tally.kl
 
 
-def gap_closed(full: float, quantised: float, adapted: float) -> float | None:
-    """The share of what quantisation costs in perplexity that an adapter gives back; None where it costs nothing.
+def gap_closed(full: float, quantized: float, adapted: float) -> float | None:
+    """The share of what quantization costs in perplexity that an adapter gives back; None where it costs nothing.
 
     It is the gap at the start of training. The gap in QuAILoRA's tables is that after training, and against 8 bits.
     """
-    return (quantised - adapted) / (quantised - full) if quantised > full else None
+    return (quantized - adapted) / (quantized - full) if quantized > full else None
 
 
 def compare(
@@ -152,15 +152,15 @@ def compare(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Score full precision, the quantised base, and that with an adapter, loaded as users of transformers and PEFT do.
+    """Score full precision, the quantized base, and that with an adapter, loaded as users of transformers and PEFT do.
 
-    The full-precision and the quantised model are on the device together. Each runs every batch once, and again with
-    the adapter the one that it belongs on: the quantised one, but for an adapter that `convert` made. Where products in
+    The full-precision and the quantized model are on the device together. Each runs every batch once, and again with
+    the adapter the one that it belongs on: the quantized one, but for an adapter that `convert` made. Where products in
     its dtype are made in fp32 (`ops.half_products`), copies of the head's weight and of its logits in fp32 come on top.
 
     Args:
         checkpoint: the full-precision model: a folder, or an id on the Hugging Face hub.
-        adapter: a folder that PEFT saved; None to score the quantised base alone.
+        adapter: a folder that PEFT saved; None to score the quantized base alone.
         calibration: the held-out tokens.
         initial: the adapter that training started from, where `adapter` has no record of its base.
         quantization: of the base; None takes that of the record that came with the adapter.
@@ -170,8 +170,8 @@ def compare(
         progress: called with the batches done and the batches in all.
 
     Raises:
-        MismatchError: the adapter's record names another checkpoint or quantisation.
-        AdapterError: `adapter` is no adapter, or nothing says how the base is quantised.
+        MismatchError: the adapter's record names another checkpoint or quantization.
+        AdapterError: `adapter` is no adapter, or nothing says how the base is quantized.
         CalibrationError, QuailoraError: as for `perplexity`; or the device is out of memory.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
@@ -187,28 +187,28 @@ def compare(
         start = read_record(folder) is not None and not converted
         quantization, loaded_in = loading(base, source, quantization, folder)
     elif quantization is None:
-        raise AdapterError("without an adapter nothing says how the base is quantised: pass `quantization`")
+        raise AdapterError("without an adapter nothing says how the base is quantized: pass `quantization`")
     where = default_device(device)
     dtype = dtype or loaded_in
-    method = METHODS[Quantization.from_config(quantization).method]
-    of_full, of_quantised, of_adapted = _Tally(), _Tally(), _Tally()
+    method = NAMES[Quantization.from_config(quantization).method]
+    of_full, of_quantized, of_adapted = _Tally(), _Tally(), _Tally()
     with memory_errors(where, _SMALLER):
         full = _load(source, where, dtype)
-        quantised = _load(source, where, dtype, quantization)
-        adapted = None if adapter is None else _with_adapter(full if converted else quantised, adapter)
-        with _evaluating(full, quantised):
+        quantized = _load(source, where, dtype, quantization)
+        adapted = None if adapter is None else _with_adapter(full if converted else quantized, adapter)
+        with _evaluating(full, quantized):
             for done, batch in enumerate(map(_predictions, batches), 1):
                 with nullcontext() if adapted is None else adapted.disable_adapter():
                     reference = batch.logits(full)
                     of_full.add(batch, reference)
-                    of_quantised.add(batch, batch.logits(quantised), reference)
+                    of_quantized.add(batch, batch.logits(quantized), reference)
                 if adapted is not None:
                     of_adapted.add(batch, batch.logits(adapted), reference)
                 if progress is not None:
                     progress(done, len(batches))
     return Comparison(
         of_full.scores("full precision"),
-        of_quantised.scores(method),
+        of_quantized.scores(method),
         of_adapted.scores(f"{'full precision' if converted else method} + {'QuAILoRA' if start else 'adapter'}")
         if adapted is not None
         else None,
@@ -218,7 +218,7 @@ def compare(
 
 
 _SMALLER = (
-    "it has the full-precision and the quantised model at once. Lower batch_size (--batch-size 1) or the length of "
+    "it has the full-precision and the quantized model at once. Lower batch_size (--batch-size 1) or the length of "
     "sequences (--sequence-length), or take the CPU (--device cpu)"
 )
 
@@ -332,7 +332,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _dtypes(model: nn.Module) -> set[torch.dtype]:
-    """What it may compute in: a quantised linear says so itself."""
+    """What it may compute in: a quantized linear says so itself."""
     of_linears = {getattr(module, "compute_dtype", None) for module in model.modules()}
     of_parameters = {parameter.dtype for parameter in model.parameters()}
     return of_parameters | {dtype for dtype in of_linears if isinstance(dtype, torch.dtype)}

@@ -26,14 +26,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture
 def slow_halves(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Says in which dtypes torch's own products are slow on this CPU, whatever it is."""
-    from quailora import half, ops
+    from quailora.ops import cpu_matmul as half
+    from quailora.ops import dispatch
 
     def say(*dtypes: "torch.dtype") -> None:
         monkeypatch.setattr(half, "slow_dtypes", lambda: dtypes)
-        ops._choose.cache_clear()
+        dispatch._choose.cache_clear()
 
     yield say
-    ops._choose.cache_clear()
+    dispatch._choose.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

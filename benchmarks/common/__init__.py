@@ -1,0 +1,1 @@
+"""What several benchmarks need: a model, timing, tables, plots."""

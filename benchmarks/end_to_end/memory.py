@@ -1,0 +1,173 @@
+"""What a memory budget is worth: a model much larger than the budget, initialized within it on a CPU.
+
+    python benchmarks/end_to_end/memory.py [--size 3b|tiny] [--budget 1.5GiB ...] [--samples 4] [--sequence-length 128]
+
+The model is a Llama of random weights, written block by block, so that neither this script nor quailora ever holds it.
+`quailora.build_adapter` runs once for each budget, in a process of its own, and is measured: the peak of the resident
+memory above its level after the imports, and the seconds of each stage. Needs Linux's /proc.
+"""
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+import quailora
+from quailora.calibration.data import Calibration
+from quailora.memory.planner import describe_bytes
+from quailora.pipeline.build import ALPHA, RANK
+
+TARGETS = "all-linear"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a Llama."""
+
+    hidden: int
+    inner: int
+    blocks: int
+    heads: int
+    groups: int  # of heads that share keys and values
+    vocabulary: int
+
+
+# 3b has the shapes of Llama-3.2-3B, but for a smaller vocabulary.
+SIZES = {"3b": Size(3072, 8192, 28, 24, 8, 32000), "tiny": Size(256, 768, 4, 4, 2, 512)}
+
+
+def write_model(folder: Path, size: Size) -> int:
+    """A checkpoint of random bf16 weights, a file for each block. Returns how many parameters it has."""
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.blocks,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.groups,
+        vocab_size=size.vocabulary,
+        tie_word_embeddings=True,
+        dtype=torch.bfloat16,
+        architectures=["LlamaForCausalLM"],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    narrow = size.hidden // size.heads * size.groups
+    shapes = {
+        "self_attn.q_proj": (size.hidden, size.hidden),
+        "self_attn.k_proj": (narrow, size.hidden),
+        "self_attn.v_proj": (narrow, size.hidden),
+        "self_attn.o_proj": (size.hidden, size.hidden),
+        "mlp.gate_proj": (size.inner, size.hidden),
+        "mlp.up_proj": (size.inner, size.hidden),
+        "mlp.down_proj": (size.hidden, size.inner),
+    }
+    ones = torch.ones(size.hidden, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    places: dict[str, str] = {}
+    parameters = 0
+    for index in range(size.blocks + 1):
+        tensors: dict[str, Tensor] = {}
+        if index == size.blocks:
+            embeddings = torch.randn(size.vocabulary, size.hidden, generator=generator)
+            tensors = {"model.embed_tokens.weight": embeddings.bfloat16(), "model.norm.weight": ones.clone()}
+        else:
+            for name, (rows, columns) in shapes.items():
+                weight = torch.randn(rows, columns, generator=generator).mul_(columns**-0.5).bfloat16()
+                tensors[f"model.layers.{index}.{name}.weight"] = weight
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"model.layers.{index}.{norm}.weight"] = ones.clone()
+        file = f"model-{index + 1:05}-of-{size.blocks + 1:05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+        parameters += sum(tensor.numel() for tensor in tensors.values())
+    index_file = {"metadata": {"total_size": 2 * parameters}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
+    return parameters
+
+
+def measure(
+    model: Path,
+    samples: int,
+    length: int,
+    rank: int,
+    targets: str | Sequence[str],
+    budget: str,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Initialize an adapter, and throw it away: bytes "measured" (resident memory at its most, above what it was),
+    "planned" and "budget", and seconds by "stages"."""
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    tokens = torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(0))
+    targets = targets if isinstance(targets, str) else list(targets)
+    lora = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory(dir=model.parent) as folder:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark is now what is resident
+        start = psutil.Process().memory_info().rss
+        data = Calibration(tuple(tokens), "random tokens")
+        report = quailora.build_adapter(
+            model, lora, data, Path(folder) / "adapter", memory_budget=budget, batch_size=batch_size, progress=False
+        )
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        "measured": int(status["VmHWM"].split()[0]) * 1024 - start,
+        "planned": report.memory["planned peak"],
+        "budget": report.memory["budget"],
+        "stages": report.stages,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="3b")
+    parser.add_argument("--budget", nargs="+", default=["1.5GiB"])
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--sequence-length", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--model", type=Path, help="a folder to keep the model in, or where it is; else it is removed")
+    parser.add_argument("--json", type=Path, help="where to keep the figures")
+    arguments = parser.parse_args()
+
+    temporary = None if arguments.model else tempfile.mkdtemp()
+    model = arguments.model or Path(temporary or "") / "model"
+    try:
+        if not (model / "model.safetensors.index.json").exists():
+            parameters = write_model(model, SIZES[arguments.size])
+            print(f"{parameters / 1e9:.3g} billion parameters, {describe_bytes(2 * parameters)}")
+        settings = (arguments.samples, arguments.sequence_length, arguments.rank, TARGETS)
+        found = {}
+        for budget in arguments.budget:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found[budget] = pool.apply(measure, (model, *settings, budget))
+    finally:
+        if temporary:
+            shutil.rmtree(temporary)
+
+    tokens = f"{arguments.samples} x {arguments.sequence_length} tokens"
+    print(f"\n{arguments.size}, {tokens}, rank {arguments.rank}, {torch.get_num_threads()} threads\n")
+    stages = list(dict.fromkeys(stage for each in found.values() for stage in each["stages"]))
+    print(f"| budget | planned | measured | of the budget | {' | '.join(f'{stage}, s' for stage in stages)} | all, s |")
+    print(f"| {' | '.join(['---:'] * (5 + len(stages)))} |")
+    for budget, each in found.items():
+        seconds = [each["stages"].get(stage, 0.0) for stage in stages]
+        cells = [budget, describe_bytes(each["planned"]), describe_bytes(each["measured"])]
+        cells += [f"{each['measured'] / each['budget']:.0%}", *(f"{s:.1f}" for s in [*seconds, sum(seconds)])]
+        print(f"| {' | '.join(cells)} |")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

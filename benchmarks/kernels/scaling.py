@@ -1,0 +1,297 @@
+"""How the cost grows with size: exponents of measured times, beside those of the floating-point operations counted.
+
+    python benchmarks/kernels/scaling.py [--scale small|tiny] [--json PATH]
+
+Each sweep varies one size; the others stay in the middle of what they are varied over. Swept are H (`Gram.update`, in
+bf16) over tokens t and features n; a krylov solve of one linear (m, n) from NF4 with double quantization over m, n and
+the rank r; and `build_adapter` on Llamas of random weights over blocks and tokens.
+
+What is timed is compared with fp64 first. All sizes of a sweep run in turn; shown are medians, ± half the range of the
+middle half of the rounds. The exponent is the slope of log time on log size, by least squares. The expected one is the
+same slope of the FLOPs at the same sizes, lower-order terms included:
+
+    H                t n (n + 1)
+    solve            m n² for the initial objective, 2 m n r for each product with E, 2 n² r for each with H, and for
+                     what is thin and small, in fp64, which counts twice, as `solver.krylov_flops` says
+    build_adapter    2 t m n for the forward pass through each linear, 2 t l d for causal attention over l tokens of d
+                     features, an H for each of a block's four inputs, a solve for each linear
+
+An exponent below the expected one says that small sizes pay for what does not grow, such as launches and Python; one
+above it, that large sizes run at a lower rate, as where they fall out of the caches. The floor is these FLOPs at the
+rate of torch's own product of two square matrices, in bf16 or fp32, whichever is faster.
+"""
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, count
+from pathlib import Path
+from statistics import linear_regression
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import quailora
+from benchmarks.common.timing import Timing, alternate, describe, keep, product_rate, require
+from benchmarks.end_to_end.initialize import check
+from benchmarks.kernels.gram import TOLERANCE, error
+from benchmarks.kernels.solver import Case, Group, krylov_flops
+from quailora.calibration.data import Calibration
+from quailora.modeling.checkpoint import Checkpoint
+from quailora.pipeline.build import ALPHA, default_device
+from quailora.solvers.registry import SOLVERS
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of every sweep, and how many rounds each takes."""
+
+    square: int  # side of the matrices whose product is the floor's
+    rounds: int
+    tokens: tuple[int, ...]  # of H
+    features: tuple[int, ...]
+    rows: tuple[int, ...]  # of a linear
+    columns: tuple[int, ...]
+    ranks: tuple[int, ...]
+    job_rounds: int
+    hidden: int  # of the Llamas
+    inner: int
+    length: int  # of each sequence
+    blocks: tuple[int, ...]
+    samples: tuple[int, ...]
+
+
+SCALES = {
+    "small": Scale(
+        square=2048,
+        rounds=9,
+        tokens=(512, 1024, 2048, 4096, 8192),
+        features=(256, 512, 1024, 2048),
+        rows=(256, 512, 1024, 2048),
+        columns=(256, 512, 1024, 2048),
+        ranks=(8, 16, 32, 64),
+        job_rounds=3,
+        hidden=512,
+        inner=1536,
+        length=128,
+        blocks=(1, 2, 4, 8),
+        samples=(8, 16, 32, 64),
+    ),
+    "tiny": Scale(
+        square=128,
+        rounds=2,
+        tokens=(64, 128),
+        features=(64, 128),
+        rows=(64, 128),
+        columns=(64, 128),
+        ranks=(4, 8),
+        job_rounds=2,
+        hidden=64,
+        inner=128,
+        length=16,
+        blocks=(1, 2),
+        samples=(2, 4),
+    ),
+}
+
+
+def middle(sizes: Sequence[int]) -> int:
+    return sizes[len(sizes) // 2]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Something at several sizes. What `runs` does has been found right."""
+
+    what: str
+    over: str
+    runs: Mapping[int, Callable[[], object]]
+    flops: Mapping[int, float]
+    rounds: int
+
+
+# ---- H
+
+
+def gram_flops(t: int, n: int) -> float:
+    return t * n * (n + 1)
+
+
+def gram_sweeps(scale: Scale, device: torch.device) -> Iterator[Sweep]:
+    t, n = middle(scale.tokens), middle(scale.features)
+    for what, over, shapes in (
+        (f"H, n = {n}", "t", {size: (size, n) for size in scale.tokens}),
+        (f"H, t = {t}", "n", {size: (t, size) for size in scale.features}),
+    ):
+        runs = {size: _gram_update(*shape, device) for size, shape in shapes.items()}
+        yield Sweep(what, over, runs, {size: gram_flops(*shape) for size, shape in shapes.items()}, scale.rounds)
+
+
+def _gram_update(t: int, n: int, device: torch.device) -> Callable[[], object]:
+    x = torch.randn(t, n, device=device).bfloat16()
+    gram = quailora.Gram(n, device)
+    gram.update(x)
+    require(error(gram.matrix(), x), TOLERANCE, f"H of {t} tokens and {n} features")
+    return partial(gram.update, x)
+
+
+# ---- A solve
+
+# How far, relatively, the objective that krylov leaves may be from the least, and from what it says itself.
+AGREEMENT = 1e-3
+
+
+def solve_sweeps(scale: Scale, device: torch.device) -> Iterator[Sweep]:
+    depth = SOLVERS["krylov"].iterations or 0
+    coarse = quailora.backends(device)["grouped_error_product"].backend != "reference"
+    m, n, r = middle(scale.rows), middle(scale.columns), middle(scale.ranks)
+    for what, over, shapes in (
+        (f"solve, n = {n}, r = {r}", "m", {size: (size, n, r) for size in scale.rows}),
+        (f"solve, m = {m}, r = {r}", "n", {size: (m, size, r) for size in scale.columns}),
+        (f"solve, m = {m}, n = {n}", "r", {size: (m, n, size) for size in scale.ranks}),
+    ):
+        runs = {size: _solve(*shape, device) for size, shape in shapes.items()}
+        flops = {size: krylov_flops(*shape, depth, coarse) for size, shape in shapes.items()}
+        yield Sweep(what, over, runs, flops, scale.rounds)
+
+
+def _solve(m: int, n: int, r: int, device: torch.device) -> Callable[[], object]:
+    case = Case.draw(Group("one", (m,), n), r, device)
+    solve = partial(quailora.solve, case.originals[0], case.quantized[0], case.gram, r)
+    found, best = solve(), solve(solver="eigh").objective
+    error = case.originals[0].double() - case.quantized[0].dequantize().double()
+    residual = error - found.A.double() @ found.B.double().T
+    left = float(((residual @ case.gram.double()) * residual).sum()) / 2
+    require(found.objective / left - 1, AGREEMENT, f"the objective that a solve of {(m, n, r)} states")
+    require(left / best - 1, AGREEMENT, f"the objective of a solve of {(m, n, r)}, against the least,")
+    return solve
+
+
+# ---- The whole job
+
+VOCABULARY = 512
+
+
+def adapter_flops(scale: Scale, rank: int, blocks: int, tokens: int, coarse: bool = False) -> float:
+    d, inner, depth = scale.hidden, scale.inner, SOLVERS["krylov"].iterations or 0
+    linears = [(d, d)] * 4 + [(inner, d)] * 2 + [(d, inner)]
+    forward = sum(2 * tokens * m * n for m, n in linears) + 2 * tokens * scale.length * d
+    grams = 3 * gram_flops(tokens, d) + gram_flops(tokens, inner)
+    return blocks * (forward + grams + sum(krylov_flops(m, n, rank, depth, coarse) for m, n in linears))
+
+
+def adapter_sweeps(scale: Scale, device: torch.device, folder: Path) -> Iterator[Sweep]:
+    coarse = quailora.backends(device)["grouped_error_product"].backend != "reference"
+    blocks, samples, rank = middle(scale.blocks), middle(scale.samples), middle(scale.ranks)
+    models = {depth: write_model(folder / f"model-{depth}", scale, depth) for depth in scale.blocks}
+    outputs = (folder / f"adapter-{number}" for number in count())
+    config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def build(depth: int, data: Calibration) -> None:
+        quailora.build_adapter(models[depth], config, data, next(outputs), progress=False)
+
+    for model in models.values():
+        loaded = AutoModelForCausalLM.from_pretrained(model, device_map=device)
+        check(Checkpoint(model), loaded, config, random_tokens(scale, 1))
+    whole = f"build_adapter, d = {scale.hidden}, r = {rank}"
+    for what, over, shapes in (
+        (f"{whole}, t = {samples * scale.length}", "blocks", {size: (size, samples) for size in scale.blocks}),
+        (f"{whole}, {blocks} blocks", "t", {size * scale.length: (blocks, size) for size in scale.samples}),
+    ):
+        runs = {size: partial(build, depth, random_tokens(scale, n)) for size, (depth, n) in shapes.items()}
+        flops = {
+            size: adapter_flops(scale, rank, depth, n * scale.length, coarse) for size, (depth, n) in shapes.items()
+        }
+        yield Sweep(what, over, runs, flops, scale.job_rounds)
+
+
+def write_model(folder: Path, scale: Scale, blocks: int) -> Path:
+    """A Llama of random weights in fp32: so that its forward pass, H and the solve go at rates that are alike."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=scale.hidden,
+        intermediate_size=scale.inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=scale.hidden // 32,
+        vocab_size=VOCABULARY,
+        dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def random_tokens(scale: Scale, samples: int) -> Calibration:
+    tokens = torch.randint(0, VOCABULARY, (samples, scale.length), generator=torch.Generator().manual_seed(0))
+    return Calibration(tuple(tokens), "random tokens")
+
+
+# ---- Exponents
+
+
+def exponent(values: Mapping[int, float]) -> float:
+    """The slope of log value on log size, by least squares."""
+    return linear_regression([math.log(size) for size in values], [math.log(each) for each in values.values()]).slope
+
+
+def figures(sweep: Sweep, rate: float) -> dict[str, Any]:
+    """Of a sweep: times of every round by size, and beside them what was counted."""
+    timings = alternate({str(size): run for size, run in sweep.runs.items()}, sweep.rounds)
+    return {
+        "what": sweep.what,
+        "over": sweep.over,
+        "sizes": list(sweep.runs),
+        "seconds": [timing.seconds for timing in timings.values()],
+        "flops": list(sweep.flops.values()),
+        "floors": [each / rate for each in sweep.flops.values()],
+        "exponent": exponent({size: timings[str(size)].median for size in sweep.runs}),
+        "expected": exponent(sweep.flops),
+    }
+
+
+HEAD = """\
+| what | over | sizes | times | floors, ms | exponent | expected |
+| --- | --- | --- | --- | --- | ---: | ---: |"""
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Markdown."""
+    return "\n".join([HEAD, *map(line, record["rows"])])
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """Of a Markdown table, under HEAD."""
+    times, floors = (
+        (Timing(tuple(seconds)) for seconds in row["seconds"]),
+        (f"{1e3 * floor:.3g}" for floor in row["floors"]),
+    )
+    cells = [row["what"], row["over"], *(", ".join(map(str, each)) for each in (row["sizes"], times, floors))]
+    return f"| {' | '.join([*cells, *(f'{row[name]:.2f}' for name in ('exponent', 'expected'))])} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="small")
+    parser.add_argument("--json", type=Path, help="where to keep the figures")
+    arguments = parser.parse_args()
+
+    scale, device = SCALES[arguments.scale], default_device(None)
+    rate = product_rate(device, scale.square)
+    print(f"{describe(device)}, whose products make {rate / 1e9:.0f} GFLOP/s; sizes: {arguments.scale}\n")
+    print(HEAD)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for sweep in chain(
+            gram_sweeps(scale, device), solve_sweeps(scale, device), adapter_sweeps(scale, device, Path(folder))
+        ):
+            rows.append(figures(sweep, rate))
+            print(line(rows[-1]), flush=True)
+    keep(arguments.json, device, {"scale": arguments.scale, "product_rate": rate, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

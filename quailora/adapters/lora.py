@@ -1,0 +1,315 @@
+"""Factors -> an ordinary PEFT adapter. PEFT itself resolves targets, ranks and scaling, and writes the files."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from quailora.errors import AdapterError
+from quailora.files import LazyTensor, write_tensors
+from quailora.modeling.checkpoint import Checkpoint
+from quailora.modeling.streamed_model import StreamedModel, skeleton
+from quailora.quantization.bitsandbytes import QuantizedLinear, is_quantized
+from quailora.solvers.solve import LoraFactors
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear of the base model that LoRA adapts and the base holds quantized.
+
+    scaling: what PEFT multiplies `lora_B.weight @ lora_A.weight` with: alpha / r, or alpha / sqrt(r) with rsLoRA.
+    """
+
+    name: str
+    layer: LoraLayer
+    adapter: str
+    rank: int
+    scaling: float
+
+    @property
+    def base(self) -> QuantizedLinear:
+        """The quantized linear itself."""
+        return self.layer.get_base_layer()  # type: ignore[return-value]
+
+    def assign(self, factors: LoraFactors, seed: int = 0) -> None:
+        """Put the factors in place: scaling * lora_B.weight @ lora_A.weight = A Bᵀ, whatever alpha is, with both sides
+        balanced."""
+        root = self.scaling**0.5
+        lora_a, lora_b = self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
+        down = factors.B.T / root
+        if factors.effective_rank < self.rank:
+            # Where both factors are zero neither has a gradient: such a pair gets LoRA's own start, so that it can
+            # learn.
+            bound = down.shape[1] ** -0.5
+            start = torch.empty(down[factors.effective_rank :].shape)
+            start.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+            down[factors.effective_rank :] = start.to(down.device)
+        _fill(lora_a, "weight", down)
+        _fill(lora_b, "weight", factors.A / root)
+        if getattr(lora_b, "bias", None) is not None:
+            _fill(lora_b, "bias", torch.zeros(self.base.out_features))
+
+
+def quantized_skeleton(checkpoint: Checkpoint, config: BitsAndBytesConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model as transformers would quantize it, with no weights: which linears are 4-bit or 8-bit, and how.
+
+    Raises:
+        AdapterError: transformers quantizes no linear of this model.
+    """
+    model = skeleton(checkpoint, dtype)
+    linears = {type(m).__name__ for m in model.get_decoder().modules() if isinstance(m, nn.Linear | Conv1D)}
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=None, use_kernels=False)
+    quantizer.postprocess_model(model)
+    if not any(is_quantized(module) for module in model.modules()):
+        raise AdapterError(
+            f"transformers quantizes no linear of {type(model).__name__} (they are {', '.join(sorted(linears))}), "
+            "so loading it with this quantization gives the full-precision model and there is nothing to initialize"
+        )
+    return model
+
+
+def adapted_skeleton(base: PreTrainedModel, config: LoraConfig, checkpoint: Checkpoint) -> PeftModel:
+    """`get_peft_model` over a base on the meta device: no LoRA weight has memory yet.
+
+    Raises:
+        AdapterError: a target module that the model does not have (with the nearest names), or a setting PEFT refuses.
+    """
+    _check_names(base, config)
+    base.name_or_path = checkpoint.name
+    config.base_model_name_or_path, config.revision = checkpoint.name, checkpoint.revision
+    try:
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers for a property that is about to be renamed.
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+            model = get_peft_model(base, config, low_cpu_mem_usage=True)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"PEFT refuses this LoRA configuration: {error}") from error
+    if isinstance(config.target_modules, set):  # written as it comes, a set would change the file from run to run
+        config.target_modules = sorted(config.target_modules)
+    return model
+
+
+def check_config(config: Any) -> LoraConfig:
+    """The configuration itself; refused is what a start at W - Q = A Bᵀ cannot be right for.
+
+    Raises:
+        AdapterError: with the setting, why, and what to use.
+    """
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(
+            f"{type(config).__name__} is no LoRA configuration: QuAILoRA starts LoRA factors, use peft.LoraConfig"
+        )
+    if config.use_dora:
+        raise AdapterError(
+            "use_dora=True: DoRA rescales every row of the adapted weight by its own norm, so factors that undo the "
+            "quantization error are not what its forward pass needs; use plain LoRA"
+        )
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise AdapterError(
+            f"init_lora_weights={config.init_lora_weights!r} is another start, and some change the base weights: "
+            "leave it at True"
+        )
+    if config.layer_replication:
+        raise AdapterError(
+            "layer_replication makes blocks that the checkpoint does not have: their inputs are not defined"
+        )
+    return config
+
+
+def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Target], dict[str, str]]:
+    """The quantized linears that `adapter` adapts, and the other adapted modules with why they keep the LoRA default.
+
+    Raises:
+        AdapterError: a rank above min(m, n), a scaling that is not positive, or a variant of LoRA whose product is not
+            B A.
+    """
+    targets, left = [], {}
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, BaseTunerLayer) or not isinstance(layer, LoraLayer) or adapter not in layer.r:
+            continue
+        base = layer.get_base_layer()
+        if isinstance(layer, ParamWrapper):
+            left[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = (
+                "fused expert weights (3-D): bitsandbytes keeps them in full precision"
+            )
+        elif adapter in layer.lora_variant:
+            raise AdapterError(
+                f"{name} uses {type(layer.lora_variant[adapter]).__name__}, whose product is not that of plain LoRA"
+            )
+        elif not is_quantized(base):
+            left[name] = f"the base keeps this {type(base).__name__} in full precision: there is no error to undo"
+        else:
+            rank, scaling = layer.r[adapter], float(layer.scaling[adapter])
+            if rank > min(base.in_features, base.out_features):
+                raise AdapterError(
+                    f"rank {rank} of {name} exceeds the smaller side of its {layer.out_features} x "
+                    f"{layer.in_features} weight: lower r, give it its own in rank_pattern, or leave it out with "
+                    "exclude_modules"
+                )
+            if scaling <= 0:
+                raise AdapterError(
+                    f"{name} has scaling {scaling} (alpha {layer.lora_alpha[adapter]}, r {rank}): it must be positive"
+                )
+            targets.append(Target(name, layer, adapter, rank, scaling))
+    return targets, left
+
+
+def check_can_be_saved(model: PeftModel, source: StreamedModel) -> None:
+    """Every tensor PEFT will save is one we make or one the checkpoint has, known before hours are spent.
+
+    Raises:
+        AdapterError: naming the tensor and the setting it comes from.
+    """
+    for key in unfilled(model):
+        if ".lora_" not in key and source.source(_base_name(key)) is None:
+            raise AdapterError(
+                f"PEFT would save {key}, which neither LoRA nor the checkpoint defines: load the model and use "
+                "quailora.initialize"
+            )
+
+
+def take(model: PeftModel, targets: Iterable[Target]) -> dict[str, torch.Tensor]:
+    """The tensors of targets that have their factors, by the names PEFT saves them under; the model's own are on the
+    meta device again."""
+    sides = [side[t.adapter] for t in targets for side in (t.layer.lora_A, t.layer.lora_B)]
+    wanted = {id(parameter) for side in sides for parameter in side.parameters()}
+    taken = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) in wanted:
+            taken[_saved_name(name)] = parameter.detach()
+            parent, _, leaf = name.rpartition(".")
+            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+            setattr(model.get_submodule(parent), leaf, empty)
+    return taken
+
+
+def rest(model: PeftModel, source: StreamedModel, seed: int, made: Collection[str]) -> dict[str, LazyTensor]:
+    """What PEFT would save besides the tensors `made`: LoRA's own start where it was left alone, the checkpoint's
+    tensors for `modules_to_save`."""
+    names = {id(parameter): _saved_name(name) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                for adapter in layer.r:
+                    weights = [*layer.lora_A.values(), *layer.lora_B.values(), *layer.lora_embedding_A.values()]
+                    if any(p.device.type == "meta" and names[id(p)] not in made for w in weights for p in _tensors(w)):
+                        _allocate(layer, adapter)
+                        layer.reset_lora_parameters(adapter, True)
+    found = {}
+    for key, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        if key in made:
+            continue
+        stored = source.source(_base_name(key)) if tensor.device.type == "meta" else None
+        read = partial(_read, source, stored, tensor.dtype) if stored else tensor.contiguous
+        found[key] = LazyTensor(tuple(tensor.shape), tensor.dtype, read)
+    return found
+
+
+def _read(source: StreamedModel, name: str, dtype: torch.dtype) -> torch.Tensor:
+    return source.checkpoint.tensor(name).to(dtype)
+
+
+def save(model: PeftModel, folder: Path, tensors: dict[str, LazyTensor]) -> None:
+    """The adapter, as `model.save_pretrained` writes it: PEFT writes the configuration, the tensors are streamed."""
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert expected.keys() == tensors.keys(), sorted(expected.keys() ^ tensors.keys())[:3]
+    nothing = {name: torch.empty(0) for name in model.state_dict()}
+    model.save_pretrained(str(folder), state_dict=nothing, save_embedding_layers=False)
+    write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors)
+
+
+def put(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Give an adapter's parameters their values, by the names PEFT saves them under; they may be on the meta device.
+
+    Raises:
+        AdapterError: a tensor that the model has no place for, or of another shape.
+    """
+    parameters = model.named_parameters(remove_duplicate=False)
+    places = {_saved_name(name): (name, parameter) for name, parameter in parameters}
+    for key, value in tensors.items():
+        if key not in places:
+            raise AdapterError(f"the adapter has {key}, for which {type(model.get_base_model()).__name__} has no place")
+        name, parameter = places[key]
+        if parameter.shape != value.shape:
+            raise AdapterError(f"{key} is {list(value.shape)} in the adapter and {list(parameter.shape)} in the model")
+        parent, _, leaf = name.rpartition(".")
+        _fill(model.get_submodule(parent), leaf, value)
+
+
+def _check_names(base: PreTrainedModel, config: LoraConfig) -> None:
+    """Every entry of a list of names matches a module, and a regular expression at least one, as PEFT matches them."""
+    targets = config.target_modules
+    if not targets or targets == "all-linear":
+        return
+    modules = dict(base.named_modules())
+    for wanted in [targets] if isinstance(targets, str) else targets:
+        pattern = wanted if isinstance(targets, str) else rf"(.*\.)?{re.escape(wanted)}"
+        try:
+            found = any(re.fullmatch(pattern, name) for name in modules)
+        except re.error as error:
+            raise AdapterError(f"target_modules '{wanted}' is no regular expression: {error}") from error
+        if not found:
+            linears = {name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
+            near = difflib.get_close_matches(wanted.rpartition(".")[2], linears, cutoff=0.4) or sorted(linears)
+            raise AdapterError(f"target module '{wanted}' is not in {type(base).__name__}; nearest: {', '.join(near)}")
+
+
+def _fill(module: nn.Module | Any, leaf: str, value: torch.Tensor) -> None:
+    old = getattr(module, leaf)
+    if old.device.type == "meta":
+        value = nn.Parameter(value.to(dtype=old.dtype, device="cpu").contiguous(), requires_grad=old.requires_grad)
+        if isinstance(module, nn.ParameterDict):
+            module[leaf] = value
+        else:
+            setattr(module, leaf, value)
+    else:
+        with torch.no_grad():
+            old.copy_(value)
+
+
+def _tensors(weights: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return [weights] if isinstance(weights, nn.Parameter) else list(weights.parameters())
+
+
+def _allocate(layer: LoraLayer, adapter: str) -> None:
+    for group in (layer.lora_A, layer.lora_B):
+        if adapter in group:
+            group[adapter].to_empty(device="cpu")
+    for embedding in (layer.lora_embedding_A, layer.lora_embedding_B):
+        if adapter in embedding:
+            embedding[adapter] = nn.Parameter(torch.empty_like(embedding[adapter], device="cpu"))
+
+
+def unfilled(model: PeftModel) -> list[str]:
+    """What PEFT would save of the model, and has no values yet: the names."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return [key for key, tensor in state.items() if tensor.device.type == "meta"]
+
+
+def _saved_name(parameter: str) -> str:
+    """What PEFT saves a parameter of its model as."""
+    return parameter.replace(".modules_to_save.default.", ".").replace(".default", "")
+
+
+def _base_name(key: str) -> str:
+    """The base model's name of a tensor that PEFT saves beside the LoRA weights."""
+    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")

@@ -1,0 +1,62 @@
+"""The console script `quailora`: its commands, and how errors are shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import quailora
+from quailora.cli.convert import convert
+from quailora.cli.doctor import doctor
+from quailora.cli.eval import evaluate
+from quailora.cli.init import init
+from quailora.cli.merge import merge
+from quailora.cli.plan import plan
+from quailora.errors import QuailoraError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=quailora.__doc__,
+    rich_markup_mode=None,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(quailora.__version__)
+        raise typer.Exit
+
+
+app.command()(init)
+app.command()(plan)
+app.command("eval")(evaluate)
+app.command()(merge)
+app.command()(convert)
+app.command()(doctor)
+
+
+def main() -> None:
+    """The console script: what a user can mend is one line on standard error and exit status 1; a bug keeps its
+    traceback."""
+    # One progress bar and our own words are what a person should see, not the libraries' remarks on our use of them.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which only commands do
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(bitsandbytes|peft|transformers|torch)\b")
+    try:
+        app()
+    except QuailoraError as error:
+        several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+        rank = f" (process {os.environ['RANK']})" if several else ""
+        line = Text.assemble((f"error{rank}:", "bold red"), " ", " ".join(str(error).split()))
+        Console(stderr=True, highlight=False).print(line, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,23 @@
+"""`quailora convert`: what training learned, for the full-precision weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    initial: Annotated[Path, typer.Argument(metavar="INITIAL", help="The adapter that training started from.")],
+    trained: Annotated[Path, typer.Argument(metavar="TRAINED", help="The adapter after training.")],
+    output: Annotated[Path, typer.Option(help="Where the new adapter goes: a new or empty folder.")],
+    rank: Annotated[
+        int | None, typer.Option(help="Truncate to this rank. Default: keep all, at most 2 r.", min=1)
+    ] = None,
+) -> None:
+    """Write what training learned, TRAINED less INITIAL, as an adapter for the full-precision weights."""
+    from quailora import convert as write
+
+    write(initial, trained, output, rank=rank)
+    typer.echo(f"adapter for the full-precision weights: {output}")

@@ -1,0 +1,79 @@
+"""`quailora eval`: perplexity and KL divergence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from quailora.cli.options import (
+    BatchOption,
+    CheckedDoubleOption,
+    CheckpointArgument,
+    ColumnOption,
+    ComputeOption,
+    DataOption,
+    DeviceOption,
+    LengthOption,
+    Quant,
+    QuantOption,
+    RemoteOption,
+    RevisionOption,
+    SplitOption,
+    check_quantization_options,
+    quantization_config,
+)
+
+
+def evaluate(
+    checkpoint: CheckpointArgument,
+    data: DataOption,
+    adapter: Annotated[Path | None, typer.Option(help="The adapter's folder.")] = None,
+    initial: Annotated[
+        Path | None,
+        typer.Option(help="The adapter that training started from, if --adapter has no record of its base."),
+    ] = None,
+    quant: QuantOption = None,
+    double_quant: CheckedDoubleOption = None,
+    compute_dtype: ComputeOption = None,
+    samples: Annotated[int, typer.Option(help="Sequences to measure on.", min=1)] = 64,
+    sequence_length: LengthOption = None,
+    column: ColumnOption = None,
+    split: SplitOption = "test",
+    batch_size: BatchOption = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Perplexity and KL divergence: full precision, quantized, and with the adapter on the one it belongs on.
+
+    Both models are on the device together.
+    """
+    from quailora.evaluate import compare
+    from quailora.modeling.checkpoint import Checkpoint
+    from quailora.pipeline import build as pipeline
+
+    if adapter is None:
+        quant = quant or Quant.nf4
+    check_quantization_options(quant, double_quant, compute_dtype)
+    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    quantization = None if quant is None else quantization_config(quant, double_quant, compute_dtype, source.dtype)
+    calibration = pipeline.read_calibration(
+        source, data, samples=samples, sequence_length=sequence_length, seed=seed, split=split, column=column
+    )
+    comparison = compare(
+        source,
+        adapter,
+        calibration,
+        initial=initial,
+        quantization=quantization,
+        device=pipeline.default_device(device),
+        batch_size=batch_size or pipeline.default_batch_size(calibration),
+    )
+    Console().print(comparison.table())
+    if json is not None:
+        comparison.save(json)

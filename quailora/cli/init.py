@@ -1,0 +1,135 @@
+"""`quailora init`: make an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from quailora.cli.options import (
+    BatchOption,
+    CheckpointArgument,
+    ColumnOption,
+    ComputeOption,
+    DataOption,
+    DeviceOption,
+    DoubleOption,
+    HostMemoryOption,
+    LengthOption,
+    LoadedOption,
+    MemoryOption,
+    Quant,
+    QuantOption,
+    RemoteOption,
+    RevisionOption,
+    SplitOption,
+    parse_target_modules,
+    quantization_config,
+    torch_dtype,
+)
+
+
+def init(
+    checkpoint: CheckpointArgument,
+    data: DataOption,
+    output: Annotated[Path, typer.Option(help="Where the adapter goes: a new or empty folder.")],
+    rank: Annotated[int, typer.Option(help="LoRA's r.", min=1)] = 64,
+    alpha: Annotated[int, typer.Option(help="LoRA's alpha; the starting product does not depend on it.", min=1)] = 16,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(r).")] = False,
+    dropout: Annotated[float, typer.Option(help="LoRA's dropout in training.", min=0, max=1)] = 0.0,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, names separated by commas, or one regular expression.")
+    ] = "all-linear",
+    quant: QuantOption = None,
+    double_quant: DoubleOption = True,
+    compute_dtype: ComputeOption = None,
+    dtype: LoadedOption = None,
+    solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
+    iterations: Annotated[int | None, typer.Option(help="Depth of krylov (3), alternations of als (20).")] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Share of the mean of H's diagonal that is added to it.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
+    sequence_length: LengthOption = None,
+    column: ColumnOption = None,
+    split: SplitOption = "train",
+    batch_size: BatchOption = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples, and of the solver.")] = 0,
+    memory_budget: MemoryOption = None,
+    host_memory_budget: HostMemoryOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with a run that did not come to its end.")
+    ] = True,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
+    progress: Annotated[bool, typer.Option(help="Draw a progress bar.")] = True,
+) -> None:
+    """Make an adapter whose A and B undo most of the quantization error of CHECKPOINT.
+
+    Under torchrun the processes share the work, one to each GPU.
+    """
+    from peft import LoraConfig
+
+    from quailora.files import check_new_folder
+    from quailora.memory.planner import parse_bytes
+    from quailora.modeling.checkpoint import Checkpoint
+    from quailora.pipeline import build as pipeline
+    from quailora.pipeline import distributed as crew
+
+    # Looked at first: a slip of the pen is no reason to wait for a download.
+    check_new_folder(output)
+    pipeline.Settings(solver, iterations)
+    for budget in filter(None, (memory_budget, host_memory_budget)):
+        parse_bytes(budget)
+    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    loaded_as = torch_dtype(dtype) or source.dtype
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        lora_dropout=dropout,
+        target_modules=parse_target_modules(target_modules),
+        task_type="CAUSAL_LM",
+    )
+    with crew.joined(device) as place, _interruptible():
+        report = pipeline.build_adapter(
+            source,
+            config,
+            data,
+            output,
+            quantization=quantization_config(quant or Quant.nf4, double_quant, compute_dtype, loaded_as),
+            dtype=loaded_as,
+            solver=solver,
+            iterations=iterations,
+            damping=pipeline.DEFAULT_DAMPING if damping is None else damping,
+            samples=samples,
+            sequence_length=sequence_length,
+            split=split,
+            column=column,
+            batch_size=batch_size,
+            memory_budget=memory_budget,
+            host_memory_budget=host_memory_budget,
+            resume=resume,
+            distributed=crew.launched(),
+            device=place,
+            seed=seed,
+            progress=progress,
+        )
+    if crew.rank() == 0:
+        Console().print(report.summary())
+        typer.echo(f"adapter, report.md and model card: {output}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the command with what is kept, in one line, and the shell's own exit status for it."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        typer.echo(str(interruption) or "interrupted", err=True)
+        raise typer.Exit(130) from interruption

@@ -1,0 +1,120 @@
+"""Options that several commands share, and what their values mean. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quailora.errors import QuailoraError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+
+class Quant(StrEnum):
+    """How the base is quantized."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+
+
+class Dtype(StrEnum):
+    """A floating-point format."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+CheckpointArgument = Annotated[
+    str,
+    typer.Argument(metavar="CHECKPOINT", help="The full-precision model: a folder, or an id on the Hugging Face hub."),
+]
+DataOption = Annotated[
+    str, typer.Option(help="A text, JSON or JSONL file, or the name of a data set on the Hugging Face hub.")
+]
+ColumnOption = Annotated[str | None, typer.Option(help="The field of the records to use, where it is not a usual one.")]
+SplitOption = Annotated[str, typer.Option(help="Which split of a data set from the hub.")]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(help="Tokens in one sequence. Default: 2048, or as many as the model has positions.", min=1),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where to compute, such as cuda:0 or cpu. Default: CUDA if there is one.")
+]
+QuantOption = Annotated[
+    Quant | None, typer.Option(help="How the base is quantized. Default: nf4, or what the adapter was made for.")
+]
+DoubleOption = Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Double quantization (4 bits).")]
+CheckedDoubleOption = Annotated[
+    bool | None,
+    typer.Option("--double-quant/--no-double-quant", help="Double quantization (4 bits), with --quant. Default: yes."),
+]
+ComputeOption = Annotated[
+    Dtype | None, typer.Option(help="What a 4-bit base computes in. Default: what its weights are loaded as.")
+]
+LoadedOption = Annotated[
+    Dtype | None,
+    typer.Option(
+        help="What the base's weights are loaded as before they are quantized, which decides their codes: as the "
+        "training will load them. Default: the checkpoint's dtype."
+    ),
+]
+RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint on the hub.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What may be allocated on the device, such as 12GiB; on a CPU, by how much resident memory may grow. "
+        "Default: nine tenths of what is free."
+    ),
+]
+HostMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What hidden states may take of the host's memory beside a GPU; where that is too little they go to disk. "
+        "Default: nine tenths of what is free."
+    ),
+]
+BatchOption = Annotated[
+    int | None, typer.Option(help="Sequences in one forward pass. Default: about 8192 tokens.", min=1)
+]
+
+
+def parse_target_modules(text: str) -> str | list[str]:
+    """Names are separated by commas; anything that could not be a name is a regular expression, as PEFT takes it."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    plain = all(re.fullmatch(r"[\w.-]+", name) for name in names)
+    return names if plain and text != "all-linear" else text
+
+
+def check_quantization_options(quant: Quant | None, double: bool | None, compute: Dtype | None) -> None:
+    if quant is None and (double is not None or compute is not None):
+        given = "--compute-dtype" if double is None else "--double-quant" if double else "--no-double-quant"
+        raise QuailoraError(f"{given} says how --quant quantizes the base: give that too, or leave both to the record")
+
+
+def quantization_config(
+    quant: Quant, double: bool | None, compute: Dtype | None, dtype: torch.dtype
+) -> BitsAndBytesConfig:
+    from transformers import BitsAndBytesConfig
+
+    from quailora.pipeline.build import default_quantization
+
+    if quant is Quant.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    config = default_quantization(torch_dtype(compute) or dtype)
+    config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant = quant.value, double is not False
+    config.bnb_4bit_compute_dtype = torch_dtype(compute) or config.bnb_4bit_compute_dtype
+    return config
+
+
+def torch_dtype(dtype: Dtype | None) -> torch.dtype | None:
+    import torch
+
+    return None if dtype is None else getattr(torch, dtype.value)

@@ -1,0 +1,97 @@
+"""`quailora plan`: what a run would take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quailora.cli.options import (
+    BatchOption,
+    CheckpointArgument,
+    ComputeOption,
+    DoubleOption,
+    HostMemoryOption,
+    LengthOption,
+    LoadedOption,
+    MemoryOption,
+    Quant,
+    QuantOption,
+    RemoteOption,
+    RevisionOption,
+    parse_target_modules,
+    quantization_config,
+    torch_dtype,
+)
+
+
+def plan(
+    checkpoint: CheckpointArgument,
+    memory_budget: MemoryOption = None,
+    host_memory_budget: HostMemoryOption = None,
+    rank: Annotated[int, typer.Option(help="LoRA's r.", min=1)] = 64,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, names separated by commas, or one regular expression.")
+    ] = "all-linear",
+    quant: QuantOption = None,
+    double_quant: DoubleOption = True,
+    compute_dtype: ComputeOption = None,
+    dtype: LoadedOption = None,
+    solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
+    iterations: Annotated[int | None, typer.Option(help="Depth of krylov (3), alternations of als (20).")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
+    sequence_length: LengthOption = None,
+    batch_size: BatchOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where it would be computed; cuda need not be here. Default: CUDA if there is one, or cpu."),
+    ] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """What `init` would have where, in bytes, its FLOPs and an estimate of its time.
+
+    No weight is read, nor downloaded: of a model on the hub the headers do.
+    """
+    from json import dumps
+
+    import torch
+    from peft import LoraConfig
+
+    from quailora.adapters import lora as adapters
+    from quailora.calibration.data import SEQUENCE_LENGTH
+    from quailora.memory import planner as budget
+    from quailora.modeling.checkpoint import Checkpoint
+    from quailora.modeling.streamed_model import StreamedModel
+    from quailora.pipeline import build as pipeline
+    from quailora.quantization.bitsandbytes import Quantization
+
+    settings = pipeline.Settings(solver, iterations)
+    # Read first: a slip of the pen is no reason to wait.
+    allowed, host = (
+        None if given is None else budget.parse_bytes(given) for given in (memory_budget, host_memory_budget)
+    )
+    absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
+    place = torch.device("cuda") if absent else pipeline.default_device(device)
+    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, headers_only=True)
+    loaded_as = torch_dtype(dtype) or source.dtype
+    quantization = quantization_config(quant or Quant.nf4, double_quant, compute_dtype, loaded_as)
+    config = LoraConfig(r=rank, target_modules=parse_target_modules(target_modules), task_type="CAUSAL_LM")
+    base = adapters.quantized_skeleton(source, quantization, loaded_as)
+    targets, _ = adapters.find_targets(adapters.adapted_skeleton(base, config, source))
+    positions = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    found = budget.make_plan(
+        StreamedModel(source, torch.device("cpu") if absent else place, loaded_as),
+        {target.name: target.rank for target in targets},
+        Quantization.from_config(quantization),
+        settings,
+        samples=samples,
+        sequence_length=sequence_length or min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH),
+        memory_budget=allowed,
+        host_memory_budget=host,
+        batch_size=batch_size,
+        device=place,
+        timed=True,
+    )
+    typer.echo(dumps(found.to_dict(), indent=2) if json else found.text())

@@ -1,0 +1,4 @@
+"""The memory plan of a run, its budget, and the host allocator.
+
+It must not know adapters or the pipeline.
+"""

@@ -1,0 +1,330 @@
+"""Full-precision tensors by name, read lazily from safetensors: one file or shards, in a folder or on the Hugging Face
+hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig
+
+from quailora.errors import CheckpointError
+from quailora.files import as_bytes
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = FLOATING | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_PIECE = 4 * 2**20  # bytes that are cast at once
+_OWN_PAGES = 2**16  # bytes from which a tensor has pages of its own
+
+# What transformers lets out where config.json has a value that no model can be made of.
+BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
+# What huggingface_hub does where headers cannot be had; errors of its HTTP library, whichever that is, pass through.
+_NO_HEADERS: tuple[Any, ...] = (SafetensorsParsingError, ValueError, *HfHubHTTPError.__bases__)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor stands: its file, safetensors dtype name, shape, and byte range within the file.
+
+    version: the file's size in bytes and time of modification in ns when its header was read.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    version: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype not in DTYPES:
+            raise CheckpointError(f"{self.file} holds a tensor of {self.dtype}, for which torch has no dtype")
+        return DTYPES[self.dtype]
+
+    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor in its shape, in the file's dtype or cast to `dtype` piece by piece, in memory of its own: pages
+        of a mapped file would count as resident until the mapping goes.
+
+        Raises:
+            CheckpointError: the file cannot be read, is not the one whose header was read, or torch has no such dtype.
+        """
+        dtype = dtype or self.torch_dtype
+        tensor = _empty(self.shape, dtype)
+        if dtype == self.torch_dtype:
+            self.read_into(tensor)
+        else:
+            flat = tensor.view(-1)
+            for first, piece in self.pieces(_empty((_PIECE,), torch.uint8)):
+                flat[first : first + len(piece)] = piece
+        return tensor
+
+    def pieces(self, staging: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """The elements in order: the number of the first of a piece, and the piece, in the file's dtype. It stands in
+        the bytes of `staging`, which the next one overwrites."""
+        staging, elements = staging.view(self.torch_dtype), prod(self.shape)
+        for first in range(0, elements, len(staging)):
+            piece = staging[: elements - first]
+            self.read_into(piece, first)
+            yield first, piece
+
+    def read_into(self, part: torch.Tensor, first: int = 0) -> None:
+        """Fill a contiguous tensor on the CPU, of the file's dtype, with the elements from number `first` on."""
+        left = as_bytes(part)
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                if _version(stream.fileno()) != self.version:
+                    raise CheckpointError(f"{self.file} has changed since it was opened: fetch it again")
+                stream.seek(self.start + first * part.itemsize)
+                while len(left) > 0 and (count := stream.readinto(left)):  # 2 GiB at most come at once
+                    left = left[count:]
+        except OSError as error:
+            raise CheckpointError(f"{self.file} cannot be read: {_reason(error)}; fetch it again") from error
+        if len(left) > 0:
+            raise CheckpointError(f"{self.file} ends {len(left)} bytes too early: fetch it again")
+
+
+@dataclass(frozen=True)
+class UnreadTensor:
+    """A tensor that is read when it is indexed, as transformers' loader does once, with `[...]`."""
+
+    read: Callable[[], torch.Tensor]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.read()[index]
+
+
+class Checkpoint:
+    """A full-precision checkpoint of a transformers causal language model; no weight is read before it is asked for.
+
+    Opening reads the headers alone and finds missing shards, truncated files and already quantized checkpoints at once.
+
+    Args:
+        name_or_path: a folder, or the id of a model on the Hugging Face hub.
+        revision: a branch, tag or commit on the hub.
+        trust_remote_code: passed on to transformers; code from a checkpoint runs only where the user says so.
+        headers_only: of a model on the hub whose weights are not here yet, take no more than the headers of its files:
+            dtypes and shapes are known then, and no tensor can be read.
+
+    Raises:
+        CheckpointError: nothing there, not safetensors, a shard missing or truncated, or weights that are quantized
+            already.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        headers_only: bool = False,
+    ) -> None:
+        self.name = str(name_or_path)
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        folder = Path(name_or_path)
+        if folder.is_file():
+            raise CheckpointError(f"{folder} is a file: give the folder that holds {SINGLE} and config.json")
+        self._folder = folder if folder.is_dir() else None
+        self._downloads = not headers_only
+        self.config = self._read_config()
+        try:
+            self.tensors = {name: entry for file in self._files() for name, entry in _read_header(file)}
+        except CheckpointError:
+            if self._downloads or self._folder is not None:
+                raise
+            self.tensors = dict(self._headers_on_hub())
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype that transformers loads this checkpoint in when told "auto": the configuration's, else the
+        tensors'."""
+        declared = getattr(self.config.get_text_config(decoder=True), "dtype", None) or getattr(
+            self.config, "dtype", None
+        )
+        if declared is not None:
+            return getattr(torch, declared) if isinstance(declared, str) else declared
+        found = next((FLOATING[entry.dtype] for entry in self.tensors.values() if entry.dtype in FLOATING), None)
+        if found is None:
+            raise CheckpointError(f"{self.name} holds no floating-point tensor")
+        return found
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every tensor's name, dtype, shape and a sample of its bytes: the same however it is sharded, and
+        quick."""
+        digest = hashlib.sha256()
+        for name, entry in sorted(self.tensors.items()):
+            digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+            with entry.file.open("rb") as file:
+                file.seek(entry.start + max(0, entry.nbytes // 2 - 512))
+                digest.update(file.read(min(1024, entry.nbytes)))
+        return digest.hexdigest()[:32]
+
+    def slices(self, names: Iterable[str], dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, UnreadTensor]:
+        """The named tensors, each read (and cast to what `dtypes` says) anew whenever it is indexed; see
+        `TensorEntry.read` for what is raised then."""
+        return {name: UnreadTensor(partial(self.tensors[name].read, (dtypes or {}).get(name))) for name in names}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, read now, in the dtype of the file."""
+        return self.tensors[name].read()
+
+    def has(self, filename: str) -> bool:
+        """Whether there is a file of that name, which is fetched if it is on the hub.
+
+        Raises:
+            CheckpointError: the hub cannot say.
+        """
+        return self._locate(filename) is not None
+
+    def _read_config(self) -> PretrainedConfig:
+        try:
+            config = AutoConfig.from_pretrained(
+                self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, *BAD_CONFIG) as error:
+            place = "in this folder" if self._folder else "as a folder here, nor as a model on the Hugging Face hub"
+            raise CheckpointError(f"no usable config.json for '{self.name}' {place}: {_reason(error)}") from error
+        if getattr(config, "quantization_config", None) is not None:
+            raise CheckpointError(
+                f"{self.name} is already quantized: the error of quantization can only be computed from the "
+                "full-precision checkpoint it was made from; give that one"
+            )
+        return config
+
+    def _files(self) -> list[Path]:
+        single = self._locate(SINGLE)  # first, as transformers does where a folder has both
+        if single is not None:
+            return [single]
+        index = self._locate(INDEX)
+        if index is None:
+            self._nothing_found()
+        try:
+            shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index: {error!r}; fetch it again") from error
+        files = []
+        for shard in shards:
+            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+                raise CheckpointError(f"{index} points outside its folder, to {shard!r}: do not use this checkpoint")
+            file = self._locate(shard)
+            if file is None:
+                raise CheckpointError(
+                    f"shard {shard} of {self.name} is missing, one of the {len(shards)} in {index.name}: fetch it"
+                )
+            files.append(file)
+        return files
+
+    def _locate(self, filename: str) -> Path | None:
+        if self._folder is not None:
+            path = self._folder / filename
+            return path if path.is_file() else None
+        try:
+            return Path(
+                hf_hub_download(self.name, filename, revision=self.revision, local_files_only=not self._downloads)
+            )
+        except EntryNotFoundError:  # offline as well: what the cache has may do
+            return None
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise CheckpointError(f"{filename} of '{self.name}' cannot be had: {_reason(error)}") from error
+
+    def _headers_on_hub(self) -> Iterator[tuple[str, TensorEntry]]:
+        try:
+            found = get_safetensors_metadata(self.name, revision=self.revision)
+        except NotASafetensorsRepoError:
+            self._nothing_found()
+        except _NO_HEADERS as error:
+            raise CheckpointError(f"the headers of '{self.name}' cannot be had: {_reason(error)}") from error
+        for filename, header in found.files_metadata.items():
+            for name, tensor in header.tensors.items():
+                file, (start, end) = Path(self.name, filename), tensor.data_offsets
+                yield name, TensorEntry(file, tensor.dtype, tuple(tensor.shape), start, end, (0, 0))
+
+    def _nothing_found(self) -> NoReturn:
+        found = sorted(path.name for path in self._folder.iterdir()) if self._folder is not None else []
+        pickled = [name for name in found if name.endswith((".bin", ".pt", ".pth"))]
+        why = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
+        where = "" if self._folder is not None else " on the Hugging Face hub, if that can be reached, nor in its cache"
+        raise CheckpointError(f"{self.name} has neither {SINGLE} nor {INDEX}{where}{why}")
+
+
+def _reason(error: Exception) -> str:
+    """The libraries' own words, on one line, without the advice that follows."""
+    return " ".join(str(error).split())[:300] or repr(error)
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
+    """The header of a safetensors file: 8 bytes of length (little-endian), JSON, then the data."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass  # safetensors has now checked that header and file agree to the byte
+        with file.open("rb") as stream:
+            version = _version(stream.fileno())
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        raise CheckpointError(
+            f"{file} ({size} bytes) is truncated, damaged or no safetensors file: {_reason(error)}; fetch it again"
+        ) from error
+    header.pop("__metadata__", None)
+    for name, tensor in header.items():
+        start, end = (8 + length + offset for offset in tensor["data_offsets"])
+        yield name, TensorEntry(file, tensor["dtype"], tuple(tensor["shape"]), start, end, version)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory on the CPU that the operating system has back as soon as the tensor is gone. malloc, for all but large
+    tensors, keeps it for the thread that allocated; measured, a block's worth and more."""
+    size = prod(shape) * dtype.itemsize
+    if size >= _OWN_PAGES and hasattr(mmap, "MAP_ANONYMOUS"):
+        with suppress(OSError):  # no memory: torch will say so
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _version(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns

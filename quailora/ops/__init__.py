@@ -1,0 +1,34 @@
+"""The accelerated operations: one signature each, served by the fastest backend that runs here.
+
+Operations on tensors only; `reference.py` specifies what each computes.
+"""
+
+from quailora.ops.dispatch import (
+    backends,
+    cholesky_solve,
+    error,
+    gram_,
+    gram_energy,
+    grouped_error_product,
+    grouped_error_product_t,
+    grouped_gram_product,
+    half_products,
+    mirror_,
+    orthonormalize,
+    packed,
+)
+
+__all__ = [
+    "backends",
+    "cholesky_solve",
+    "error",
+    "gram_",
+    "gram_energy",
+    "grouped_error_product",
+    "grouped_error_product_t",
+    "grouped_gram_product",
+    "half_products",
+    "mirror_",
+    "orthonormalize",
+    "packed",
+]

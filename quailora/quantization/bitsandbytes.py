@@ -1,0 +1,381 @@
+"""The quantized weight of a linear layer: NF4, FP4 (plain or nested absmax) and LLM.int8, as bitsandbytes holds it.
+
+`quantize` makes one from a full-precision weight, as transformers does while it loads a model; `read` takes one out
+of a loaded layer. Either way `dequantize()` is Q, the weight that the deployed forward pass multiplies with.
+`Quantization` is the record of how: it goes beside an adapter, which is right on that base only.
+
+m and n are a layer's outputs and inputs; b is the number of elements that share one absmax.
+"""
+
+import copy
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeGuard, TypeVar
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+from transformers import BitsAndBytesConfig
+
+from quailora.errors import AdapterError, CheckpointError
+
+NAMES = {"nf4": "NF4", "fp4": "FP4", "int8": "LLM.int8"}
+# What bitsandbytes quantizes from, and what it computes in.
+FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# What bitsandbytes.functional.quantize_4bit accepts.
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of a base are quantized.
+
+    Raises AdapterError, on construction, for a method, block size or dtype that bitsandbytes does not have.
+    """
+
+    method: str  # "nf4", "fp4" or "int8"
+    double: bool = False  # double quantization: absmax is itself held in 8 bits
+    blocksize: int | None = None  # b; None for int8, which has one absmax to a row
+    compute_dtype: torch.dtype | None = None  # a 4-bit layer casts its input, and rounds Q, to this; None for int8
+    storage: torch.dtype | None = None  # what the packed bytes are viewed as: uint8, unless for FSDP; None for int8
+    threshold: float | None = None  # inputs of this magnitude are multiplied in 16 bits, 0 for none; None for 4 bits
+    skip_modules: tuple[str, ...] | None = None  # layers left unquantized; None for transformers' choice
+
+    def __post_init__(self) -> None:
+        if self.method not in NAMES:
+            raise AdapterError(f"quantization method {self.method!r} is not known; take one of {', '.join(NAMES)}")
+        if self.method == "int8":
+            if self.double or self.blocksize is not None or self.compute_dtype is not None:
+                raise AdapterError(f"int8 has one absmax to a row, so no double, blocksize or compute_dtype: {self}")
+            return
+        if self.blocksize not in BLOCKSIZES:
+            raise AdapterError(f"block size {self.blocksize} is not one that bitsandbytes has: {BLOCKSIZES}")
+        if self.compute_dtype not in FLOATS:
+            raise AdapterError(f"compute dtype {self.compute_dtype} is not one of float32, float16 and bfloat16")
+
+    @classmethod
+    def from_config(cls, config: object) -> "Quantization":
+        """The record of a transformers BitsAndBytesConfig; the block size is what the installed bitsandbytes gives.
+
+        Its llm_int8_enable_fp32_cpu_offload is left out: what that leaves unquantized depends on a device map.
+        Raises AdapterError for any other configuration, and for llm_int8_has_fp16_weight.
+        """
+        method = config.quantization_method() if isinstance(config, BitsAndBytesConfig) else None
+        if not isinstance(config, BitsAndBytesConfig) or method is None:
+            raise AdapterError(
+                f"{type(config).__name__} does not quantize to NF4, FP4 or LLM.int8: give a BitsAndBytesConfig with"
+                " load_in_8bit=True, or load_in_4bit=True and bnb_4bit_quant_type 'nf4' or 'fp4'"
+            )
+        skip = None if config.llm_int8_skip_modules is None else tuple(sorted(set(config.llm_int8_skip_modules)))
+        if method == "llm_int8":
+            if config.llm_int8_has_fp16_weight:
+                raise AdapterError("llm_int8_has_fp16_weight=True leaves the weights unquantized; set it to False")
+            return cls("int8", threshold=config.llm_int8_threshold, skip_modules=skip)
+        return cls(
+            method,
+            double=config.bnb_4bit_use_double_quant,
+            blocksize=_default_blocksize(),
+            compute_dtype=config.bnb_4bit_compute_dtype,
+            storage=config.bnb_4bit_quant_storage,
+            skip_modules=skip,
+        )
+
+    def to_config(self) -> BitsAndBytesConfig:
+        """The BitsAndBytesConfig that quantizes so. Raises AdapterError for a block size, which it cannot set."""
+        skip = None if self.skip_modules is None else list(self.skip_modules)
+        if self.method == "int8":
+            outliers = {} if self.threshold is None else {"llm_int8_threshold": self.threshold}
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip, **outliers)
+        if self.blocksize != _default_blocksize():
+            raise AdapterError(
+                f"a BitsAndBytesConfig cannot ask for blocks of {self.blocksize}, it gives {_default_blocksize()}:"
+                " load the base from a checkpoint that was saved quantized so"
+            )
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.method,
+            bnb_4bit_use_double_quant=self.double,
+            bnb_4bit_compute_dtype=self.compute_dtype,
+            bnb_4bit_quant_storage=self.storage,
+            llm_int8_skip_modules=skip,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; dtypes by their names in torch."""
+        values = asdict(self)
+        for name in ("compute_dtype", "storage"):
+            values[name] = values[name] and str(values[name]).removeprefix("torch.")
+        values["skip_modules"] = None if self.skip_modules is None else list(self.skip_modules)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Quantization":
+        """The inverse of `to_dict`. Raises AdapterError for what is no such record."""
+        known = {field.name for field in fields(cls)}
+        if "method" not in values or not set(values) <= known:
+            raise AdapterError(f"not a record of a quantization: its keys are {sorted(values)}, ours {sorted(known)}")
+        values = dict(values)
+        for name in ("compute_dtype", "storage"):
+            if values.get(name) is not None:
+                dtype = getattr(torch, str(values[name]), None)
+                if not isinstance(dtype, torch.dtype):
+                    raise AdapterError(f"{name} {values[name]!r} in the record of a quantization is no dtype of torch")
+                values[name] = dtype
+        if values.get("skip_modules") is not None:
+            values["skip_modules"] = tuple(values["skip_modules"])
+        return cls(**values)
+
+    def describe(self) -> str:
+        """One line, such as "NF4, double quantization, blocks of 64, compute bf16"."""
+        words = [NAMES[self.method]]
+        if self.double:
+            words.append("double quantization")
+        if self.blocksize is not None:
+            words.append(f"blocks of {self.blocksize}")
+        if self.compute_dtype is not None:
+            words.append(f"compute {FLOATS[self.compute_dtype]}")
+        if self.threshold:
+            words.append(f"outliers from {self.threshold:g}")
+        return ", ".join(words)
+
+    def differences(self, other: "Quantization") -> list[str]:
+        """What gives `other` another Q, or Q to other layers: a phrase each, self's value first; empty if nothing does.
+
+        `storage` and `threshold` are not compared: they change neither. One layer's record (`quantization_of`) has no
+        `skip_modules`: compare it with `dataclasses.replace(record, skip_modules=None)`.
+        """
+        mine, theirs = self._facts(), other._facts()
+        shared = [name for name in mine if name in theirs]
+        return [f"{name} {mine[name]} against {theirs[name]}" for name in shared if mine[name] != theirs[name]]
+
+    def _facts(self) -> dict[str, str]:
+        facts = {
+            "method": NAMES[self.method],
+            "unquantized layers": "by default" if self.skip_modules is None else ", ".join(self.skip_modules) or "none",
+        }
+        if self.compute_dtype is not None:
+            facts["absmax"] = "in 8 bits (double quantization)" if self.double else "in fp32"
+            facts["block size"] = str(self.blocksize)
+            facts["compute dtype"] = FLOATS[self.compute_dtype]
+        return facts
+
+
+@dataclass(frozen=True, eq=False)
+class NestedAbsmax:
+    """The absmax of double quantization: 8-bit codes, in blocks of their own, around a common offset."""
+
+    codes: Tensor  # (ceil(m n / b),) uint8
+    table: Tensor  # (256,) fp32
+    absmax: Tensor  # (ceil(len(codes) / blocksize),) fp32
+    offset: Tensor  # () fp32
+    blocksize: int
+
+    def dequantize(self) -> Tensor:
+        """absmax[i] = table[codes[i]] absmax[i // blocksize] + offset: (ceil(m n / b),) fp32."""
+        spread = bnb.functional.dequantize_blockwise(
+            self.codes, absmax=self.absmax, code=self.table, blocksize=self.blocksize
+        )
+        return spread + self.offset
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.codes, self.table, self.absmax, self.offset))
+
+
+@dataclass(frozen=True, eq=False)
+class FourBit:
+    """An NF4 or FP4 weight. Element i of the weight, flattened by rows, is table[codes[i]] absmax[i // b]."""
+
+    codes: Tensor  # (ceil(m n / 2),) uint8, two codes a byte, the high nibble first
+    absmax: Tensor | NestedAbsmax  # (ceil(m n / b),) fp32
+    blocksize: int  # b
+    quant_type: str  # "nf4" or "fp4": which table of 16 values
+    shape: tuple[int, int]  # (m, n)
+    dtype: torch.dtype  # the compute dtype, which Q is rounded to
+
+    def dequantize(self) -> Tensor:
+        """Q (m, n), in the compute dtype: table * absmax in fp32, rounded once, to what the layer casts its input to.
+
+        That is what `bitsandbytes::gemm_4bit` does. The dtype the weight had before has no part in it, though the
+        backward pass and bitsandbytes.functional.dequantize_4bit round to that: fp32 compute leaves Q unrounded.
+        Fused kernels (small inputs on a GPU; eval mode on a CPU with AVX512-BF16) depart from Q by rounding only.
+        """
+        size = self.shape[0] * self.shape[1]
+        # Rows of one block each: where a row is no whole number of blocks, the AVX-512 kernel of bitsandbytes 0.50.2
+        # multiplies with the absmax of another block; and where it is odd there is no kernel for a CPU.
+        whole = size % self.blocksize == 0
+        rows = (size // self.blocksize, self.blocksize) if whole else (1, 2 * self.codes.numel())
+        absmax = self.absmax.dequantize() if isinstance(self.absmax, NestedAbsmax) else self.absmax
+        q = torch.ops.bitsandbytes.dequantize_4bit.default(
+            self.codes, absmax, self.blocksize, self.quant_type, rows, self.dtype
+        )
+        return q.view(-1)[:size].view(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.absmax.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class EightBit:
+    """An LLM.int8 weight: Q[i, j] = codes[i, j] absmax[i] / 127."""
+
+    codes: Tensor  # (m, n) int8
+    absmax: Tensor  # (m,) fp32, bitsandbytes' SCB
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """Q (m, n) fp32: the forward pass sums integers and scales the sum, so it never rounds the weight itself.
+
+        But columns that meet an outlier, and all columns in training on a CPU, are rounded to the dtype of the input.
+        """
+        return bnb.functional.int8_vectorwise_dequant(self.codes, self.absmax)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.absmax.nbytes
+
+
+QuantizedWeight = FourBit | EightBit
+
+
+_Parts = TypeVar("_Parts", bound=FourBit | EightBit | NestedAbsmax)
+
+
+def to_device(quantized: _Parts, device: torch.device) -> _Parts:
+    """The same with its tensors on `device`; those that are there already are shared."""
+    parts = {field.name: getattr(quantized, field.name) for field in fields(quantized)}
+    moved: dict[str, Any] = {
+        name: to_device(part, device) if isinstance(part, NestedAbsmax) else part.to(device)
+        for name, part in parts.items()
+        if isinstance(part, NestedAbsmax | Tensor)
+    }
+    return replace(quantized, **moved)
+
+
+QuantizedLinear = bnb.nn.Linear4bit | bnb.nn.Linear8bitLt
+
+
+def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
+    """Quantize a weight to the very bits that transformers' from_pretrained gives it under the same configuration.
+
+    weight: (m, n), outputs by inputs (a Conv1D weight transposed), in the dtype that the model is loaded in and on the
+    device it is quantized on: bitsandbytes' kernels of different devices may round ties apart.
+    Raises CheckpointError for a weight that bitsandbytes cannot quantize.
+    """
+    if weight.ndim != 2 or weight.dtype not in FLOATS or weight.is_meta:
+        raise CheckpointError(
+            f"cannot quantize a weight of shape {tuple(weight.shape)} and {weight.dtype} on {weight.device}:"
+            " it must be a matrix of float32, float16 or bfloat16, in memory"
+        )
+    weight = weight.detach().contiguous()
+    if quantization.method == "int8":
+        codes, absmax, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+        return EightBit(codes, absmax)
+    codes, state = bnb.functional.quantize_4bit(
+        weight,
+        blocksize=quantization.blocksize,
+        compress_statistics=quantization.double,
+        quant_type=quantization.method,
+    )
+    return _four_bit(codes, state, quantization)
+
+
+def is_quantized(module: object) -> TypeGuard[QuantizedLinear]:
+    """Whether a module is a linear layer of bitsandbytes, its weight loaded or not."""
+    return isinstance(module, QuantizedLinear)
+
+
+def read(module: torch.nn.Module) -> QuantizedWeight:
+    """The quantized weight of a loaded bitsandbytes layer, which it shares memory with and leaves as it is.
+
+    A CPU with AVX512-BF16 repacks a 4-bit layer at its first forward pass in eval mode, and from then on its absmax is
+    neither nested nor more precise than bf16: so it is in what this returns.
+    Raises AdapterError for a module that is no such layer, or whose weight is not quantized yet, or not in memory.
+    """
+    record = quantization_of(module)
+    weight: Any = module.weight
+    if record.method == "int8":
+        return EightBit(weight.data, _int8_absmax(module))
+    codes, state = weight.data, _quant_state(module)
+    if _is_repacked(state):
+        absmax = state.absmax.T.reshape(-1).float()  # (n / b, m) to (m n / b,)
+        state = copy.copy(state)
+        state.original_nested = False  # or the inverse would quantize the rounded absmax once more
+        codes, state = bnb.functional._convert_weight_packed_for_cpu_inverse(codes, state)
+        state.absmax = absmax
+    return _four_bit(codes, state, record)
+
+
+def quantization_of(module: torch.nn.Module) -> Quantization:
+    """How a loaded bitsandbytes layer is quantized; `skip_modules`, which no layer knows, is None.
+
+    A Linear4bit built without a compute dtype computes in that of its first input; until then this is taken to be the
+    dtype of the weight it was made from.
+    Raises AdapterError as `read` does.
+    """
+    if not is_quantized(module):
+        raise AdapterError(
+            f"{type(module).__name__} is no bitsandbytes Linear4bit or Linear8bitLt, so it has no quantized weight;"
+            " a PEFT layer has it in its base_layer"
+        )
+    layer = f"{type(module).__name__}({module.in_features}, {module.out_features})"
+    if module.weight.is_meta:
+        raise AdapterError(f"the weight of {layer} is on the meta device: load the model without offloading it")
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        if module.state.has_fp16_weights:
+            raise AdapterError(f"{layer} keeps its weight in 16 bits: build it with has_fp16_weights=False")
+        if _int8_absmax(module) is None:
+            raise AdapterError(f"the weight of {layer} is not quantized yet: move it to its device first")
+        return Quantization("int8", threshold=module.state.threshold)
+    state = _quant_state(module)
+    if state is None:
+        raise AdapterError(f"the weight of {layer} is not quantized yet: move it to its device first")
+    repacked = _is_repacked(state)
+    return Quantization(
+        state.quant_type,
+        double=state.original_nested if repacked else state.nested,
+        blocksize=state.blocksize,
+        compute_dtype=module.compute_dtype or (state.original_dtype if repacked else state.dtype),
+        storage=getattr(state, "original_storage_type", torch.uint8) if repacked else module.weight.dtype,
+    )
+
+
+def _default_blocksize() -> int:
+    # Neither transformers nor Linear4bit has a setting for it.
+    return bnb.nn.Params4bit().blocksize
+
+
+def _four_bit(codes: Tensor, state: Any, quantization: Quantization) -> FourBit:
+    """From codes in any storage dtype and a bitsandbytes QuantState."""
+    assert quantization.compute_dtype is not None  # as every 4-bit Quantization has
+    absmax: Tensor | NestedAbsmax = state.absmax
+    if state.nested:
+        nested = state.state2
+        absmax = NestedAbsmax(state.absmax, nested.code, nested.absmax, state.offset, nested.blocksize)
+    return FourBit(
+        codes.reshape(-1).view(torch.uint8),
+        absmax,
+        state.blocksize,
+        state.quant_type,
+        tuple(state.shape),
+        quantization.compute_dtype,
+    )
+
+
+def _quant_state(module: Any) -> Any:
+    # FSDP makes a plain parameter of the Params4bit; the layer still has the state then.
+    state = getattr(module.weight, "quant_state", None)
+    return module.quant_state if state is None else state
+
+
+def _is_repacked(state: Any) -> bool:
+    return getattr(state, "packing_format_for_cpu", False)
+
+
+def _int8_absmax(module: Any) -> Any:
+    # The first forward pass moves it from the weight to the layer's state.
+    absmax = getattr(module.weight, "SCB", None)
+    return module.state.SCB if absmax is None else absmax

@@ -1,0 +1,26 @@
+"""The closed form in fp64: needs E in memory, and eigenvectors of an m x m or n x n matrix."""
+
+import torch
+
+from quailora.solvers.problem import Problem, Solution, leading, objective
+
+
+def eigh(problem: Problem) -> list[Solution]:
+    """The closed form: A = the top r eigenvectors of S = E H Eᵀ, B = Eᵀ A."""
+    assert problem.gram is not None
+    h, solutions = problem.gram.double(), []
+    for i, rank in enumerate(problem.ranks):
+        error = problem.errors.dense(i).double()
+        rows, columns = error.shape
+        span, core = torch.linalg.qr(error) if rows > columns else (None, error)  # S acts within the span of E
+        del error
+        s = core @ (h @ core.T)
+        s += (core @ core.T).mul_(problem.shift)
+        values, vectors = torch.linalg.eigh((s + s.T).div_(2))
+        vectors = leading(values, vectors, rank)
+        left = vectors if span is None else span @ vectors
+        right = core.T @ vectors
+        weighed = h @ right + problem.shift * right
+        trace = [objective(problem.initial[i], left, right, right, weighed)]
+        solutions.append(Solution(left, right, right, weighed, trace))
+    return solutions

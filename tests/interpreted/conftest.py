@@ -1,9 +1,0 @@
-"""These tests are for `../test_interpreted.py` to run: without TRITON_INTERPRET=1 they are not even collected."""
-
-import os
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # interpreter.py
-
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]

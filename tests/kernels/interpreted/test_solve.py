@@ -1,0 +1,101 @@
+"""The solvers with every operation served by the kernels, interpreted."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import takewhile
+
+import pytest
+import torch
+
+from quailora import doctor
+from quailora.doctor import examine
+from quailora.ops import dispatch
+from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.solvers.solve import Linear, methods, solve, solve_group
+from tests.helpers import interpreter
+
+interpreter.install()
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def kernels_serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for operation, candidates in dispatch._BACKENDS.items():
+        free = [replace(b, obstacle=lambda device: None) if b.name == "triton" else b for b in candidates]
+        monkeypatch.setitem(dispatch._BACKENDS, operation, tuple(free))
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()
+
+
+def test_doctor_finds_nothing() -> None:
+    findings = list(takewhile(lambda finding: finding.operation != "solve", examine(CPU, size=32)))
+    assert [finding for finding in findings if not finding.sound] == []
+    by_kernels = {finding.operation for finding in findings if finding.backend == "triton"}
+    assert by_kernels == {name for name, candidates in dispatch._BACKENDS.items() if candidates[0].name == "triton"} - {
+        "packed"
+    }
+    for product in ("grouped_error_product", "grouped_error_product_t"):
+        kinds = {finding.case.partition(", ")[0] for finding in findings if finding.operation == product}
+        assert kinds == {"NF4", "FP4", "LLM.int8", "3 linears", "E in bf16"}
+
+
+def test_doctor_finds_nothing_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of which no two are alike, and E in the place of W: `tests/kernels/test_mutations.py` plants faults."""
+    cases = [case for case in doctor._cases(32) if case.name.startswith(("3 linears", "E in bf16"))]
+    assert len(cases) == 2 * 2 * 2
+    monkeypatch.setattr(doctor, "_cases", lambda size: cases)
+    assert [finding for finding in examine(CPU, size=32) if not finding.sound] == []
+
+
+@pytest.mark.parametrize("solver", ["krylov", "als"])
+def test_the_trace_ends_with_the_objective(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However coarse the products of the iteration are."""
+    monkeypatch.setattr(methods, "_SVD_DEPTH", 1)
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(100, 48, generator=g), torch.randn(40, 48, generator=g).mul(0.02).bfloat16()
+    quantized = quantize(weight, Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16))
+    found = solve(weight, quantized, x.T @ x, 16, solver=solver, iterations=1, precision="bf16")
+    assert found.trace[-1] == pytest.approx(found.objective, rel=1e-9)  # the same sums
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "overwrite"), [("krylov", 2, False), ("krylov", 20, True), ("als", 2, False), ("svd", 2, False)]
+)
+def test_kernels_reach_what_the_reference_reaches(
+    solver: str, steps: int, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "_SVD_DEPTH", 1)  # interpreted, a solve takes seconds
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 48, generator=g) * torch.arange(1, 49) ** -0.5
+    x[:, ::24] *= 100
+    h, form = x.T @ x, Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
+    weights = [torch.randn(m, 48, generator=g).mul(0.02).bfloat16() for m in (40, 17)]
+    linears = [Linear(w, quantize(w, form), r) for w, r in zip(weights, (16, 5), strict=True)]
+    copies = [replace(linear, weight=linear.weight.clone()) for linear in linears]
+    by_kernels = solve_group(copies, h, solver=solver, iterations=steps, overwrite_weights=overwrite, damping=1e-4)
+    monkeypatch.undo()
+    monkeypatch.setattr(methods, "_SVD_DEPTH", 1)
+    dispatch._choose.cache_clear()
+    for linear, copy, found in zip(linears, copies, by_kernels, strict=True):
+        expected = solve(linear.weight, linear.quantized, h, linear.rank, solver=solver, iterations=steps, damping=1e-4)
+        # What the precision in use costs. Factors may differ by more: it is the objective that they are to agree on.
+        if solver == "svd":  # which minimizes another
+            assert found.trace[-1] == pytest.approx(expected.trace[-1], rel=1e-4)
+        else:
+            assert found.objective == pytest.approx(expected.objective, rel=1e-4, abs=1e-6 * expected.initial)
+        assert found.initial == pytest.approx(expected.initial, rel=1e-6)
+        assert found.residual_norm == pytest.approx(expected.residual_norm, rel=1e-3)
+        # With so many products E is worth its while in memory.
+        assert torch.equal(copy.weight, linear.weight) == (steps < 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_weights_of_dtypes_that_kernels_do_not_read(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(100, 48, generator=g), torch.randn(40, 48, generator=g).to(dtype)
+    quantized = quantize(weight.float(), Quantization("nf4", blocksize=64, compute_dtype=torch.float32))
+    found = solve(weight, quantized, x.T @ x, 16, overwrite_weight=True)
+    expected = solve(weight.float(), quantized.dequantize(), x.T @ x, 16)
+    assert found.objective == pytest.approx(expected.objective, rel=1e-5)

@@ -1,0 +1,293 @@
+"""Shipped kernels in their compiled form, executed: results, races, and the bytes and instructions that they cost."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from quailora.kernels import cholesky, error_products, gram_product
+from quailora.kernels.error_products import Codes
+from quailora.kernels.precision import PRECISIONS
+from quailora.kernels.variants import Variant
+from quailora.ops import reference
+from quailora.quantization.bitsandbytes import Quantization, QuantizedWeight, quantize
+from tests.emulation import ptx
+from tests.helpers import aot
+from tests.helpers.rounding import assert_product
+
+R = 64  # what the goals are stated for
+IDEAL = 2 + 1 / 2 + 4 / 64  # bytes per element of E: W in bf16, two codes a byte, an fp32 absmax for each 64
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shipped(kernels: object, name: str, target: str = "sm_80") -> Variant:
+    return _variants(kernels, target)[name]
+
+
+@cache
+def _variants(kernels: object, target: str) -> dict[str, Variant]:
+    return {variant.name: variant for variant in kernels.variants(target)}  # type: ignore[attr-defined]
+
+
+def linear(m: int, n: int) -> tuple[Tensor, QuantizedWeight]:
+    weight = (0.02 * random(m, n)).bfloat16()
+    return weight, quantize(weight, Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16))
+
+
+# ---- E P and Eᵀ A
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The arithmetic of a launch of one linear: its programs, and the bytes that they ask for."""
+
+    variant: Variant
+    m: int
+    n: int
+    tiles: int
+    splits: int
+
+    @classmethod
+    def of(cls, variant: Variant, m: int, n: int) -> "Launch":
+        sizes = {"units": n // variant.constexprs["ALIGNMENT"], "m_0": m, "m_1": 0, "m_2": 0}
+        return cls(variant, m, n, *variant.grid({**variant.constexprs, **sizes}))
+
+    @property
+    def rank(self) -> int:
+        return self.variant.constexprs["RANK"]
+
+    @property
+    def kept(self) -> int:
+        return self.n if self.variant.constexprs["TRANSPOSED"] else self.m
+
+    def bytes_read(self) -> dict[str, int]:
+        elements, granule = self.m * self.n, self.variant.constexprs["GRANULE"]
+        return {
+            "weight_0": 2 * elements,
+            "codes_0": elements // 2,
+            "absmax_0": 4 * elements // granule,
+            "thin_0": self.tiles * (elements // self.kept) * self.rank * 4,  # all of it for each tile
+            "table_ptr": self.tiles * self.splits * 256 * 8,
+        }
+
+    def bytes_written(self) -> int:
+        return self.splits * self.kept * self.rank * 4
+
+    def bytes_per_element(self) -> float:
+        """All that is requested of global memory, the sum of the partial products included, which torch makes."""
+        summing = self.bytes_written() + self.kept * self.rank * 4
+        return (sum(self.bytes_read().values()) + self.bytes_written() + summing) / (self.m * self.n)
+
+
+def execute(launch: Launch) -> ptx.Counters:
+    """Run it on the emulator and check its result."""
+    variant, m, n = launch.variant, launch.m, launch.n
+    weight, quantized = linear(m, n)
+    error, codes = reference.error(weight, quantized), Codes.of(quantized)
+    transposed = variant.constexprs["TRANSPOSED"]
+    thin = random(m if transposed else n, R, seed=1)
+    partial = torch.full((launch.splits, launch.kept * R), torch.nan)
+    units = n // variant.constexprs["ALIGNMENT"]
+    arguments = {"table_ptr": codes.table, "partial_ptr": partial, "units": units}
+    for i in range(3):
+        arguments |= {f"weight_{i}": weight, f"codes_{i}": codes.codes, f"absmax_{i}": codes.absmax, f"thin_{i}": thin}
+        arguments[f"m_{i}"] = m if i == 0 else 0
+    counters = ptx.run(variant, arguments, grid=(launch.tiles, launch.splits))
+    product = partial.sum(dim=0).view(launch.kept, R)
+    assert_product(product, error.T if transposed else error, thin, variant.constexprs["PRECISION"])
+    return counters
+
+
+@pytest.mark.parametrize(
+    ("precision", "shape", "m", "n"),
+    [
+        ("tf32", "n", 256, 512),
+        ("tf32", "t", 512, 256),
+        ("bf16x3", "n", 256, 256),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("tf32", "n", 512, 256),
+                ("tf32", "t", 256, 512),
+                ("bf16x3", "t", 256, 256),
+                ("bf16", "n", 256, 256),
+                ("bf16", "t", 256, 256),
+            )
+        ),
+    ],
+)
+def test_bytes_of_an_error_product(precision: str, shape: str, m: int, n: int) -> None:
+    """As the launch's arithmetic says; in two shapes, so that the two agree in how they grow."""
+    launch = replace(Launch.of(shipped(error_products, f"4bit-bf16-r{R}-{precision}-{shape}"), m, n), splits=2)
+    counters = execute(launch)
+    assert dict(counters.bytes_read) == launch.bytes_read()
+    assert counters.bytes_written == {"partial_ptr": launch.bytes_written()}
+    once = {name: counters.bytes_read[name] for name in ("weight_0", "codes_0")}
+    assert (
+        {name: counters.bytes_touched[name] for name in once} == once == {"weight_0": 2 * m * n, "codes_0": m * n // 2}
+    )
+    assert counters.bytes_touched["absmax_0"] == m * n // 16
+
+
+# By rank, of IDEAL: all that is requested of global memory, most of it P again and again, from L2. What is coarser
+# keeps more sums, and so reads P for fewer tiles.
+MOST = {16: 1.3, 32: 1.55, 64: 2.0, 128: 3.1, 256: 7.9}
+MOST_OF_FINE = {("ieee", 64): 2.75, ("ieee", 128): 4.5, ("bf16x3", 128): 4.5}
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("shape", ["n", "t"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("rank", MOST)
+def test_bytes_of_an_error_product_at_4096(rank: int, precision: str, shape: str, target: str) -> None:
+    launch = Launch.of(shipped(error_products, f"4bit-bf16-r{rank}-{precision}-{shape}", target), 4096, 4096)
+    read, constants = launch.bytes_read(), launch.variant.constexprs
+    once = sum(read[name] for name in ("weight_0", "codes_0", "absmax_0")) / 4096**2
+    # Steps shorter than a block read its absmax again.
+    assert IDEAL <= once <= (1.05 if shape == "t" or constants["INNER"] >= 32 else 1.08) * IDEAL
+    assert launch.bytes_per_element() <= MOST_OF_FINE.get((precision, rank), MOST[rank]) * IDEAL
+    if rank == 64 and precision in ("tf32", "bf16"):
+        assert constants["INNER"] >= 32
+
+
+@pytest.mark.parametrize("shape", ["n", "t"])
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_instructions_of_the_dequantization(precision: str, shape: str) -> None:
+    """On sm_90, what the loop of a 4-bit weight has more than that of a dense E in bf16, otherwise the same."""
+    dtype = torch.bfloat16
+    cases = (error_products._Case(kind, dtype, dtype, R, precision, shape == "t", "even") for kind in ("4bit", "dense"))
+    fused, dense = (next(error_products._product_variants("sm_90", case)) for case in cases)
+    assert {name: fused.constexprs[name] for name in ("KEPT", "INNER")} == {
+        name: dense.constexprs[name] for name in ("KEPT", "INNER")
+    }
+    elements = fused.constexprs["KEPT"] * fused.constexprs["INNER"]
+    per_element = [
+        aot.resources(aot.compile_for(aot.TARGETS["sm_90"], variant)).loop_instructions_per_element(elements)
+        for variant in (fused, dense)
+    ]
+    assert 1 < per_element[0] - per_element[1] <= 9  # a look-up, a multiplication: less than one cannot be
+
+
+@pytest.mark.parametrize("form", ["even", "masked", "masked16", "ragged"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_error_may_take_the_place_of_the_weight(dtype: torch.dtype, form: str) -> None:
+    """To the bit, and no thread reads what another has overwritten: that would be a race."""
+    variant = shipped(error_products, f"error-4bit-{error_products._DTYPES[dtype]}-{form}")
+    m, n = {"even": (32, 256), "masked": (20, 320), "masked16": (20, 304), "ragged": (20, 259)}[form]
+    weight = (0.02 * random(m, n)).to(dtype)
+    quantized = quantize(weight, Quantization("nf4", blocksize=64, compute_dtype=dtype))
+    expected, codes = reference.error(weight, quantized).to(dtype), Codes.of(quantized)
+    pointers = {"weight": weight, "codes": codes.codes, "absmax": codes.absmax, "table": codes.table, "out": weight}
+    sizes = {"start": 0, "stop": m, "units": n // variant.constexprs["ALIGNMENT"]}
+    ptx.run(variant, {f"{name}_ptr": tensor for name, tensor in pointers.items()} | sizes)
+    assert torch.equal(weight, expected)
+
+
+# ---- H P
+
+
+@pytest.mark.parametrize(
+    "precision", ["tf32", *(pytest.param(each, marks=pytest.mark.slow) for each in ("ieee", "bf16x3"))]
+)
+def test_bytes_of_a_gram_product(precision: str) -> None:
+    """Every tile off the diagonal is asked for twice, what lies above the diagonal never; P once for each tile."""
+    n, splits = 256, 2
+    variant = shipped(gram_product, f"k{R}-{precision}")
+    edge = variant.constexprs["TILE"]
+    tiles = n // edge
+    h, right = random(n, n) + random(n, n).T, random(n, R, seed=1)
+    block = torch.arange(n) // edge
+    lower = torch.where(block[:, None] >= block[None, :], h, torch.nan)
+    partial = torch.full((splits, n, R), torch.nan)
+    arguments = {"h_ptr": lower, "right_ptr": right, "partial_ptr": partial, "n": n, "k": R}
+    counters = ptx.run(variant, arguments, grid=(1, tiles, splits))
+    assert_product(partial.sum(dim=0), h, right, precision)
+    triangle = tiles * (tiles + 1) // 2 * edge**2
+    assert counters.bytes_touched["h_ptr"] == 4 * triangle
+    assert counters.bytes_read == {"h_ptr": 4 * n * n, "right_ptr": tiles * n * R * 4}
+    assert counters.bytes_written == {"partial_ptr": splits * n * R * 4}
+
+
+# ---- Cholesky
+
+
+def positive_definite(batch: int, r: int) -> Tensor:
+    """Of condition 10."""
+    vectors = torch.linalg.qr(random(batch, r, r).double()).Q
+    systems = (vectors * 10 ** -torch.linspace(0, 1, r, dtype=torch.float64)) @ vectors.mT
+    return ((systems + systems.mT) / 2).float()
+
+
+def factor(systems: Tensor) -> tuple[Tensor, Tensor, ptx.Counters]:
+    """V = L⁻¹, info, and what it took."""
+    batch, r, _ = systems.shape
+    padded = -(-r // 16) * 16
+    inverse, info = torch.zeros(batch, padded, padded), torch.full((batch,), -1, dtype=torch.int32)
+    arguments = {
+        "systems": systems, "least": torch.zeros(batch, r), "lower": torch.full((batch, padded, padded), torch.nan),
+        "inverse": inverse, "info": info, "refused": torch.nan, "r": r, "padded": padded,
+        "system_stride": r * r, "row_stride": r,
+    }  # fmt: skip
+    counters = ptx.run(shipped(cholesky, "factor-r16" if r <= 32 else "factor-r64"), arguments)
+    return inverse[:, :r, :r], info, counters
+
+
+@pytest.mark.parametrize(
+    ("r", "batch"), [(16, 2), (33, 1), (64, 1), *(pytest.param(r, 1, marks=pytest.mark.slow) for r in (100, 128, 256))]
+)
+def test_a_cholesky_factor(r: int, batch: int) -> None:
+    systems = positive_definite(batch, r)
+    inverse, info, counters = factor(systems)
+    expected = torch.linalg.inv(torch.linalg.cholesky(systems.double()))
+    assert info.tolist() == [0] * batch
+    # As under the interpreter: the condition times some roundings.
+    assert (inverse - expected).norm() < 10 * torch.finfo(torch.float32).eps * expected.norm()
+    assert counters.bytes_touched["systems"] <= 4 * batch * r * (r + 1) // 2  # the lower triangle
+
+
+@pytest.mark.parametrize(("r", "minor"), [(16, 4), (33, 21)])
+def test_a_minor_that_is_not_positive_is_named(r: int, minor: int) -> None:
+    systems = positive_definite(1, r)
+    systems[0, minor - 1, minor - 1] = -1
+    assert factor(systems)[1].tolist() == [minor]
+
+
+PRODUCTS = [each.name for each in cholesky.variants("sm_80") if each.name.startswith("product")]
+QUICK_PRODUCTS = ("product-plain-new-32", "product-left-transposed-new-16", "product-right-transposed-update-16")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK_PRODUCTS else pytest.mark.slow) for name in PRODUCTS]
+)
+def test_a_product_of_the_solves(name: str) -> None:
+    variant = shipped(cholesky, name)
+    tile, update = variant.constexprs["TILE"], variant.constexprs["HAS_BASE"]
+    splits, k = (1, 96) if update else (2, 192)  # three steps to each program: a pipeline that fills and drains
+    left, right, base = random(1, tile, k), random(1, k, tile, seed=1), random(1, tile, tile, seed=2)
+    exact = left.double() @ right.double()
+    exact = base - exact if update else exact
+
+    def laid_out(x: Tensor, column_stride: str) -> Tensor:
+        return x if column_stride in variant.constexprs else x.mT.contiguous().mT
+
+    operands = {
+        "left": laid_out(left, "left_column"),
+        "right": laid_out(right, "right_column"),
+        "base": laid_out(base, "base_column"),
+    }
+    out = torch.full((1, splits, tile, tile), torch.nan)
+    strides = {
+        f"{operand}_{axis}": stride
+        for operand, tensor in operands.items()
+        for axis, stride in zip(("batch", "row", "column"), tensor.stride(), strict=True)
+    }
+    sizes = {"m": tile, "n": tile, "k": k, "splits": splits, "split": k // splits}
+    arguments = operands | {"out": out} | sizes | strides
+    ptx.run(variant, {key: value for key, value in arguments.items() if key not in variant.constexprs})
+    # Of k products, each of about 1, the sum is near √k and is rounded k times.
+    assert (out.sum(dim=1) - exact).abs().max() < 4 * k * 2**-24

@@ -1,0 +1,102 @@
+"""What only a GPU can show; skipped where there is none. `pytest -m gpu`"""
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from quailora import ops
+from quailora.doctor import examine
+from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.solvers import als, krylov
+from quailora.solvers.solve import Linear, LoraFactors, solve_group
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda", 0)
+NF4 = Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def kernels_serve() -> None:
+    if ops.backends(CUDA)["grouped_error_product"].backend != "triton":
+        pytest.skip(f"no kernels for this device: {ops.backends(CUDA)['grouped_error_product'].others['triton']}")
+
+
+def solved(heights: tuple[int, ...] = (1024, 256), n: int = 1024, **options: Any) -> list[LoraFactors]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * n, n, generator=g) * torch.arange(1, n + 1) ** -0.5
+    weights = [torch.randn(m, n, generator=g).mul(0.02).bfloat16().to(CUDA) for m in heights]
+    linears = [Linear(weight, quantize(weight, NF4), 64) for weight in weights]
+    return solve_group(linears, (x.T @ x).to(CUDA), **options)
+
+
+@pytest.mark.parametrize("size", [64, 256, 1000, 2048])
+def test_every_kernel_computes_what_the_reference_does(size: int) -> None:
+    assert [finding for finding in examine(CUDA, size=size) if not finding.sound] == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("solver", ["krylov", "als"])
+def test_the_same_bits_every_run(solver: str, overwrite: bool) -> None:
+    once, again = (solved(solver=solver, overwrite_weights=overwrite) for _ in range(2))
+    for first, second in zip(once, again, strict=True):
+        assert torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
+
+
+LOOPS: dict[str, tuple[ModuleType, str]] = {"krylov": (krylov, "_span"), "als": (als, "_alternate")}
+
+
+@pytest.fixture(params=LOOPS)
+def solver(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_the_iteration_does_not_wait(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved(solver=solver, iterations=1)  # compiles the kernels
+    loop, ran = getattr(*LOOPS[solver]), []
+
+    def run(*args: Any) -> Any:
+        ran.append(loop)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return loop(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(*LOOPS[solver], run)
+    solved(solver=solver, iterations=1)
+    assert ran
+
+
+def test_the_iteration_is_captured_in_a_graph(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = solved(solver=solver)
+    loop, ran = getattr(*LOOPS[solver]), []
+
+    def run(*args: Any) -> Any:
+        # `_alternate` replaces what its lists hold, and a replay reads it again.
+        ran.append([list(arg) if isinstance(arg, list) else arg for arg in args])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = loop(*args)
+        graph.replay()
+        return results
+
+    monkeypatch.setattr(*LOOPS[solver], run)
+    for captured, plain in zip(solved(solver=solver), expected, strict=True):
+        assert torch.equal(captured.A, plain.A) and torch.equal(captured.B, plain.B)
+    assert ran
+
+
+def test_fused_products_need_no_room_for_the_error() -> None:
+    m, n, r = 8192, 4096, 16
+    weight = torch.randn(m, n, device=CUDA, dtype=torch.bfloat16)
+    packed, right = ops.packed(quantize(weight, NF4)), torch.randn(n, r, device=CUDA)
+    ops.grouped_error_product([(weight, packed)], [right], precision="tf32")  # compiles
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ops.grouped_error_product([(weight, packed)], [right], precision="tf32")
+    # The product, and its parts if the walk was split; E in bf16 alone would be 64 MiB.
+    assert torch.cuda.max_memory_allocated() - before < weight.nbytes / 4

@@ -1,0 +1,448 @@
+"""The command line: what reaches the library, what a person sees, and the exit status."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import quailora
+from quailora.cli import app as cli
+from quailora.cli import doctor, options
+from quailora.errors import CheckpointError, QuailoraError
+from quailora.ops import dispatch
+from quailora.pipeline import build as pipeline
+from quailora.pipeline.resume import Workspace
+from tests.helpers import tiny
+
+QUAILORA = Path(sys.executable).parent / "quailora"
+LINES = [f"the {i} th line says that {i * i % 97} is what comes after {i}\n" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with a tokenizer, one token to a word."""
+    folder = tiny.checkpoint(tmp_path_factory.mktemp("cli") / "model")
+    words = sorted(set("".join(LINES).split()))
+    vocabulary = {word: number for number, word in enumerate(["<s>", "<pad>", "<unk>", *words])}
+    assert len(vocabulary) <= tiny.VOCABULARY
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(checkpoint: Path) -> Path:
+    file = checkpoint.parent / "corpus.txt"
+    file.write_text("".join(LINES))
+    return file
+
+
+def script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The console script in a process of its own; each costs seconds of imports."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "60"}
+    return subprocess.run([*map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+class Ran:
+    """`main` run in this process, as the console script calls it."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
+        """Exit status, standard output, standard error."""
+        self._monkeypatch.setattr(sys, "argv", ["quailora", *map(str, arguments)])
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        code = exit_.value.code
+        assert isinstance(code, int)
+        return code, *self._capsys.readouterr()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ran:
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # which main would set for good
+    monkeypatch.setenv("COLUMNS", "200")
+    return Ran(capsys, monkeypatch)
+
+
+# The normal path
+
+
+def test_init_eval_merge_and_convert(run: Ran, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    data = ("--data", corpus, "--samples", "8", "--sequence-length", "32")
+    for output, alpha in ((first, "16"), (second, "32")):
+        code, out, err = run("init", checkpoint, *data, "--output", output, "--rank", "4", "--alpha", alpha)
+        assert (code, err) == (0, "")
+        assert f"adapter, report.md and model card: {output}\n" in out
+    assert {file.name for file in first.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors"),
+        *("quailora.json", "report.json", "report.md", "README.md"),
+    }
+
+    code, out, err = run("eval", checkpoint, "--adapter", first, *data, "--json", tmp_path / "scores.json")
+    assert (code, err) == (0, "")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    for row in ("full", "quantized", "adapted"):
+        assert re.search(rf"{re.escape(scores[row]['name'])} .*{scores[row]['perplexity']:.2f}", out)
+    # The adapter undoes a part of what quantization did to the very tokens it was made on.
+    assert 0 < scores["adapted"]["kl"] < scores["quantized"]["kl"]
+
+    code, out, err = run("merge", checkpoint, first, "--output", tmp_path / "dense")
+    assert (code, err, out) == (0, "", f"dense checkpoint: {tmp_path / 'dense'}\n")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+
+    code, out, err = run("convert", first, second, "--output", tmp_path / "converted", "--rank", "2")
+    assert (code, err) == (0, "")
+    assert out == f"adapter for the full-precision weights: {tmp_path / 'converted'}\n"
+    assert json.loads((tmp_path / "converted" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_options_reach_build_adapter(
+    run: Ran, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = mock.Mock()
+    build.return_value.summary.return_value = "done"
+    monkeypatch.setattr(pipeline, "build_adapter", build)
+
+    def call(*options: str) -> tuple[Any, Any, dict[str, Any]]:
+        code, _, err = run("init", checkpoint, "--data", "some.jsonl", "--output", tmp_path / "out", *options)
+        assert (code, err) == (0, "")
+        (source, config, data, output), keywords = build.call_args
+        assert (source.name, data, output) == (str(checkpoint), "some.jsonl", tmp_path / "out")
+        return config, keywords.pop("quantization"), keywords
+
+    config, quantization, keywords = call()
+    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (64, 16, False, 0)
+    assert (config.target_modules, config.task_type) == ("all-linear", "CAUSAL_LM")
+    assert quantization.to_diff_dict() == pipeline.default_quantization(torch.float32).to_diff_dict()
+    assert keywords == {
+        "solver": "krylov",
+        "iterations": None,
+        "damping": pipeline.DEFAULT_DAMPING,
+        "samples": 2000,
+        "sequence_length": None,
+        "split": "train",
+        "column": None,
+        "batch_size": None,
+        "memory_budget": None,
+        "host_memory_budget": None,
+        "dtype": torch.float32,
+        "resume": True,
+        "distributed": False,
+        "device": None,
+        "seed": 0,
+        "progress": True,
+    }
+
+    config, quantization, keywords = call(
+        *("--rank", "8", "--alpha", "3", "--rslora", "--dropout", "0.1", "--target-modules", "q_proj, v_proj,"),
+        *("--quant", "fp4", "--no-double-quant", "--compute-dtype", "float16"),
+        *("--solver", "als", "--iterations", "7", "--damping", "0", "--samples", "3", "--sequence-length", "5"),
+        *("--split", "validation", "--column", "body", "--batch-size", "2", "--device", "cpu", "--seed", "9"),
+        *(
+            "--memory-budget",
+            "3GiB",
+            "--host-memory-budget",
+            "2GB",
+            "--no-resume",
+            "--no-progress",
+            "--dtype",
+            "float16",
+        ),
+    )
+    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (8, 3, True, 0.1)
+    assert config.target_modules == {"q_proj", "v_proj"}
+    assert (quantization.bnb_4bit_quant_type, quantization.bnb_4bit_use_double_quant) == ("fp4", False)
+    assert quantization.bnb_4bit_compute_dtype == torch.float16
+    assert keywords == {
+        "solver": "als",
+        "iterations": 7,
+        "damping": 0.0,
+        "samples": 3,
+        "sequence_length": 5,
+        "split": "validation",
+        "column": "body",
+        "batch_size": 2,
+        "memory_budget": "3GiB",
+        "host_memory_budget": "2GB",
+        "dtype": torch.float16,
+        "resume": False,
+        "distributed": False,
+        "device": "cpu",
+        "seed": 9,
+        "progress": False,
+    }
+
+    _, quantization, keywords = call("--dtype", "bfloat16")
+    assert quantization.bnb_4bit_compute_dtype == keywords["dtype"] == torch.bfloat16
+
+    config, quantization, _ = call("--quant", "int8", "--target-modules", r"model\.layers\.\d+\.mlp\..*")
+    assert quantization.load_in_8bit and config.target_modules == r"model\.layers\.\d+\.mlp\..*"
+
+
+def test_ctrl_c_is_one_line_that_says_what_is_kept(
+    run: Ran, checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = Workspace.save_block, []
+
+    def interrupt(self: Workspace, *arguments: Any) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save(self, *arguments))
+
+    options = (
+        "--data",
+        corpus,
+        "--samples",
+        "4",
+        "--sequence-length",
+        "32",
+        "--rank",
+        "4",
+        "--output",
+        tmp_path / "out",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "save_block", interrupt)
+        code, out, err = run("init", checkpoint, *options)
+    assert (code, out) == (130, "")
+    kept = tmp_path / ".out.quailora"
+    assert err == f"interrupted; the factors of 1 block is kept in {kept}, and the same command goes on from there\n"
+    code, out, _ = run("init", checkpoint, *options)
+    assert code == 0 and "blocks solved by an earlier run, which did not come to its end: 1" in out
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("all-linear", "all-linear"),
+        ("q_proj", ["q_proj"]),
+        ("q_proj,layers.0.mlp.up_proj", ["q_proj", "layers.0.mlp.up_proj"]),
+        (".*q_proj", ".*q_proj"),
+        ("(q|k)_proj", "(q|k)_proj"),
+    ],
+)
+def test_target_modules_are_names_or_one_regular_expression(text: str, targets: str | list[str]) -> None:
+    assert options.parse_target_modules(text) == targets
+
+
+def test_doctor_names_the_backend_of_every_operation(run: Ran) -> None:
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    for operation, service in quailora.backends(torch.device("cpu")).items():
+        assert re.search(rf"\b{operation}\b.*\b{service.backend}\b", out), operation
+    for package in ("quailora", "torch", "transformers", "peft", "bitsandbytes"):
+        assert re.search(rf"\b{package} \d+\.\d+", out), package
+
+
+def test_doctor_ends_with_an_error_where_an_operation_is_wrong(run: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(h: torch.Tensor, rights: list[torch.Tensor], *, precision: str) -> list[torch.Tensor]:
+        return [1.0001 * (h @ right) for right in rights]
+
+    def broken(systems: torch.Tensor, right_hand_sides: torch.Tensor) -> None:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setitem(dispatch._BACKENDS, "grouped_gram_product", (dispatch.Backend("planted", wrong),))
+    monkeypatch.setitem(dispatch._BACKENDS, "cholesky_solve", (dispatch.Backend("broken", broken),))
+    dispatch._choose.cache_clear()
+    try:
+        code, out, err = run("doctor")
+    finally:
+        dispatch._choose.cache_clear()
+    assert code == 1
+    assert err.startswith("error: grouped_gram_product, cholesky_solve, solve: not what the reference gives")
+    assert "1.0e-04" in out and "no kernel image" in " ".join(out.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to tune")
+def test_doctor_of_one_device(run: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workflow for GPUs relies on it: no GPU, or none of our code for it, is an error."""
+    assert "there is no cuda:7 here; there are cpu" in one_line(run, "doctor", "--device", "cuda:7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(doctor, "_examined", lambda device, every: [])
+    plain = {"gram_": dispatch.Service("extension", {}), "mirror_": dispatch.Service("reference", {})}
+    monkeypatch.setattr(quailora, "backends", lambda device: plain)
+    assert run("doctor", "--device", "cuda:7")[0] == 0
+    plain["error"] = dispatch.Service("reference", {"triton": "Triton cannot be imported"})
+    code, _, err = run("doctor", "--device", "cuda:7")
+    assert code == 1 and "cuda:7: plain PyTorch serves error; the table" in err
+
+
+def test_doctor_says_why_there_is_nothing_to_tune(run: Ran) -> None:
+    assert "there are no kernels to tune here: its kernels are for CUDA" in one_line(run, "doctor", "--tune")
+
+
+def test_doctor_tunes_each_gpu(run: Ran, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tuning = pytest.importorskip("quailora.kernels.tuning", reason="Triton is not installed")
+    service = dispatch.Service("triton", {})
+    monkeypatch.setattr(quailora, "backends", lambda device: {"grouped_error_product": service})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    tuned: list[torch.device] = []
+    monkeypatch.setattr(tuning, "tune", lambda device: tuned.append(device) or {"problem": {}})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    doctor._tune([torch.device("cuda", 0), torch.device("cuda", 1)])
+    assert tuned == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+    def full(device: torch.device) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tuning, "tune", full)
+    with pytest.raises(QuailoraError, match="No space left on device; XDG_CACHE_HOME"):
+        doctor._tune([torch.device("cuda", 0)])
+
+
+# Errors
+
+
+def one_line(run: Ran, *arguments: str | Path) -> str:
+    """The message of a command that must end with one line of error."""
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    return err
+
+
+def test_what_a_user_can_mend_is_one_line(run: Ran, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    init = ("init", checkpoint, "--data", corpus, "--output", tmp_path / "out")
+    assert "'/no/such'" in one_line(run, "init", "/no/such", "--data", corpus, "--output", tmp_path / "out")
+    assert "unknown solver 'krilov'" in one_line(run, *init, "--solver", "krilov")
+    assert "nearest: q_proj" in one_line(run, *init, "--rank", "4", "--target-modules", "q_prj")
+    assert "regular expression" in one_line(run, *init, "--rank", "4", "--target-modules", "*proj")
+    assert "lower r" in one_line(run, *init, "--rank", "1000")
+    assert "'tpu9'" in one_line(run, *init, "--rank", "4", "--device", "tpu9")
+    assert "no file 'gone.txt'" in one_line(run, "init", checkpoint, "--rank", "4", "--data", "gone.txt", *init[4:])
+    assert not (tmp_path / "out").exists()
+    assert "not empty" in one_line(run, *init[:-1], checkpoint)
+
+    out = ("--output", tmp_path / "out")
+    assert "adapter_config.json" in one_line(run, "eval", checkpoint, "--data", corpus, "--adapter", tmp_path)
+    assert "'tpu9'" in one_line(run, "eval", checkpoint, "--data", corpus, "--device", "tpu9")
+    assert str(tmp_path) in one_line(run, "merge", checkpoint, tmp_path, *out)
+    for option in (("--no-double-quant",), ("--compute-dtype", "float16")):
+        assert f"{option[0]} says how --quant" in one_line(run, "merge", checkpoint, tmp_path, *out, *option)
+        assert f"{option[0]} says how --quant" in one_line(
+            run, "eval", checkpoint, "--data", corpus, "--adapter", tmp_path, *option
+        )
+    # Before a checkpoint is looked for, which may be a download.
+    assert "not empty" in one_line(run, "init", "/no/such", *init[2:-1], checkpoint)
+    assert "not empty" in one_line(run, "merge", "/no/such", tmp_path, "--output", checkpoint)
+    assert str(tmp_path) in one_line(run, "convert", tmp_path, tmp_path, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_message_is_shown_as_it_is(run: Ran, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    odd = "/no/[bold]such[/bold]/:warning:/" + "folder " * 30 + "\\[x]"
+    assert odd in one_line(run, "convert", odd, odd, "--output", "out")
+    monkeypatch.setattr(quailora, "convert", mock.Mock(side_effect=CheckpointError("two\n  lines [/]")))
+    assert one_line(run, "convert", "a", "b", "--output", "out") == "error: two lines [/]\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quailora, "convert", mock.Mock(side_effect=ZeroDivisionError("ours")))
+    monkeypatch.setattr(sys, "argv", ["quailora", "convert", "a", "b", "--output", "out"])
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        cli.main()
+
+
+def test_ctrl_c_exits_with_130(run: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quailora, "convert", mock.Mock(side_effect=KeyboardInterrupt))
+    code, _, err = run("convert", "a", "b", "--output", "out")
+    assert code == 130 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["init"], "CHECKPOINT"),
+        (["init", "model"], "Missing option '--data'"),
+        (["init", "model", "--data", "d", "--output", "o", "--rank", "0"], "'--rank'"),
+        (
+            ["init", "model", "--data", "d", "--output", "o", "--quant", "nf5"],
+            "'nf5' is not one of 'nf4', 'fp4', 'int8'",
+        ),
+        (["init", "model", "--data", "d", "--output", "o", "--no-such"], "No such option: --no-such"),
+        (["inti"], "No such command 'inti'"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_what_is_wrong(run: Ran, arguments: list[str], words: str) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert words in err and "Traceback" not in err
+
+
+# Help
+
+
+def test_version_and_help(run: Ran) -> None:
+    assert run("--version") == (0, f"{quailora.__version__}\n", "")
+    code, out, _ = run("--help")
+    assert code == 0
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert list(commands) == ["init", "plan", "eval", "merge", "convert", "doctor"]
+    for name, command in commands.items():
+        assert re.search(rf"^  {name} +\w+", out, flags=re.MULTILINE), name
+        code, shown, _ = run(name, "--help")
+        assert code == 0
+        for parameter in command.params:
+            assert parameter.help, (name, parameter.name)
+            assert (parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]) in shown
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['quailora', 'init', '--help']\n"
+        "from quailora.cli import app as cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: print({'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules))"
+    )
+    shown = script(sys.executable, "-c", code)
+    assert shown.returncode == 0 and ast.literal_eval(shown.stdout.splitlines()[-1].replace("set()", "[]")) == []
+
+
+# The console script itself
+
+
+def test_the_script_says_nothing_but_its_own_words(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    options = ("--data", corpus, "--samples", "4", "--sequence-length", "32", "--rank", "4")
+    made = script(QUAILORA, "init", checkpoint, *options, "--output", tmp_path / "adapter")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert made.stdout.endswith(f"adapter, report.md and model card: {tmp_path / 'adapter'}\n")
+
+
+def test_the_module_runs_as_the_script_does() -> None:
+    run = script(sys.executable, "-m", "quailora", "--version")
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"{quailora.__version__}\n", "")
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="takes `unshare` to mount a file system of its own")
+def test_a_full_disk_is_one_line_and_leaves_nothing(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = f"mount -t tmpfs -o size=16k tmpfs {disk}"  # the adapter takes more
+    namespace = ("unshare", "--map-root-user", "--mount", "sh", "-c")
+    if script(*namespace, mounted).returncode:
+        pytest.skip("no file system may be mounted here, not even in a namespace")
+    options = f"--data {corpus} --samples 4 --sequence-length 32 --rank 4"
+    init = f"{QUAILORA} init {checkpoint} {options} --output {disk}/adapter"
+    run = script(*namespace, f"{mounted} && {init}; code=$?; ls -A {disk}; exit $code")
+    assert (run.returncode, run.stdout) == (1, "")
+    full = rf"error: the disk that holds {disk}/\.adapter\.quailora is full: block 0 could not be kept\n"
+    assert re.fullmatch(full, run.stderr), run.stderr

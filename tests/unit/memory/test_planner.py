@@ -1,0 +1,545 @@
+"""The planner: its arithmetic on the largest models, its choices, and its predictions against what is allocated."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from quailora import cli
+from quailora.calibration.data import Batch
+from quailora.calibration.hooks import Calls, collect
+from quailora.errors import QuailoraError
+from quailora.memory import dry_run as rehearsal
+from quailora.memory import planner as budget
+from quailora.memory.dry_run import Footprint, Weight
+from quailora.memory.planner import BudgetError, Plan, describe_bytes, free_memory, make_plan, parse_bytes
+from quailora.modeling.checkpoint import Checkpoint
+from quailora.modeling.streamed_model import StreamedModel
+from quailora.ops import reference
+from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.solvers.solve import Linear, solve_group
+from tests.helpers import tiny
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+NF4 = Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
+INT8 = Quantization("int8")
+KRYLOV = SimpleNamespace(solver="krylov", iterations=None)
+GB, MIB, GIB = 10**9, 2**20, 2**30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rehearsed_once() -> Iterator[None]:
+    """Tests ask for many plans of the same model."""
+    forward, solve = cache(rehearsal.forward), cache(rehearsal.solve)
+
+    def hashable(stream: StreamedModel, targets: Collection[str], *args: Any, **options: Any) -> rehearsal.ModelRun:
+        return forward(stream, frozenset(targets), *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsal, "forward", hashable)
+        patch.setattr(rehearsal, "solve", lambda weights, *args, **options: solve(tuple(weights), *args, **options))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def products_of_torch(slow_halves: Callable[..., None]) -> None:
+    """On whatever CPU, without fp32 copies of factors: see half.py."""
+    slow_halves()
+
+
+# ---- bytes
+
+AMOUNTS = {
+    "12GiB": 12 * GIB, "1 KiB": 1024, "3MiB": 3 * MIB, "2TiB": 2**41,
+    "12GB": 12 * GB, "1kb": 1000, "3 mb": 3 * 10**6, "2TB": 2 * 10**12,
+    "4096": 4096, " 7 B ": 7, "1.5GiB": 3 * GIB // 2, 4095: 4095,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), AMOUNTS.items())
+def test_parse_bytes(text: str | int, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "12 gigs", "-1GiB", "1e9", "0", "0.0001KiB", "12GiBB", "1,5GiB", "nan"])
+def test_no_amount(text: str) -> None:
+    with pytest.raises(QuailoraError, match="amount of memory"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("size", [1, 1023, 5 * MIB, 123456789, 12 * GIB, 999 * GIB, 2**44])
+def test_describe_bytes(size: int) -> None:
+    text = describe_bytes(size)
+    assert parse_bytes(text) == pytest.approx(size, rel=5e-3)
+    assert len(text) <= 9
+
+
+def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MIB < free_memory(CPU) < 2**50
+    # A control group with less than the machine has: its limit less what is in use, but for pages of files.
+    for name, text in (("max", 300 * MIB), ("current", 200 * MIB), ("stat", f"anon 1\ninactive_file {50 * MIB}\n")):
+        (tmp_path / f"memory.{name}").write_text(str(text))
+    assert list(budget._left_in_groups(tmp_path)) == [150 * MIB]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(budget._left_in_groups(tmp_path)) == []
+    monkeypatch.setattr(budget, "_left_in_groups", lambda root: [150 * MIB])
+    assert free_memory(CPU) == 150 * MIB
+
+
+# ---- models that are not here: headers of safetensors over empty, sparse files
+
+
+def write_headers(folder: Path, **changes: Any) -> Path:
+    """A Llama checkpoint without a weight, one shard for each block."""
+    config = AutoConfig.for_model("llama", dtype="bfloat16", tie_word_embeddings=False, **changes)
+    config.save_pretrained(folder)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    shards: dict[str, dict[str, Any]] = {}
+    for name, tensor in model.state_dict().items():
+        part = name.split(".")[2] if ".layers." in name else "rest"
+        header = shards.setdefault(f"model-{part}.safetensors", {})
+        start = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        offsets = [start, start + 2 * tensor.numel()]
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
+    for file, header in shards.items():
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + max(entry["data_offsets"][1] for entry in header.values()))
+    weight_map = {name: file for file, header in shards.items() for name in header}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def streamed(folder: Path) -> StreamedModel:
+    source = Checkpoint(folder)
+    return StreamedModel(source, CPU, source.dtype)
+
+
+def targets_of(stream: StreamedModel, rank: int = 64) -> dict[str, int]:
+    return {name: rank for block in stream.blocks for name in block.linears()}
+
+
+def planned(stream: StreamedModel, memory_budget: int | None, **options: Any) -> Plan:
+    defaults: dict[str, Any] = {"samples": 2000, "sequence_length": 2048, "host_memory_budget": 100 * GB}
+    settings = options.pop("settings", KRYLOV)
+    options = defaults | options
+    return make_plan(stream, targets_of(stream), NF4, settings, memory_budget=memory_budget, **options)
+
+
+def size_of(plan: Plan, name: str, where: str = "device", phase: str | None = None) -> int:
+    """Bytes of the part of that name."""
+    sizes = {p.bytes for p in plan.parts if p.name == name and p.where == where and phase in (None, p.phase)}
+    assert len(sizes) == 1, f"{name}: {sizes}"
+    return sizes.pop()
+
+
+def check_arithmetic(plan: Plan, d: int, key_value: int, ffn: int, layers: int, vocabulary: int) -> None:
+    """A Llama's parts, by hand. bf16 is 2 bytes, H fp32; 2000 x 2048 tokens, micro-batches of 4 sequences."""
+    tokens, micro = 2000 * 2048, 4 * 2048
+    weights = 2 * (2 * d * d + 2 * d * key_value + 3 * d * ffn + 2 * d)  # q and o, k and v, gate, up and down; norms
+    assert size_of(plan, "weights") == size_of(plan, "weights of the next block") == weights
+    for name in ("q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj"):
+        assert size_of(plan, f"H of {name}") == 4 * d * d
+    assert size_of(plan, "H of down_proj") == 4 * ffn * ffn
+    assert size_of(plan, "embeddings and norm") == 2 * (vocabulary * d + d)
+    states = next(part for part in plan.parts if part.name == "hidden states")
+    assert states.bytes == tokens * d * 2
+    factors = 4 * 64 * (2 * 2 * d + 2 * (key_value + d) + 3 * (ffn + d))
+    assert size_of(plan, "factors of all blocks", "disk") == layers * factors
+    # NF4 of the largest group, whichever it is: 4 bits, and 8 bits of absmax for each 64 elements with 4 for 256 of it.
+    nf4 = [size * (1 / 2 + 1 / 64 + 4 / 64 / 256) for size in (2 * d * ffn, d * ffn, d * d + 2 * d * key_value)]
+    assert any(size_of(plan, "quantized weights") == pytest.approx(bytes, rel=1e-3) for bytes in nf4)
+    # Activations are widest after SiLU(gate) and up were multiplied: these three, and hidden states before the MLP and
+    # its input; on a GPU that of q, k, v and that of o are held besides. Where H has no code of its own, the input of
+    # down_proj without padding and in fp32 is more.
+    own_code = 2 * micro * ((4 if plan.device == "cuda" else 2) * d + 3 * ffn)
+    reference = 2 * micro * (4 * d + 2 * ffn) + 4 * micro * ffn
+    assert size_of(plan, "activations", phase="forward") in (own_code, reference)
+    # FLOPs: two for each weight and token; attention's 4 t d for each, QKᵀ and its product with V.
+    per_token = layers * (weights + 4 * 2048 * d)
+    assert plan.flops["forward"] == pytest.approx(tokens * per_token, rel=0.01)
+    assert plan.flops["H"] == tokens * layers * (3 * d * d + ffn * ffn)
+    forward = [part.bytes for part in plan.parts if part.where == "device" and part.phase in ("forward", "all")]
+    assert plan.peak == sum(forward) or plan.device == "cpu"
+    assert plan.read == layers * weights + 2 * (vocabulary * d + d)
+
+
+@pytest.fixture(scope="module")
+def llama_2_70b(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 32000}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 4096}
+    return streamed(write_headers(tmp_path_factory.mktemp("70B"), **shape, **heads))
+
+
+@pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
+def test_70b_in_24_gib(device: torch.device, llama_2_70b: StreamedModel) -> None:
+    plan = planned(llama_2_70b, 24 * GIB, device=device)
+    check_arithmetic(plan, d=8192, key_value=1024, ffn=28672, layers=80, vocabulary=32000)
+    assert (plan.batch_size, plan.prefetch, {len(turns) for turns in plan.passes}) == (4, True, {1})
+    # By hand, in GB: 1.71 + 1.71 for two blocks; H 3 x 0.27 + 3.29; activations about 2; little else.
+    assert plan.peak == pytest.approx((2 * 1.71 + 3 * 0.268 + 3.288 + 2.4) * GB, rel=0.1)
+    assert plan.peak <= 24 * GIB
+    # 67 GB of hidden states: within 100 GB of host memory beside a GPU, and where they are not, on disk.
+    assert 67.1 * GB < 2000 * 2048 * 8192 * 2 < 67.2 * GB
+    assert plan.states == ("host" if device == CUDA else "disk")
+    kept = plan.host if device == CUDA else plan.disk
+    assert 67.1 * GB < kept < (67.1 + 4) * GB
+    cramped = planned(llama_2_70b, 24 * GIB, device=device, host_memory_budget=60 * GB)
+    assert cramped.states == "disk" and cramped.disk > 67.1 * GB and cramped.host < GB
+
+
+def test_405b_in_80_gib(tmp_path: Path) -> None:
+    shape = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "vocab_size": 128256}
+    heads = {"num_attention_heads": 128, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+    stream = streamed(write_headers(tmp_path, **shape, **heads))
+    plan = planned(stream, 80 * GIB, device=CUDA, host_memory_budget=1000 * GB)
+    check_arithmetic(plan, d=16384, key_value=1024, ffn=53248, layers=126, vocabulary=128256)
+    # By hand, in GB: 6.38 + 6.38 for two blocks; H 3 x 1.07 + 11.3; activations about 4.3.
+    assert plan.peak == pytest.approx((2 * 6.38 + 3 * 1.074 + 11.34 + 4.6) * GB, rel=0.1)
+    assert plan.peak <= 80 * GIB and plan.states == "host"
+    assert planned(stream, 80 * GIB, device=CUDA).states == "disk"  # 134 GB, in 100 of host memory
+
+
+# ---- choices
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
+    """Two blocks of 29 MiB."""
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "vocab_size": 512}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4}
+    return streamed(write_headers(tmp_path_factory.mktemp("small"), **shape, **heads))
+
+
+SMALL: dict[str, Any] = {"samples": 64, "sequence_length": 512, "host_memory_budget": GIB}
+
+
+def choice(plan: Plan) -> tuple[int, int, str, bool]:
+    return max(map(len, plan.passes)), plan.batch_size, plan.states, plan.prefetch
+
+
+def plan_of(facts: budget._Facts, chosen: tuple[int, int, str, bool]) -> Plan:
+    passes, batch, states, ahead = chosen
+    return facts.plan(states, ahead, batch, passes, GIB)[0]
+
+
+@pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
+def test_the_fastest_that_fits(device: torch.device, small: StreamedModel) -> None:
+    everything = planned(small, None if device == CPU else 80 * GIB, device=device, **SMALL)
+    assert choice(everything) == (1, 16, "host", True)  # 16 x 512 = 8192 tokens
+    facts = budget._Facts(small, targets_of(small), NF4, KRYLOV, 64, 512, device, 0)
+    order = [(passes, *rest) for *rest, passes in budget._preferences(facts, budget._batches(64, 512), GIB)]
+    order = [(passes, batch, states, ahead) for passes, states, ahead, batch in order]
+    # What is given up first: batches down to 2048 tokens, reading ahead, memory for hidden states, batches, one pass.
+    milestones = [(1, 16, "host", True), (1, 8, "host", True), (1, 4, "host", True), (1, 16, "host", False)]
+    milestones += [(1, 16, "disk", True), (1, 4, "disk", False)] if device == CPU else []
+    milestones += [(1, 2, "host", True), (1, 1, "host", False), (2, 16, "host", True), (4, 1, "host", False)]
+    assert [each for each in order if each in milestones] == milestones
+    chosen = []
+    plan = everything
+    try:
+        while True:
+            plan = planned(small, plan.peak - 1, device=device, **SMALL)
+            assert plan.peak <= plan.budget
+            chosen.append(order.index(choice(plan)))
+            assert all(plan_of(facts, other).peak > plan.budget for other in order[: chosen[-1]])
+    except BudgetError:
+        pass
+    assert chosen == sorted(chosen) and len(chosen) >= 6
+    # Every linear in one pass, and the largest H in the last, after which its weights may be written to.
+    names = list(targets_of(small))
+    assert sorted(name for turns in plan.passes for turn in turns for name in turn) == sorted(names)
+    for turns in plan.passes:
+        assert any(name.endswith("down_proj") for name in turns[-1])
+
+
+@pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_the_smallest_budget(device: torch.device, batch_size: int | None, small: StreamedModel) -> None:
+    with pytest.raises(BudgetError, match="H of down_proj 64 MiB") as refused:
+        planned(small, 8 * MIB, device=device, batch_size=batch_size, **SMALL)
+    assert ("batch_size 5" in str(refused.value)) == (batch_size == 5)
+    match = re.search(r"smallest that would do is (\d+ MiB), which the (\w+) phase of (\S+) needs", str(refused.value))
+    assert match and match[2] in ("forward", "solve") and match[3].startswith("model.layers.")
+    plan = planned(small, least := parse_bytes(match[1]), device=device, batch_size=batch_size, **SMALL)
+    assert least - MIB < plan.peak <= least and plan.batch_size in (batch_size, 1, 2)
+    with pytest.raises(BudgetError):
+        planned(small, plan.peak - 1, device=device, batch_size=batch_size, **SMALL)
+
+
+def test_the_time_of_h_goes_by_what_adds_it_up(small: StreamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, facts = planned(small, GIB, **SMALL), budget._Facts(small, targets_of(small), NF4, KRYLOV, 64, 512, CPU, 0)
+    monkeypatch.setattr(budget, "_rate", lambda device, dtype: 1e9 if dtype == torch.float32 else 1e10)
+    found = []
+    for backend in ("extension", "reference"):
+        monkeypatch.setattr(budget._Facts, "_backend", lambda *_, backend=backend: backend)
+        found.append(facts.seconds(plan))
+    assert None not in found
+    assert found[1] - found[0] == pytest.approx(plan.flops["H"] * (1e-9 - 1e-10))
+
+
+def test_what_counts(small: StreamedModel) -> None:
+    plan = planned(small, GIB, **SMALL)
+    assert planned(small, GIB, held=100 * MIB, **SMALL).peak == plan.peak + 100 * MIB
+    with pytest.raises(BudgetError):
+        planned(small, GIB, held=GIB, **SMALL)
+    assert planned(small, GIB, batch_size=3, **SMALL).batch_size == 3
+    assert planned(small, GIB, **(SMALL | {"samples": 7})).batch_size == 7
+    # While gate and up are solved for, of all H only theirs and the one after are left.
+    solving = [part.name for part in plan.parts if part.phase == "solve" and part.name.startswith("H of")]
+    assert solving == ["H of gate_proj, up_proj", "H of down_proj"]
+    # Hidden states in memory count on a CPU, and beside a GPU for the host.
+    assert size_of(plan, "hidden states") == 64 * 512 * 1024 * 2
+    on_gpu = planned(small, GIB, device=CUDA, **SMALL)
+    assert size_of(on_gpu, "hidden states", "host") == 64 * 512 * 1024 * 2
+    # In page-locked memory each batch takes a power of two: 5 x 512 x 2 KiB is 5 MiB, and takes 8.
+    odd = planned(small, GIB, device=CUDA, batch_size=5, **SMALL)
+    assert size_of(odd, "hidden states", "host") == math.ceil(64 / 5) * 8 * MIB
+    with pytest.raises(QuailoraError, match="give a memory budget"):
+        planned(small, None, device=CUDA, **SMALL)
+
+
+def test_inputs_that_are_called_alike(tmp_path: Path) -> None:
+    """GPT-2 has two c_proj in a block."""
+    stream = streamed(tiny.checkpoint(tmp_path, "gpt2"))
+    options: dict[str, Any] = {"samples": 4, "sequence_length": 16, "host_memory_budget": None}
+    plan = make_plan(stream, targets_of(stream, 8), NF4, KRYLOV, memory_budget=GIB, **options)
+    grams = [part for part in plan.parts if part.phase == "forward" and part.name.startswith("H of")]
+    assert [(part.name, part.bytes) for part in grams] == [
+        ("H of c_attn", 4 * 64**2), ("H of c_proj", 4 * 64**2), ("H of c_fc", 4 * 64**2), ("H of c_proj", 4 * 256**2)
+    ]  # fmt: skip
+
+
+def test_weights_are_overwritten_in_the_last_pass_only(small: StreamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, bool]] = []
+    solve = rehearsal.solve
+
+    def watched(weights: tuple[Weight, ...], *args: Any, overwrite: bool, **options: Any) -> tuple[int, int]:
+        asked.append((weights[0].inputs, overwrite))
+        return solve(weights, *args, overwrite=overwrite, **options)
+
+    monkeypatch.setattr(rehearsal, "solve", watched)
+    facts = budget._Facts(small, targets_of(small), NF4, KRYLOV, 64, 512, CPU, 0)
+    plan, _ = facts.plan("host", True, 4, 2, GIB)
+    assert {len(turns) for turns in plan.passes} == {2}
+    assert sorted(asked) == [(1024, False)] * 3 + [(4096, True)]
+
+
+# ---- the forward pass
+
+
+def peak_of_calls(stream: StreamedModel, index: int, call: Any, hidden: torch.Tensor) -> tuple[int, list[Any]]:
+    """Bytes alive at most in two batches, every H included, and the linears of each input."""
+    block = stream.blocks[index]
+    with stream.resident(f"{block.name}."), collect(block.linears()) as collector, Footprint() as footprint:
+        keep = torch.ones(hidden.shape[:2], dtype=torch.bool)
+        for _ in range(2):
+            with rehearsal.ops.half_products(CPU, [stream.dtype]), collector.batch(keep):
+                call.run(block.module, hidden)
+        grams = collector.grams
+    of_one = {id(gram): tuple(name for name, its in grams.items() if its is gram) for gram in grams.values()}
+    return footprint.peak, list(of_one.values())
+
+
+@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)], ids=["bf16", "bf16 in fp32"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_block_by_its_shapes(
+    family: str, slow: tuple[torch.dtype, ...], slow_halves: Callable[..., None], tmp_path: Path
+) -> None:
+    """Which linears share an input, and the activations, against a run of the model."""
+    slow_halves(*slow)
+    stream = streamed(tiny.checkpoint(tmp_path, family, torch.bfloat16))
+    tokens = torch.randint(2, tiny.VOCABULARY, (16, 64))
+    gram = "extension" if rehearsal.ops.backends(CPU)["gram_"].backend == "extension" else "reference"
+    run = rehearsal.forward(stream, targets_of(stream), 16, 64, gram=gram)
+    with torch.no_grad(), stream.resident(*stream.outside_blocks()):
+        calls = Calls(stream)
+        calls.record(Batch(tokens[:1], None))  # learns what blocks return
+        with Footprint() as footprint:
+            hidden, of_blocks = calls.record(Batch(tokens, None))
+    assert run.outside == pytest.approx(footprint.peak, rel=0.05)
+    for index in {0, len(stream.blocks) - 1}:
+        predicted = run.blocks[index]
+        with torch.no_grad():
+            peak, groups = peak_of_calls(stream, index, of_blocks[index], hidden)
+        assert predicted.exact
+        assert [one.linears for one in predicted.inputs] == groups
+        grams = sum(4 * one.features**2 for one in predicted.inputs)
+        assert predicted.peak_in_turn + grams == pytest.approx(peak, rel=0.03)
+        assert predicted.peak_in_turn <= predicted.peak
+
+
+@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)], ids=["bf16", "bf16 in fp32"])
+def test_a_block_that_no_shapes_tell(
+    slow: tuple[torch.dtype, ...], slow_halves: Callable[..., None], tmp_path: Path
+) -> None:
+    """Experts in a loop over those that were chosen: an upper bound, and for the plan's reader a word."""
+    slow_halves(*slow)
+    stream = streamed(tiny.checkpoint(tmp_path, "mixtral", torch.bfloat16))
+    for module in stream.model.modules():
+        if hasattr(module, "config"):
+            module.config._experts_implementation = "eager"
+    run = rehearsal.forward(stream, targets_of(stream), 16, 64)
+    assert not any(block.exact for block in run.blocks)
+    with torch.no_grad(), stream.resident(*stream.outside_blocks()):
+        hidden, of_blocks = Calls(stream).record(Batch(torch.randint(2, tiny.VOCABULARY, (16, 64)), None))
+        peak, groups = peak_of_calls(stream, 0, of_blocks[0], hidden)
+    assert peak <= run.blocks[0].peak_in_turn + sum(4 * one.features**2 for one in run.blocks[0].inputs)
+    assert [one.linears for one in run.blocks[0].inputs] == groups
+    options: dict[str, Any] = {"samples": 16, "sequence_length": 64, "host_memory_budget": None}
+    plan = make_plan(stream, targets_of(stream, 8), NF4, KRYLOV, memory_budget=GIB, **options)
+    assert not plan.exact and "upper bounds" in plan.text()
+
+
+def test_a_linear_that_is_not_seen_has_an_input_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: forward(mlp, x[x.sum(dim=-1) > 0]))
+    stream = streamed(tiny.checkpoint(tmp_path))
+    seen = rehearsal.forward(stream, targets_of(stream), 2, 16).blocks[1]
+    assert [len(one.linears) for one in seen.inputs] == [3, 1, 1, 1, 1] and not seen.exact
+    assert [one.features for one in seen.inputs] == [64, 64, 64, 64, 128]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_h_without_code_of_its_own(dtype: torch.dtype) -> None:
+    x, h, keep = torch.ones(4, 256, 512, dtype=dtype), torch.zeros(512, 512), torch.ones(4, 256, dtype=torch.bool)
+    with Footprint() as footprint:
+        reference.gram_(h, x, keep)
+    assert rehearsal._reference_scratch(x) == pytest.approx(footprint.peak, rel=0.02)
+
+
+# ---- the solver
+
+# Of one input: (m of each linear, n, rank)
+GROUPS = {"pair": ((256, 128), 512, 16), "tall": ((768,), 256, 24), "wide": ((128,), 1024, 8)}
+
+
+def solve_cases() -> Iterator[Any]:
+    for solver, group, dtype in product(("krylov", "als", "svd", "eigh"), GROUPS, (torch.float32, torch.bfloat16)):
+        form, overwrite = (INT8, True) if group == "pair" else (NF4, group == "wide")
+        yield pytest.param(solver, group, dtype, form, overwrite, id=f"{solver}-{group}-{dtype}")
+
+
+def few(solver: str) -> int | None:
+    return 2 if solver == "als" else None  # one step is like the next
+
+
+@pytest.mark.parametrize(("solver", "group", "dtype", "form", "overwrite"), list(solve_cases()))
+def test_quantizing_and_solving(
+    solver: str, group: str, dtype: torch.dtype, form: Quantization, overwrite: bool
+) -> None:
+    heights, n, rank = GROUPS[group]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(m, n, generator=generator).to(dtype) for m in heights]
+    x = torch.randn(2 * n, n, generator=generator)
+    gram = x.T @ x
+    with Footprint() as footprint:
+        quantized = [quantize(weight, form) for weight in weights]
+        linears = [Linear(*each, rank) for each in zip(weights, quantized, strict=True)]
+        solve_group(linears, gram, solver=solver, iterations=few(solver), damping=1e-4, overwrite_weights=overwrite)
+    shapes = [Weight(m, n, rank, dtype) for m in heights]
+    codes, peak = rehearsal.solve(shapes, form, solver, few(solver), overwrite=overwrite)
+    assert codes == sum(q.nbytes for q in quantized)
+    # An upper bound where the start of krylov has no column that is zero, which it then need not fill.
+    assert 0.98 * footprint.peak < peak < 1.15 * footprint.peak
+
+
+def test_an_fp32_weight_makes_room_for_its_error() -> None:
+    shapes = [Weight(1024, 1024, 8, torch.float32)] * 6
+    (_, kept), (_, given_up) = (rehearsal.solve(shapes, INT8, "krylov", 0, overwrite=o) for o in (False, True))
+    assert kept - given_up > (6 - 2) * 4 * MIB  # 24 MiB; but that of quantizing, 10 for the last one, is left
+    conv1d = [replace(one, transposed=True) for one in shapes]
+    assert rehearsal.solve(conv1d, INT8, "krylov", 0, overwrite=True)[1] == given_up + 6 * 4 * MIB
+
+
+def test_the_rehearsal_leaves_bitsandbytes_as_it_was() -> None:
+    rehearsal.solve([Weight(128, 128, 8, torch.float32)], NF4, "krylov", 1, overwrite=False)
+    weight = torch.randn(64, 64)
+    assert quantize(weight, NF4).dequantize().isfinite().all()
+
+
+# ---- a GPU, by the sizes seen under FakeTensorMode
+
+try:
+    from tests.integration.test_fake_cuda import launches, linear, solved  # a fixture
+except pytest.skip.Exception:
+    launches = None
+
+
+@pytest.fixture
+def predicted(solver: str, heights: tuple[int, ...], n: int) -> tuple[int, int]:
+    """Before the fixture `launches` puts everything on fake devices."""
+    weights = [Weight(m, n, 64, torch.bfloat16) for m in heights]
+    return rehearsal.solve(weights, NF4, solver, few(solver), overwrite=True, device="cuda", products="triton")
+
+
+@pytest.mark.skipif(launches is None, reason="Triton is not installed")
+@pytest.mark.parametrize("solver", ["krylov", "als", "svd", "eigh"])
+@pytest.mark.parametrize(("heights", "n"), [((4096, 1024, 1024), 4096), ((4096,), 14336)], ids=str)
+def test_device_bytes_on_a_gpu(
+    solver: str,
+    heights: tuple[int, ...],
+    n: int,
+    predicted: tuple[int, int],
+    launches: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All that is on the device while a group is solved: weights, codes, H and the solver's."""
+    codes, peak = predicted
+    monkeypatch.setattr(launches, "append", lambda launch: None, raising=False)  # it would keep what is allocated
+    group = [linear("nested", m, n, torch.bfloat16, 64) for m in heights]
+    with Footprint("cuda") as footprint:
+        solved(group, monkeypatch, solver=solver, iterations=few(solver), overwrite_weights=True)
+    around = sum(2 * m * n for m in heights) + codes
+    seen, planned = around + footprint.peak, around + 4 * n * n + peak - codes
+    assert 0.98 * seen < planned < 1.15 * seen
+
+
+# ---- for a person
+
+
+def test_to_dict(small: StreamedModel) -> None:
+    plan = planned(small, GIB, **SMALL)
+    values = json.loads(json.dumps(plan.to_dict()))
+    assert values["peak"] == plan.peak and values["batch_size"] == 16
+    assert {part["name"] for part in values["parts"]} == {part.name for part in plan.parts}
+
+
+def test_command(tmp_path: Path) -> None:
+    folder = write_headers(
+        tmp_path, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, vocab_size=512,
+        num_attention_heads=16, num_key_value_heads=4, max_position_embeddings=1024,
+    )  # fmt: skip
+
+    def run(*options: str) -> Any:
+        return CliRunner().invoke(cli.app, ["plan", str(folder), "--samples", "64", *options])
+
+    shown = run("--memory-budget", "1GiB")
+    assert shown.exit_code == 0, shown.output
+    assert "H of down_proj" in shown.output and "64 MiB" in shown.output and "about" in shown.output
+    on_gpu = run("--memory-budget", "1GiB", "--device", "cuda", "--json", "--sequence-length", "512", "--rank", "8")
+    values = json.loads(on_gpu.stdout)
+    assert values["device"] == "cuda" and values["batch_size"] == 16
+    assert values["seconds"] is None or torch.cuda.is_available()
+    refused = run("--memory-budget", "8MiB")
+    assert isinstance(refused.exception, BudgetError)
+    assert isinstance(run("--memory-budget", "8 elephants").exception, QuailoraError)
+    some = run("--memory-budget", "1GiB", "--target-modules", "q_proj,v_proj", "--json", "--quant", "int8")
+    one_pass = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
+    assert json.loads(some.stdout)["passes"][0] == [one_pass]
