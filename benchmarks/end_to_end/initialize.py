@@ -1,6 +1,6 @@
 """What an initialization costs beside a bare forward pass over the same batches, and where the time goes.
 
-    python benchmarks/end_to_end/initialize.py TEXT [--samples 64 ...] [--sequence-length 512] [--rounds 3] [--model PATH]
+    python benchmarks/end_to_end/initialize.py TEXT [--samples 64 ...] [--rounds 3] [--model PATH] ...
 
 The two alternate in one process: `quailora.build_adapter`, reading the checkpoint and writing the adapter included; and
 the decoder of the model, loaded beforehand by transformers, its products in bf16 made in the same way (half.py). Before

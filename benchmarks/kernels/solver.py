@@ -1,6 +1,6 @@
 """Time, memory and objective of a solve: the kernels against plain PyTorch, at the shapes of Llama 2.
 
-    python benchmarks/kernels/solver.py [--shapes 7b ...] [--solver krylov ...] [--rank 64] [--json PATH] [--compare OLD.json]
+    python benchmarks/kernels/solver.py [--shapes 7b ...] [--solver krylov ...] [--json PATH] [--compare OLD.json]
 
 Linears that share an input are solved together, from NF4 with double quantization, in bf16. The candidates:
 
@@ -38,6 +38,7 @@ from benchmarks.common.timing import alternate, copy_rate, describe, keep, requi
 from quailora import ops
 from quailora.ops.precision import exact_products
 from quailora.quantization.bitsandbytes import Quantization, QuantizedWeight, quantize
+from quailora.solvers.config import SolverConfig
 from quailora.solvers.error_matrix import ErrorMatrices, choose_form
 from quailora.solvers.problem import Problem
 from quailora.solvers.registry import SOLVERS
@@ -402,7 +403,8 @@ def _torch(form: str) -> Candidate:
 
 def _whole(case: Case, solver: str) -> Factors:
     linears = [Linear(*each) for each in zip(case.weights, case.quantized, case.ranks, strict=True)]
-    return [(found.A, found.B) for found in solve_group(linears, case.gram, solver=solver, overwrite_weights=True)]
+    config = SolverConfig(solver, damping=0.0)
+    return [(found.A, found.B) for found in solve_group(linears, case.gram, config, overwrite_weights=True)]
 
 
 CANDIDATES = {
@@ -447,7 +449,7 @@ def check(candidates: Mapping[str, Candidate], solver: str, rank: int, device: t
         return sum(float(ops.gram_energy(h, residual)) / 2 for residual in residuals)
 
     linears = [Linear(e.float(), torch.zeros_like(e), r) for e, r in zip(exact, case.ranks, strict=True)]
-    reference = left([(found.A, found.B) for found in solve_group(linears, h, solver=solver)])
+    reference = left([(found.A, found.B) for found in solve_group(linears, h, SolverConfig(solver, damping=0.0))])
     for name, candidate in candidates.items():
         if candidate.errors is not None:
             case.restore()

@@ -1,7 +1,7 @@
 """Score a causal language model on tasks, through EleutherAI's lm-eval harness (the extra `evidence`).
 
-    python benchmarks/paper/downstream.py CHECKPOINT --base nf4 --adapter DIR --tasks arc_easy piqa     # needs a data hub
-    python benchmarks/paper/downstream.py CHECKPOINT --base nf4 --adapter DIR --text FILE               # needs none
+    python benchmarks/paper/downstream.py CHECKPOINT --base nf4 --adapter DIR --tasks arc_easy piqa  # needs a data hub
+    python benchmarks/paper/downstream.py CHECKPOINT --base nf4 --adapter DIR --text FILE            # needs none
 
 The tasks of --tasks are the harness's; without any, and without --text, they are the paper's. --text makes a task of
 any text, such as WikiText-2: which of four passages comes next? The context is a sentence or two; the wrong choices are

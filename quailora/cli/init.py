@@ -80,10 +80,11 @@ def init(
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import build as pipeline
     from quailora.pipeline import distributed as crew
+    from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
     # Looked at first: a slip of the pen is no reason to wait for a download.
     check_new_folder(output)
-    pipeline.Settings(solver, iterations)
+    SolverConfig(solver, iterations)
     for budget in filter(None, (memory_budget, host_memory_budget)):
         parse_bytes(budget)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
@@ -106,7 +107,7 @@ def init(
             dtype=loaded_as,
             solver=solver,
             iterations=iterations,
-            damping=pipeline.DEFAULT_DAMPING if damping is None else damping,
+            damping=DEFAULT_DAMPING if damping is None else damping,
             samples=samples,
             sequence_length=sequence_length,
             split=split,

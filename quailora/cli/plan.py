@@ -66,8 +66,9 @@ def plan(
     from quailora.modeling.streamed_model import StreamedModel
     from quailora.pipeline import build as pipeline
     from quailora.quantization.bitsandbytes import Quantization
+    from quailora.solvers.config import SolverConfig
 
-    settings = pipeline.Settings(solver, iterations)
+    settings = SolverConfig(solver, iterations)
     # Read first: a slip of the pen is no reason to wait.
     allowed, host = (
         None if given is None else budget.parse_bytes(given) for given in (memory_budget, host_memory_budget)

@@ -16,8 +16,8 @@ from quailora.memory.allocator import freed_at_once
 from quailora.memory.planner import Plan, free_memory, make_plan, parse_bytes
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Crew
-from quailora.pipeline.loop import Settings
 from quailora.quantization.bitsandbytes import Quantization
+from quailora.solvers.config import SolverConfig
 
 # How many times the planned peak a heap with gaps comes to: 1.6 were measured. With more room than that, time is saved.
 _WITH_GAPS = 2
@@ -50,7 +50,7 @@ class Meter:
         stream: StreamedModel,
         targets: Sequence[Target],
         form: Quantization,
-        settings: Settings,
+        settings: SolverConfig,
         data: Calibration,
         crew: Crew,
         batch_size: int | None,

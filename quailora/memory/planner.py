@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -30,6 +30,7 @@ from quailora.memory import dry_run as rehearsal
 from quailora.memory.dry_run import BlockRun, Input, ModelRun, Weight
 from quailora.modeling.streamed_model import STAGING_BYTES, Block, StreamedModel, linear_weight
 from quailora.quantization.bitsandbytes import Quantization
+from quailora.solvers.config import SolverConfig
 from quailora.solvers.registry import SOLVERS
 
 TOKENS_PER_BATCH = 8192  # enough for matrix products to be efficient, little beside a block's weights
@@ -114,15 +115,6 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 
 # ---- the plan
-
-
-class Settings(Protocol):
-    """What a plan must know of the solver's."""
-
-    @property
-    def solver(self) -> str: ...
-    @property
-    def iterations(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -218,7 +210,7 @@ def make_plan(
     stream: StreamedModel,
     targets: Mapping[str, int],
     form: Quantization,
-    settings: Settings,
+    settings: SolverConfig,
     *,
     samples: int,
     sequence_length: int,
@@ -318,7 +310,7 @@ class _Facts:
     stream: StreamedModel
     targets: dict[str, int]
     form: Quantization
-    settings: Settings
+    settings: SolverConfig
     samples: int
     length: int
     device: torch.device
@@ -348,7 +340,7 @@ class _Facts:
             codes, most = rehearsal.solve(
                 weights,
                 self.form,
-                self.settings.solver,
+                self.settings.name,
                 self.settings.iterations,
                 overwrite=overwrite,
                 device=self.device.type,
@@ -503,7 +495,7 @@ class _Facts:
     def _flops(self, run: ModelRun, planned: Sequence[tuple[tuple[str, ...], ...]], batch: int) -> dict[str, int]:
         tokens = self.samples * self.length
         batches = self.samples / batch
-        method, iterations = SOLVERS[self.settings.solver], self.settings.iterations
+        method, iterations = SOLVERS[self.settings.name], self.settings.iterations
         products = method.products((method.iterations or 0) if iterations is None else iterations)
         return {
             "forward": int(batches * sum(of.flops * len(turns) for of, turns in zip(run.blocks, planned, strict=True))),

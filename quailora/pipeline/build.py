@@ -28,11 +28,12 @@ from quailora.memory.planner import TOKENS_PER_BATCH
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel, linear_weight
 from quailora.pipeline.distributed import Crew
-from quailora.pipeline.loop import DEFAULT_DAMPING, Loop, Settings, Solved, Stages
+from quailora.pipeline.loop import Loop, Solved, Stages
 from quailora.pipeline.resume import Workspace
 from quailora.quantization.bitsandbytes import Quantization, QuantizedWeight, quantization_of, quantize, read, to_device
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import LayerReport, Report, model_card, write_files
+from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
 RANK, ALPHA = 64, 16
 
@@ -104,7 +105,7 @@ def build_adapter(
     """
     output = Path(output_dir)
     check_new_folder(output)
-    crew, settings = Crew(distributed), Settings(solver, iterations, damping, seed)
+    crew, settings = Crew(distributed), SolverConfig(solver, iterations, damping, seed)
     meter = Meter(default_device(device), memory_budget, host_memory_budget)
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     dtype = dtype or source.dtype
@@ -260,7 +261,7 @@ def initialize(
         )
     if adapter not in peft_model.peft_config:
         raise AdapterError(f"the model has no adapter '{adapter}', only {', '.join(peft_model.peft_config)}")
-    settings = Settings(solver, iterations, damping, seed)
+    settings = SolverConfig(solver, iterations, damping, seed)
     config = adapters.check_config(peft_model.peft_config[adapter])
     targets, left = adapters.find_targets(peft_model, adapter)
     if not targets:
@@ -331,7 +332,7 @@ def make_record(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     form: Quantization,
-    settings: Settings,
+    settings: SolverConfig,
     data: Calibration,
     config: LoraConfig,
 ) -> dict[str, Any]:
@@ -346,7 +347,7 @@ def make_record(
             "quantization": form.to_dict(),
         },
         "solver": {
-            "name": settings.solver,
+            "name": settings.name,
             "iterations": settings.iterations,
             "damping": settings.damping,
             "seed": settings.seed,

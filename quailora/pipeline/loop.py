@@ -26,23 +26,8 @@ from quailora.pipeline.distributed import Crew
 from quailora.quantization.bitsandbytes import QuantizedWeight
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import LayerReport
-from quailora.solvers.solve import Linear, LoraFactors, check_solver, solve_group
-
-# By benchmarks/kernels/damping.py: the least perplexity on held-out text, with much and with little data. See docs/using.md.
-DEFAULT_DAMPING = 1e-4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the solver is told. See `quailora.solve`. Raises SolverError for what it does not take."""
-
-    solver: str = "krylov"
-    iterations: int | None = None
-    damping: float = DEFAULT_DAMPING
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_solver(self.solver, self.iterations, self.damping)
+from quailora.solvers.config import SolverConfig
+from quailora.solvers.solve import Linear, LoraFactors, solve_group
 
 
 @dataclass
@@ -75,7 +60,7 @@ class Loop:
 
     model: StreamedModel
     plan: Plan
-    settings: Settings
+    settings: SolverConfig
     quantized_weight: Callable[[Target, Tensor], QuantizedWeight]
     finish: Callable[[int, list[Solved]], None]
     crew: Crew
@@ -198,10 +183,7 @@ class Loop:
                     for target, weight, q in zip(targets, weights, quantized, strict=True)
                 ],
                 gram,
-                solver=self.settings.solver,
-                iterations=self.settings.iterations,
-                damping=self.settings.damping,
-                seed=self.settings.seed,
+                self.settings,
                 overwrite_weights=overwrite,  # the block has run
             )
             factors = [replace(found, A=found.A.cpu(), B=found.B.cpu()) for found in factors]

@@ -3,21 +3,21 @@
 Tensors only, no model.
 """
 
-import difflib
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quailora import ops
-from quailora.calibration.gram import Gram
 from quailora.errors import SolverError
 from quailora.ops.precision import PRECISIONS, exact_products
 from quailora.ops.reference import Dequantizable
 from quailora.solvers.als import JITTER
+from quailora.solvers.config import SolverConfig
 from quailora.solvers.error_matrix import ErrorMatrices, choose_form
 from quailora.solvers.problem import Problem, Solution, objective
 from quailora.solvers.registry import SOLVERS
@@ -30,6 +30,13 @@ _FP64_ROWS = 256  # of that residual at once: little beside the panel of H in fp
 # How far from its transpose H may be, and how negative, relative to bounds from its diagonal. Rounding is far below;
 # a triangle that was never filled, or a matrix that is no sum of x xᵀ, far above.
 _ASYMMETRY, _NEGATIVE = 1e-3, 1e-5
+
+
+class Gram(Protocol):
+    """Anything that can give H, such as `quailora.Gram`."""
+
+    def matrix(self) -> Tensor:
+        """H, (n, n) fp32, symmetric."""
 
 
 class SolverWarning(UserWarning):
@@ -95,10 +102,7 @@ def solve(
     [factors] = solve_group(
         [Linear(weight, quantized, rank)],
         gram,
-        solver=solver,
-        iterations=iterations,
-        damping=damping,
-        seed=seed,
+        SolverConfig(solver, iterations, damping, seed),
         precision=precision,
         overwrite_weights=overwrite_weight,
     )
@@ -108,35 +112,32 @@ def solve(
 def solve_group(
     linears: Sequence[Linear],
     gram: Tensor | Gram,
+    config: SolverConfig,
     *,
-    solver: str = "krylov",
-    iterations: int | None = None,
-    damping: float = 0.0,
-    seed: int = 0,
     precision: str | None = None,
     overwrite_weights: bool = False,
 ) -> list[LoraFactors]:
     """`solve` for linears that share their input: the same factors up to rounding, and H is read once for all."""
-    check_solver(solver, iterations, damping, precision)
-    method = SOLVERS[solver]
-    steps = (method.iterations or 0) if iterations is None else iterations
+    if precision is not None and precision not in PRECISIONS:
+        raise SolverError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    solver = SOLVERS[config.name]
     weights, quantized = [linear.weight for linear in linears], [linear.quantized for linear in linears]
     device = weights[0].device
     with torch.no_grad(), exact_products(device):
-        h = gram.matrix() if isinstance(gram, Gram) else gram.detach().float()
+        h = gram.detach().float() if isinstance(gram, Tensor) else gram.matrix()
         for linear in linears:
             _check_shapes(linear, h)
         forms = [
-            choose_form(w, q, method.products(steps), overwrite_weights)
+            choose_form(w, q, solver.products(config.steps), overwrite_weights)
             for w, q in zip(weights, quantized, strict=True)
         ]
-        errors = ErrorMatrices(weights, quantized, forms, precision or method.precision)
+        errors = ErrorMatrices(weights, quantized, forms, precision or solver.precision)
         stock = _take_stock(linears, errors, h)
 
-        shift = damping * stock.mean_diagonal
+        shift = config.damping * stock.mean_diagonal
         # Nothing to do, or no input to do it for.
         idle = [
-            norm == 0 or (start + shift * norm**2 / 2 <= 0 and solver != "svd")
+            norm == 0 or (start + shift * norm**2 / 2 <= 0 and config.name != "svd")
             for norm, start in zip(stock.error_norm, stock.initial, strict=True)
         ]
         active = [i for i, done in enumerate(idle) if not done]
@@ -150,31 +151,13 @@ def solve_group(
                 initial=[start + shift * norm**2 / 2 for start, norm in zip(initial, norms, strict=True)],
                 error_norm=norms,
                 ranks=[linears[i].rank for i in active],
-                iterations=steps,
-                seed=seed,
+                iterations=config.steps,
+                seed=config.seed,
             )
-            solutions = method.run(problem)
+            solutions = solver.run(problem)
             jitter = _check_jitter([linears[i] for i in active], solutions)
             found = dict(zip(active, _finish(problem, solutions, initial, jitter), strict=True))
         return [found.get(i) or _zeros(linear, stock.error_norm[i]) for i, linear in enumerate(linears)]
-
-
-def check_solver(solver: str, iterations: int | None, damping: float, precision: str | None = None) -> None:
-    """What `solve` checks of its settings, for those who want to know before there is anything to solve.
-
-    Raises SolverError: a solver there is not (with the nearest name), or a setting that it does not take.
-    """
-    if solver not in SOLVERS:
-        near = difflib.get_close_matches(solver, SOLVERS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise SolverError(f"unknown solver {solver!r}; {hint}there are {', '.join(SOLVERS)}")
-    if iterations is not None and (SOLVERS[solver].iterations is None or iterations < 0):
-        allowed = "takes no iterations" if SOLVERS[solver].iterations is None else "needs iterations >= 0"
-        raise SolverError(f"solver {solver!r} {allowed}, got iterations={iterations}")
-    if not (math.isfinite(damping) and damping >= 0):
-        raise SolverError(f"damping must be finite and >= 0, got {damping}")
-    if precision is not None and precision not in PRECISIONS:
-        raise SolverError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
 
 
 # ---- before and after

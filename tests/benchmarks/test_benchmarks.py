@@ -23,6 +23,7 @@ from quailora import ops
 from quailora.calibration.gram import Gram
 from quailora.ops import extension
 from quailora.ops.precision import PRECISIONS
+from quailora.solvers.config import SolverConfig
 from quailora.solvers.registry import SOLVERS
 from quailora.solvers.solve import Linear, solve_group
 from tests.helpers import ROOT, tiny
@@ -370,7 +371,7 @@ def test_counted_products_are_those_made(name: str, monkeypatch: pytest.MonkeyPa
     with precision.emulated(), monkeypatch.context() as patch:
         for operation in ("grouped_error_product", "grouped_error_product_t", "grouped_gram_product"):
             patch.setattr(ops, operation, counted(getattr(ops, operation)))
-        solve_group(linears, case.gram, solver=name)
+        solve_group(linears, case.gram, SolverConfig(name, damping=0.0))
     products = [work for work in solver.solve_work(case.group, name, "dense", 32) if work.flops]
     assert made == Counter(products)
 

@@ -27,6 +27,7 @@ from quailora.ops import dispatch
 from quailora.quantization.bitsandbytes import EightBit, FourBit, NestedAbsmax
 from quailora.solvers import als, krylov, svd
 from quailora.solvers import solve as solvers
+from quailora.solvers.config import SolverConfig
 from quailora.solvers.problem import Problem
 from quailora.solvers.solve import Linear, LoraFactors, solve_group
 
@@ -199,10 +200,19 @@ def linear(
     return Linear(weight, FourBit(codes, absmax, 64, kind, (m, n), compute or dtype), rank)
 
 
-def solved(linears: list[Linear], monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[LoraFactors]:
+def solved(
+    linears: list[Linear],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    solver: str = "krylov",
+    iterations: int | None = None,
+    damping: float = 0.0,
+    **options: Any,
+) -> list[LoraFactors]:
     monkeypatch.setattr(solvers, "_read", read_nothing)
     n = linears[0].weight.shape[1]
-    found = solve_group(linears, torch.empty(n, n, device=CUDA), **options)
+    config = SolverConfig(solver, iterations, damping)
+    found = solve_group(linears, torch.empty(n, n, device=CUDA), config, **options)
     for factors, each in zip(found, linears, strict=True):
         (m, n), r = each.weight.shape, each.rank
         assert (factors.A.shape, factors.B.shape) == ((m, r), (n, r))

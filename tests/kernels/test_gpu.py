@@ -10,6 +10,7 @@ from quailora import ops
 from quailora.doctor import examine
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers import als, krylov
+from quailora.solvers.config import SolverConfig
 from quailora.solvers.solve import Linear, LoraFactors, solve_group
 
 pytestmark = pytest.mark.gpu
@@ -24,12 +25,14 @@ def kernels_serve() -> None:
         pytest.skip(f"no kernels for this device: {ops.backends(CUDA)['grouped_error_product'].others['triton']}")
 
 
-def solved(heights: tuple[int, ...] = (1024, 256), n: int = 1024, **options: Any) -> list[LoraFactors]:
+def solved(solver: str, iterations: int | None = None, **options: Any) -> list[LoraFactors]:
+    heights, n = (1024, 256), 1024
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2 * n, n, generator=g) * torch.arange(1, n + 1) ** -0.5
     weights = [torch.randn(m, n, generator=g).mul(0.02).bfloat16().to(CUDA) for m in heights]
     linears = [Linear(weight, quantize(weight, NF4), 64) for weight in weights]
-    return solve_group(linears, (x.T @ x).to(CUDA), **options)
+    config = SolverConfig(solver, iterations, damping=0.0)
+    return solve_group(linears, (x.T @ x).to(CUDA), config, **options)
 
 
 @pytest.mark.parametrize("size", [64, 256, 1000, 2048])
@@ -40,7 +43,7 @@ def test_every_kernel_computes_what_the_reference_does(size: int) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("solver", ["krylov", "als"])
 def test_the_same_bits_every_run(solver: str, overwrite: bool) -> None:
-    once, again = (solved(solver=solver, overwrite_weights=overwrite) for _ in range(2))
+    once, again = (solved(solver, overwrite_weights=overwrite) for _ in range(2))
     for first, second in zip(once, again, strict=True):
         assert torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
 
@@ -54,7 +57,7 @@ def solver(request: pytest.FixtureRequest) -> str:
 
 
 def test_the_iteration_does_not_wait(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    solved(solver=solver, iterations=1)  # compiles the kernels
+    solved(solver, 1)  # compiles the kernels
     loop, ran = getattr(*LOOPS[solver]), []
 
     def run(*args: Any) -> Any:
@@ -66,12 +69,12 @@ def test_the_iteration_does_not_wait(solver: str, monkeypatch: pytest.MonkeyPatc
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(*LOOPS[solver], run)
-    solved(solver=solver, iterations=1)
+    solved(solver, 1)
     assert ran
 
 
 def test_the_iteration_is_captured_in_a_graph(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = solved(solver=solver)
+    expected = solved(solver)
     loop, ran = getattr(*LOOPS[solver]), []
 
     def run(*args: Any) -> Any:
@@ -84,7 +87,7 @@ def test_the_iteration_is_captured_in_a_graph(solver: str, monkeypatch: pytest.M
         return results
 
     monkeypatch.setattr(*LOOPS[solver], run)
-    for captured, plain in zip(solved(solver=solver), expected, strict=True):
+    for captured, plain in zip(solved(solver), expected, strict=True):
         assert torch.equal(captured.A, plain.A) and torch.equal(captured.B, plain.B)
     assert ran
 

@@ -11,7 +11,9 @@ from quailora import doctor
 from quailora.doctor import examine
 from quailora.ops import dispatch
 from quailora.quantization.bitsandbytes import Quantization, quantize
-from quailora.solvers.solve import Linear, methods, solve, solve_group
+from quailora.solvers import als
+from quailora.solvers.config import SolverConfig
+from quailora.solvers.solve import Linear, solve, solve_group
 from tests.helpers import interpreter
 
 interpreter.install()
@@ -52,7 +54,7 @@ def test_doctor_finds_nothing_in_groups(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("solver", ["krylov", "als"])
 def test_the_trace_ends_with_the_objective(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However coarse the products of the iteration are."""
-    monkeypatch.setattr(methods, "_SVD_DEPTH", 1)
+    monkeypatch.setattr(als, "SVD_DEPTH", 1)
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(100, 48, generator=g), torch.randn(40, 48, generator=g).mul(0.02).bfloat16()
     quantized = quantize(weight, Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16))
@@ -66,7 +68,7 @@ def test_the_trace_ends_with_the_objective(solver: str, monkeypatch: pytest.Monk
 def test_kernels_reach_what_the_reference_reaches(
     solver: str, steps: int, overwrite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(methods, "_SVD_DEPTH", 1)  # interpreted, a solve takes seconds
+    monkeypatch.setattr(als, "SVD_DEPTH", 1)  # interpreted, a solve takes seconds
     g = torch.Generator().manual_seed(0)
     x = torch.randn(100, 48, generator=g) * torch.arange(1, 49) ** -0.5
     x[:, ::24] *= 100
@@ -74,9 +76,9 @@ def test_kernels_reach_what_the_reference_reaches(
     weights = [torch.randn(m, 48, generator=g).mul(0.02).bfloat16() for m in (40, 17)]
     linears = [Linear(w, quantize(w, form), r) for w, r in zip(weights, (16, 5), strict=True)]
     copies = [replace(linear, weight=linear.weight.clone()) for linear in linears]
-    by_kernels = solve_group(copies, h, solver=solver, iterations=steps, overwrite_weights=overwrite, damping=1e-4)
+    by_kernels = solve_group(copies, h, SolverConfig(solver, steps, damping=1e-4), overwrite_weights=overwrite)
     monkeypatch.undo()
-    monkeypatch.setattr(methods, "_SVD_DEPTH", 1)
+    monkeypatch.setattr(als, "SVD_DEPTH", 1)
     dispatch._choose.cache_clear()
     for linear, copy, found in zip(linears, copies, by_kernels, strict=True):
         expected = solve(linear.weight, linear.quantized, h, linear.rank, solver=solver, iterations=steps, damping=1e-4)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,13 +28,14 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops import reference
 from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.solvers.config import SolverConfig
 from quailora.solvers.solve import Linear, solve_group
 from tests.helpers import tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NF4 = Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
 INT8 = Quantization("int8")
-KRYLOV = SimpleNamespace(solver="krylov", iterations=None)
+KRYLOV = SolverConfig("krylov")
 GB, MIB, GIB = 10**9, 2**20, 2**30
 
 
@@ -452,7 +452,7 @@ def test_quantizing_and_solving(
     with Footprint() as footprint:
         quantized = [quantize(weight, form) for weight in weights]
         linears = [Linear(*each, rank) for each in zip(weights, quantized, strict=True)]
-        solve_group(linears, gram, solver=solver, iterations=few(solver), damping=1e-4, overwrite_weights=overwrite)
+        solve_group(linears, gram, SolverConfig(solver, few(solver)), overwrite_weights=overwrite)
     shapes = [Weight(m, n, rank, dtype) for m in heights]
     codes, peak = rehearsal.solve(shapes, form, solver, few(solver), overwrite=overwrite)
     assert codes == sum(q.nbytes for q in quantized)

@@ -16,6 +16,7 @@ from quailora.calibration.gram import Gram
 from quailora.errors import CalibrationError, QuailoraError, SolverError
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers import solve as solvers
+from quailora.solvers.config import SolverConfig
 from quailora.solvers.error_matrix import ErrorMatrices
 from quailora.solvers.registry import SOLVERS
 from quailora.solvers.solve import Linear, LoraFactors, SolverWarning, solve, solve_group
@@ -432,7 +433,7 @@ def test_a_group_is_solved_as_its_linears_alone(solver: str) -> None:
     h = x.T @ x
     pairs = [nf4_pair(64, 48), nf4_pair(40, 48, seed=1), (torch.ones(8, 48), torch.ones(8, 48))]  # the last: no error
     linears = [Linear(*pair, rank) for pair, rank in zip(pairs, (8, 5, 3), strict=True)]
-    group = solve_group(linears, h, solver=solver, damping=1e-3)
+    group = solve_group(linears, h, SolverConfig(solver, damping=1e-3))
     for linear, of_group in zip(linears, group, strict=True):
         alone = solve(linear.weight, linear.quantized, h, linear.rank, solver=solver, damping=1e-3)
         assert_sound(of_group, linear.weight, linear.quantized, h)
@@ -472,14 +473,14 @@ def test_the_culprit_is_named_though_e_may_stand_where_w_was(culprit: str, overw
 def test_of_a_group_the_culprit_is_named() -> None:
     good, wrong = Linear(W, Q, 4, "block.q_proj"), Linear(W, bad(Q, math.inf), 4, "block.k_proj")
     with pytest.raises(SolverError, match=r"^block.k_proj: quantized holds"):
-        solve_group([good, wrong], H)
+        solve_group([good, wrong], H, SolverConfig())
     with pytest.raises(SolverError, match=r"^block.k_proj: rank must be 1 to 16"):
-        solve_group([good, Linear(W, Q, 17, "block.k_proj")], H)
+        solve_group([good, Linear(W, Q, 17, "block.k_proj")], H, SolverConfig())
     with pytest.raises(SolverError, match=r"^block.q_proj, block.k_proj: gram holds"):
-        solve_group([good, wrong], bad(H, math.nan))
+        solve_group([good, wrong], bad(H, math.nan), SolverConfig())
     x = inputs(5, 24)
     with pytest.warns(SolverWarning, match=r"^block.q_proj: als met systems"):
-        solve_group([Linear(W, Q, 8, "block.q_proj")], x.T @ x, solver="als")
+        solve_group([Linear(W, Q, 8, "block.q_proj")], x.T @ x, SolverConfig("als", damping=0.0))
 
 
 def test_the_weight_is_left_alone_unless_it_may_be_overwritten() -> None:
