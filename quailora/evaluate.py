@@ -24,12 +24,13 @@ from quailora import ops
 from quailora.adapters.base_record import base_of, for_full_precision, loading
 from quailora.calibration.data import Batch, Calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
+from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import no_progress_bar
 from quailora.pipeline.build import default_device
 from quailora.pipeline.loop import memory_errors
 from quailora.quantization.bitsandbytes import NAMES, Quantization
-from quailora.reporting.report import read_record, to_json, write_files
+from quailora.reporting.record import read_record
 
 # How many logits are in fp32 at once: 256 MiB for each of the few tensors that the scores take.
 LOGITS_AT_ONCE = 1 << 26

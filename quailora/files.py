@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from quailora.errors import QuailoraError
+from quailora.errors import AdapterError, QuailoraError
 
 # What safetensors calls the dtypes that an adapter can have.
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -143,3 +144,49 @@ def write_tensors(path: Path, tensors: dict[str, LazyTensor]) -> None:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, to be read from or written to."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_files(folder: Path, texts: dict[str, str]) -> None:
+    """Write text files by name into `folder`, made if need be. All are on the disk before the first takes its name: a
+    failure to write one changes none.
+
+    Raises:
+        QuailoraError: the disk is full, or the folder may not be written.
+    """
+    partial = {folder / name: folder / f".{name}.{os.getpid()}" for name in texts}
+    path = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for path, text in zip(partial, texts.values(), strict=True):
+                with partial[path].open("w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+            for path in partial:
+                os.replace(partial[path], path)
+        finally:
+            for temporary in partial.values():
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise QuailoraError(
+            f"{path} cannot be written: {error.strerror or error}; make room there or give another folder"
+        ) from error
+
+
+def to_json(values: dict[str, Any]) -> str:
+    """Strict JSON, for people too: indented, without NaN."""
+    return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file. Raises AdapterError where it holds anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path} is damaged: it holds a {type(values).__name__}, not an object")
+    return values

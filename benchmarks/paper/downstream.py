@@ -37,9 +37,9 @@ from benchmarks.paper.starts import BASES, load
 from quailora.adapters.base_record import base_of, for_full_precision, loading
 from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.evaluate import _evaluating, _with_adapter
+from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.pipeline.build import load_tokenizer
-from quailora.reporting.report import to_json, write_files
 
 NEXT_PASSAGE = "next_passage"
 CHOICES = 4

@@ -24,7 +24,7 @@ from quailora.quantization.bitsandbytes import (
     quantize,
     read,
 )
-from quailora.reporting.report import RECORD, read_record
+from quailora.reporting.record import RECORD, read_record
 
 # By how much of ‖W - Q‖ the loaded Q may be off: more than an absmax rounded to bf16 makes, as bitsandbytes has it on
 # some CPUs, and less than the codes that change where weights are off by little more than rounding.

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import platform
 import tempfile
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,12 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-import quailora
 from quailora import ops
 from quailora.adapters import lora as adapters
 from quailora.adapters.lora import Target
 from quailora.calibration.data import SAMPLES, SEQUENCE_LENGTH, Calibration, load_calibration
 from quailora.errors import AdapterError, CalibrationError, CheckpointError, MismatchError, QuailoraError
-from quailora.files import check_new_folder
+from quailora.files import check_new_folder, write_files
 from quailora.memory.allocator import freed_at_once
 from quailora.memory.budget import Meter
 from quailora.memory.planner import TOKENS_PER_BATCH
@@ -31,8 +28,10 @@ from quailora.pipeline.distributed import Crew
 from quailora.pipeline.loop import Loop, Solved, Stages
 from quailora.pipeline.resume import Workspace
 from quailora.quantization.bitsandbytes import Quantization, QuantizedWeight, quantization_of, quantize, read, to_device
+from quailora.reporting.model_card import model_card
 from quailora.reporting.progress import Progress
-from quailora.reporting.report import LayerReport, Report, model_card, write_files
+from quailora.reporting.record import make_record
+from quailora.reporting.report import LayerReport, Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
 RANK, ALPHA = 64, 16
@@ -326,48 +325,6 @@ def default_quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
-
-
-def make_record(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    form: Quantization,
-    settings: SolverConfig,
-    data: Calibration,
-    config: LoraConfig,
-) -> dict[str, Any]:
-    """What an adapter was made for and how: the base it belongs to, the solver, the data, the versions. Plain JSON."""
-    return {
-        "quailora": quailora.__version__,
-        "base": {
-            "checkpoint": checkpoint.name,
-            "revision": checkpoint.revision,
-            "fingerprint": checkpoint.fingerprint,
-            "dtype": str(dtype).removeprefix("torch."),
-            "quantization": form.to_dict(),
-        },
-        "solver": {
-            "name": settings.name,
-            "iterations": settings.iterations,
-            "damping": settings.damping,
-            "seed": settings.seed,
-        },
-        "calibration": {
-            "source": data.source,
-            "samples": len(data),
-            "tokens": data.tokens,
-            "sequence_length": data.longest,
-            "seed": data.seed,
-            "fingerprint": data.fingerprint(),
-        },
-        "lora": lora_record(config),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
-    }
-
-
-def lora_record(config: LoraConfig) -> dict[str, Any]:
-    return {"r": config.r, "alpha": config.lora_alpha, "use_rslora": config.use_rslora}
 
 
 def default_device(device: str | torch.device | None) -> torch.device:

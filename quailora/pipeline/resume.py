@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quailora.errors import QuailoraError
-from quailora.files import LazyTensor, check_new_folder, replaced, writing
+from quailora.files import LazyTensor, check_new_folder, replaced, to_json, writing
 from quailora.modeling.checkpoint import DTYPES
-from quailora.reporting.report import LayerReport, to_json
+from quailora.reporting.report import LayerReport
 
 _BLOCK = re.compile(r"block-(\d+)\.safetensors")
 

@@ -1,4 +1,4 @@
-"""What a run tells people: progress, report, model card, and the record beside an adapter.
+"""What a run tells people: progress, report, model card, and the record in an adapter's folder.
 
-It must not know how any of it was computed.
+It must not know the pipeline, nor how a solver works.
 """

@@ -14,7 +14,7 @@ import quailora
 from benchmarks.common import plots, results, tables
 from benchmarks.paper import claims, paper, peers, starts, study
 from quailora.errors import QuailoraError
-from quailora.reporting.report import write_files
+from quailora.files import write_files
 from tests.benchmarks.test_benchmarks import job_record
 from tests.helpers import ROOT, tiny
 from tests.integration import test_training

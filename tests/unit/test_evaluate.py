@@ -21,9 +21,10 @@ from quailora import evaluate
 from quailora.calibration.data import Calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
 from quailora.evaluate import Comparison, Scores, compare, gap_closed, kl_divergence, perplexity
+from quailora.files import to_json
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.quantization.bitsandbytes import Quantization
-from quailora.reporting.report import RECORD, to_json
+from quailora.reporting.record import RECORD
 
 VOCABULARY = 160
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)

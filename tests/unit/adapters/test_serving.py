@@ -16,7 +16,7 @@ import quailora
 from quailora.adapters.base_record import base_of
 from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.evaluate import compare
-from quailora.reporting.report import RECORD
+from quailora.reporting.record import RECORD
 from tests.helpers import tiny
 from tests.integration import test_pipeline as pipeline
 

@@ -142,7 +142,7 @@ def test_torchrun_runs_the_command(model: Path, tmp_path: Path) -> None:
         [*torchrun, *init, tmp_path / "out"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("linears initialized") == 1, "one process speaks"
+    assert run.stdout.count("linear layers initialized") == 1, "one process speaks"
     assert Report.load(tmp_path / "out").record["calibration"]["samples"] == len(DATA)
 
     again = subprocess.run(

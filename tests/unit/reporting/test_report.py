@@ -14,8 +14,11 @@ import yaml
 from transformers import BitsAndBytesConfig
 
 from quailora.errors import AdapterError, QuailoraError
+from quailora.files import write_files
 from quailora.quantization.bitsandbytes import Quantization
-from quailora.reporting.report import RECORD, LayerReport, Report, error_left, model_card, read_record, write_files
+from quailora.reporting.model_card import model_card
+from quailora.reporting.record import RECORD, read_record
+from quailora.reporting.report import LayerReport, Report, error_left
 
 CONFIG = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
@@ -99,9 +102,8 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_header() -> None:
 
 def test_summary_names_a_few_that_were_left_and_counts_the_rest() -> None:
     lines = str(make_report().summary()).splitlines()
-    assert (
-        lines[0]
-        == "24 linears initialized; 25.0% of their output error on the calibration tokens is left (geometric mean)"
+    assert lines[0] == (
+        "24 linear layers initialized; 25.0% of their output error on the calibration tokens is left (geometric mean)"
     )
     assert lines[1] == "400 tokens of a|b.txt, 2 min 05 s"
     assert lines[2].count("up_proj") == 3 and "and 2 more (no calibration token reached it)" in lines[2]
@@ -164,7 +166,7 @@ def test_a_damaged_record_is_refused(text: str, complaint: str, tmp_path: Path) 
 
 def test_a_damaged_report_is_refused(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"layers": [{"name": "x"}]}')
-    with pytest.raises(AdapterError, match="is no report of quailora"):
+    with pytest.raises(AdapterError, match="is not a report that quailora wrote"):
         Report.load(tmp_path)
 
 

@@ -1,0 +1,82 @@
+"""The model card of an adapter: README.md in its folder."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from quailora.quantization.bitsandbytes import Quantization
+from quailora.reporting.record import settings_table
+from quailora.reporting.report import Report
+
+
+def model_card(record: dict[str, Any], report: Report, folder: str = "path/to/this/folder") -> str:
+    """The text of README.md, with the metadata that Hugging Face reads.
+
+    record: the adapter's, usually `report.record`.
+    folder: the adapter's folder as the code example names it.
+
+    Raises:
+        AdapterError: no BitsAndBytesConfig gives the recorded quantization, so no code could load the base.
+    """
+    base = record["base"]
+    quantization = Quantization.from_dict(base["quantization"])
+    arguments = {
+        name: value
+        for name, value in quantization.to_config().to_diff_dict().items()
+        if not name.startswith("_") and name != "quant_method"
+    }
+    revision = f"    revision={base['revision']!r},\n" if base["revision"] else ""
+    return f"""---
+library_name: peft
+base_model: {json.dumps(base["checkpoint"], ensure_ascii=False)}
+base_model_relation: adapter
+pipeline_tag: text-generation
+tags:
+- quailora
+- qlora
+- lora
+- bitsandbytes
+- {quantization.method}
+---
+
+# A starting point for QLoRA fine-tuning of {base["checkpoint"]}
+
+This LoRA adapter has not been trained yet. It is initialized so that the quantized base model computes nearly what the
+full-precision model does: for each linear layer, A and B minimize ‖(W - Q - A Bᵀ) X‖, where W is the full-precision
+weight, Q the quantized weight and X the layer's inputs on calibration data (QuAILoRA,
+[arXiv 2410.14713](https://arxiv.org/abs/2410.14713)). {len(report.layers)} linear layers were initialized, and
+{report.error_left:.1%} of their output error on that data is left (geometric mean). `report.md` lists every layer.
+
+{settings_table(record)}
+
+## Use
+
+Load the base quantized exactly as here:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+quantization = BitsAndBytesConfig(
+{"".join(f"    {name}={value!r},{chr(10)}" for name, value in arguments.items())})
+model = AutoModelForCausalLM.from_pretrained(
+    {base["checkpoint"]!r},
+{revision}    dtype={base["dtype"]!r},
+    quantization_config=quantization,
+)
+model = PeftModel.from_pretrained(model, {folder!r}, is_trainable=True)
+```
+
+Training and serving the adapter do not need quailora.
+
+## Do not merge it into the full-precision weights
+
+A Bᵀ approximates the quantization error W - Q. The full-precision weights have no such error, and a base that was
+quantized differently has another one, so adding this adapter to either makes the model worse. To serve the model,
+before or after training, use
+
+- `quailora merge`, which writes the dense checkpoint Q + scaling · B A, or
+- `quailora convert`, which turns what training learned into an adapter for the full-precision weights. It needs this
+  folder as it is now, so keep a copy before you train.
+"""

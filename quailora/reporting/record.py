@@ -1,0 +1,97 @@
+"""quailora.json, the record beside an adapter: the base that the adapter was made for, and how it was made."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+import quailora
+from quailora.calibration.data import Calibration
+from quailora.errors import AdapterError
+from quailora.files import read_json
+from quailora.modeling.checkpoint import Checkpoint
+from quailora.quantization.bitsandbytes import Quantization
+from quailora.reporting import markdown
+from quailora.solvers.config import SolverConfig
+
+RECORD = "quailora.json"
+SECTIONS = ("base", "calibration", "lora", "solver", "versions")  # each a dict
+BASE = ("checkpoint", "revision", "fingerprint", "dtype", "quantization")  # the keys of section "base"
+
+
+def make_record(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    quantization: Quantization,
+    solver: SolverConfig,
+    data: Calibration,
+    config: LoraConfig,
+) -> dict[str, Any]:
+    """The record as plain JSON. `dtype` is what the weights of the base are loaded as before they are quantized."""
+    return {
+        "quailora": quailora.__version__,
+        "base": {
+            "checkpoint": checkpoint.name,
+            "revision": checkpoint.revision,
+            "fingerprint": checkpoint.fingerprint,
+            "dtype": str(dtype).removeprefix("torch."),
+            "quantization": quantization.to_dict(),
+        },
+        "solver": asdict(solver),
+        "calibration": {
+            "source": data.source,
+            "samples": len(data),
+            "tokens": data.tokens,
+            "sequence_length": data.longest,
+            "seed": data.seed,
+            "fingerprint": data.fingerprint(),
+        },
+        "lora": lora_record(config),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+    }
+
+
+def lora_record(config: LoraConfig) -> dict[str, Any]:
+    return {"r": config.r, "alpha": config.lora_alpha, "use_rslora": config.use_rslora}
+
+
+def read_record(folder: str | Path) -> dict[str, Any] | None:
+    """The record in an adapter's folder; None if there is none, as beside an adapter that quailora did not write.
+
+    Raises:
+        AdapterError: the file is damaged.
+    """
+    path = Path(folder) / RECORD
+    record = read_json(path)
+    if record is not None:
+        missing = [name for name in SECTIONS if not isinstance(record.get(name), dict)]
+        missing = missing or [f"base.{name}" for name in BASE if name not in record["base"]]
+        if missing:
+            raise AdapterError(
+                f"{path} is damaged: it lacks {', '.join(missing)}. Restore it or make the adapter again"
+            )
+    return record
+
+
+def settings_table(record: dict[str, Any]) -> str:
+    """The settings of a run as a Markdown table."""
+    base, solver, calibration, lora = (record[name] for name in ("base", "solver", "calibration", "lora"))
+    revision = f", revision {base['revision']}" if base["revision"] else ""
+    iterations = "" if solver["iterations"] is None else f", {solver['iterations']} iterations"
+    rows = {
+        "base": f"{base['checkpoint']}{revision}, loaded in {base['dtype']}, fingerprint `{base['fingerprint']}`",
+        "quantization": Quantization.from_dict(base["quantization"]).describe(),
+        "LoRA": markdown.pairs(lora),
+        "solver": f"{solver['name']}{iterations}, damping {solver['damping']:g}, seed {solver['seed']}",
+        "calibration data": f"{calibration['source']}: {calibration['tokens']} tokens in {calibration['samples']} "
+        f"sequences of at most {calibration['sequence_length']}, seed {calibration['seed']}",
+        "made with": markdown.pairs({"quailora": record["quailora"]} | record["versions"]),
+    }
+    return markdown.table([{"setting": name, "value": value} for name, value in rows.items()])
