@@ -67,7 +67,7 @@ def init(
     device: DeviceOption = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
-    progress: Annotated[bool, typer.Option(help="Draw a progress bar.")] = True,
+    progress: Annotated[bool, typer.Option(help="Show how far the run is on standard error.")] = True,
 ) -> None:
     """Make an adapter whose A and B undo most of the quantization error of CHECKPOINT.
 

@@ -54,8 +54,10 @@ class Meter:
         data: Calibration,
         crew: Crew,
         batch_size: int | None,
+        timed: bool = False,
     ) -> Plan:
-        """The fastest plan that fits, the same for all processes. Raises BudgetError."""
+        """The fastest plan that fits, the same for all processes; if `timed`, with an estimate of the time. Raises
+        BudgetError."""
         plan = make_plan(
             stream,
             {target.name: target.rank for target in targets},
@@ -67,6 +69,7 @@ class Meter:
             host_memory_budget=crew.least(self.host_budget),
             batch_size=batch_size,
             held=-crew.least(-max(0, self._held() - self._start)),
+            timed=timed,
         )
         self._tight = self._named and _WITH_GAPS * plan.peak > self.budget
         return plan

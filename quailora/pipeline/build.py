@@ -92,7 +92,7 @@ def build_adapter(
         dtype: what the base's weights are loaded as before they are quantized; None is what transformers takes by
             itself.
         device: where to compute; None is CUDA if there is one, else the CPU.
-        progress: whether to draw a progress bar.
+        progress: whether to show on standard error how far the run is: a bar, or lines where that is not a terminal.
 
     Returns:
         The report that is also in `output_dir`.
@@ -149,10 +149,12 @@ def build_adapter(
         workspace.save_block(index, adapters.take(model, [target for target, _, _ in solved]), rows)
 
     try:
-        plan = meter.plan(stream, targets, form, settings, data, crew, chosen.get("batch_size", batch_size))
+        size, shown = chosen.get("batch_size", batch_size), progress and crew.leads
+        plan = meter.plan(stream, targets, form, settings, data, crew, size, timed=shown)
         if workspace:
             workspace.choose(batch_size=plan.batch_size)
-        with Progress(len(stream.blocks), enabled=progress and crew.leads) as bar, meter:
+        known = workspace.layers if workspace else []
+        with Progress(enabled=shown, finished=finished, layers=known, estimate=plan.seconds) as bar, meter:
             loop = Loop(
                 model=stream,
                 plan=plan,
@@ -290,10 +292,10 @@ def initialize(
         return quantized
 
     form, stages, crew = quantization_of(targets[0].base), Stages(), Crew()
-    plan = meter.plan(stream, targets, form, settings, data, crew, batch_size)
+    plan = meter.plan(stream, targets, form, settings, data, crew, batch_size, timed=progress)
     found: list[Solved] = []
     with (
-        Progress(len(stream.blocks), enabled=progress) as bar,
+        Progress(enabled=progress, estimate=plan.seconds) as bar,
         meter,
         tempfile.TemporaryDirectory(prefix="quailora-") as folder,
     ):

@@ -1,25 +1,42 @@
-"""One progress bar: blocks done, time left, and the error that is left so far."""
+"""How far a run is: blocks done, time left, and the output error left so far."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from time import perf_counter
 from types import TracebackType
-from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from quailora.reporting.markdown import about, duration
 from quailora.reporting.report import LayerReport, error_left
 
-T = TypeVar("T")
+# Without a terminal: about so many lines, and more where they would be further apart than this.
+_LINES = 20
+_SECONDS_BETWEEN_LINES = 600
 
 
 class Progress:
-    """Drawn on standard error; with `enabled=False`, or where that is no terminal, nothing is drawn."""
+    """A bar on standard error; where that is not a terminal, as in a batch job, a line every few blocks.
 
-    def __init__(self, total: int, *, enabled: bool = True) -> None:
+    enabled: False shows nothing.
+    finished, layers: the blocks that an earlier run finished, and their rows of the report. They are counted as done.
+    estimate: seconds that a run over all blocks is expected to take.
+    """
+
+    def __init__(
+        self,
+        *,
+        enabled: bool = True,
+        finished: Collection[int] = (),
+        layers: Iterable[LayerReport] = (),
+        estimate: float | None = None,
+    ) -> None:
         console = Console(stderr=True)
+        self._enabled, self._prints_lines = enabled, enabled and not console.is_terminal
         self._bar = RichProgress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -32,8 +49,9 @@ class Progress:
             console=console,
             disable=not (enabled and console.is_terminal),
         )
-        self._task = self._bar.add_task("QuAILoRA", total=total, error="")
-        self._layers: list[LayerReport] = []
+        self._finished = frozenset(finished)
+        self._layers = list(layers)
+        self._estimate = estimate
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -44,13 +62,47 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def blocks(self, blocks: Iterable[T]) -> Iterator[T]:
-        """The blocks, counted as the next one is asked for."""
-        for block in blocks:
-            yield block
-            self._bar.advance(self._task)
+    def blocks(self, indices: Collection[int]) -> Iterator[int]:
+        """The blocks to run, in order; each is counted when the next one is asked for.
+
+        Those that were finished before still run forward, for the inputs of the next ones; they count from the start,
+        and their time is not taken for that of the others.
+        """
+        total, done = len(self._finished.union(indices)), len(self._finished)
+        self._announce(total, done)
+        task = self._bar.add_task("QuAILoRA", total=total, completed=done, error=self._error())
+        start = printed = perf_counter()
+        solving, solved = 0.0, 0
+        for index in indices:
+            began = perf_counter()
+            yield index
+            if index in self._finished:
+                continue
+            now = perf_counter()
+            solving, solved, done = solving + now - began, solved + 1, done + 1
+            self._bar.update(task, completed=done, error=self._error())
+            due = done * _LINES // total > (done - 1) * _LINES // total or now - printed >= _SECONDS_BETWEEN_LINES
+            if self._prints_lines and (due or solved == 1):
+                left = f"{about(solving / solved * (total - done))} left, " if done < total else ""
+                _print(f"{done} of {total} blocks in {duration(now - start)}, {left}{self._error()}")
+                printed = now
 
     def layer(self, layer: LayerReport) -> None:
         """Take a layer's result into the error shown."""
         self._layers.append(layer)
-        self._bar.update(self._task, error=f"output error left {error_left(self._layers):.1%}")
+
+    def _announce(self, total: int, done: int) -> None:
+        if not self._enabled:
+            return
+        time = "" if self._estimate is None or done == total else about(self._estimate * (1 - done / total))
+        if done:
+            _print(f"{done} of {total} blocks are done{time and f', {time} for the others'}")
+        else:
+            _print(f"{total} blocks to initialize{time and f', {time}'}")
+
+    def _error(self) -> str:
+        return f"output error left {error_left(self._layers):.1%}" if self._layers else ""
+
+
+def _print(line: str) -> None:
+    print(f"QuAILoRA: {line}", file=sys.stderr, flush=True)  # a log file should have it at once

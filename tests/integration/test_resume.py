@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -185,6 +186,23 @@ def test_neither_h_nor_factors_of_finished_blocks_are_computed_again(model: Path
     assert any(
         note.startswith("blocks solved by an earlier run, which did not come to its end: 2") for note in report.notes
     )
+
+
+def test_a_resumed_run_shows_the_share_that_its_report_has(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stopping_after(2, Stop()), pytest.raises(Stop):
+        build(model, tmp_path / "out", progress=True)
+    first = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"QuAILoRA: 4 blocks to initialize, about \d+ s", first[0])
+    report = build(model, tmp_path / "out", progress=True)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == "" and len(lines) == 3
+    assert lines[0].startswith("QuAILoRA: 2 of 4 blocks are done, about ")
+    assert lines[1].startswith("QuAILoRA: 3 of 4 blocks in ")
+    assert lines[2].startswith("QuAILoRA: 4 of 4 blocks in ")
+    assert lines[2].endswith(f"output error left {report.error_left:.1%}")
 
 
 def test_with_every_block_finished_only_the_adapter_is_written(model: Path, undisturbed: bytes, tmp_path: Path) -> None:
