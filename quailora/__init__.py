@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from quailora.errors import QuailoraError as QuailoraError
     from quailora.ops import backends as backends
     from quailora.pipeline.build import build_adapter as build_adapter
-    from quailora.pipeline.build import initialize as initialize
+    from quailora.pipeline.initialize import initialize as initialize
     from quailora.solvers.solve import LoraFactors as LoraFactors
     from quailora.solvers.solve import solve as solve
 
@@ -26,7 +26,7 @@ _HOMES = {
     "build_adapter": "pipeline.build",
     "check_base": "adapters.base_record",
     "convert": "adapters.serving",
-    "initialize": "pipeline.build",
+    "initialize": "pipeline.initialize",
     "merge": "adapters.serving",
     "solve": "solvers.solve",
 }

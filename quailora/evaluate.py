@@ -27,8 +27,8 @@ from quailora.errors import AdapterError, CalibrationError, MismatchError, Quail
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import no_progress_bar
-from quailora.pipeline.build import default_device
 from quailora.pipeline.loop import memory_errors
+from quailora.pipeline.setup import default_device
 from quailora.quantization.bitsandbytes import NAMES, Quantization
 from quailora.reporting.record import read_record
 

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 import quailora
-from quailora.pipeline.build import default_device
+from quailora.pipeline.setup import default_device
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,8 @@ from quailora.memory.budget import Meter
 from quailora.memory.planner import describe_bytes
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel, linear_weight
-from quailora.pipeline.build import (
-    ALPHA,
-    RANK,
-    default_batch_size,
-    default_device,
-    default_quantization,
-    read_calibration,
-)
+from quailora.pipeline.build import ALPHA, RANK
+from quailora.pipeline.setup import default_batch_size, default_device, default_quantization, read_calibration
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers import krylov
 from quailora.solvers import solve as solvers

@@ -23,8 +23,10 @@ from benchmarks.common.layers import gather
 from benchmarks.common.smollm2 import fetch
 from quailora.calibration.data import Calibration
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.pipeline.build import ALPHA, DEFAULT_DAMPING, default_quantization, read_calibration
+from quailora.pipeline.build import ALPHA
+from quailora.pipeline.setup import default_quantization, read_calibration
 from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.solvers.config import DEFAULT_DAMPING
 
 SOLVERS = ("krylov", "als", "svd")
 

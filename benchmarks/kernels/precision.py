@@ -32,7 +32,7 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.ops import reference
 from quailora.ops.dispatch import Service
 from quailora.ops.precision import PRECISIONS
-from quailora.pipeline.build import default_quantization, read_calibration
+from quailora.pipeline.setup import default_quantization, read_calibration
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers.registry import SOLVERS
 

@@ -39,7 +39,7 @@ from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.evaluate import _evaluating, _with_adapter
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.pipeline.build import load_tokenizer
+from quailora.pipeline.setup import load_tokenizer
 
 NEXT_PASSAGE = "next_passage"
 CHOICES = 4

@@ -59,7 +59,7 @@ from benchmarks.paper.study import (
 from quailora import ops
 from quailora.files import to_json, write_files
 from quailora.modeling.streamed_model import no_progress_bar
-from quailora.pipeline.build import default_device, load_tokenizer
+from quailora.pipeline.setup import default_device, load_tokenizer
 
 PAIRS = (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"), ("int8", "quailora"), ("bf16", "zero"))
 

@@ -30,7 +30,7 @@ from benchmarks.paper.starts import kept, load, lora, making, prepare
 from benchmarks.paper.study import LORA_ALPHA, Cell, Study, settled
 from quailora import ops
 from quailora.files import to_json, write_files
-from quailora.pipeline.build import default_device
+from quailora.pipeline.setup import default_device
 
 PEERS = ("zero", "loftq", "loftq-scaled", "svd", "eva", "corda", "closed-form", "als", "quailora")
 

@@ -34,7 +34,7 @@ import quailora
 from quailora.calibration.data import Calibration
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import no_progress_bar
-from quailora.pipeline.build import default_quantization
+from quailora.pipeline.setup import default_quantization
 
 DTYPE = torch.bfloat16  # whatever the checkpoint's: training is in bf16
 BASES = {"nf4": default_quantization(DTYPE), "int8": BitsAndBytesConfig(load_in_8bit=True), "bf16": None}

@@ -32,7 +32,7 @@ from quailora.calibration.data import Calibration
 from quailora.errors import QuailoraError
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.pipeline.build import default_device, load_tokenizer, read_calibration
+from quailora.pipeline.setup import default_device, load_tokenizer, read_calibration
 from quailora.reporting.report import Report
 
 CALIBRATE, MEASURE = "text-calibrate", "text-measure"  # the names of the two texts of the experiment `start`

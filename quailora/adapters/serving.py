@@ -25,7 +25,7 @@ from quailora.errors import AdapterError
 from quailora.files import check_new_folder, new_folder, to_json, write_files
 from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.build import default_device, load_tokenizer
+from quailora.pipeline.setup import default_device, load_tokenizer
 from quailora.quantization.bitsandbytes import Quantization, is_quantized, quantize
 from quailora.reporting.record import RECORD, lora_record, read_record
 

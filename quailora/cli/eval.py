@@ -55,14 +55,14 @@ def evaluate(
     """
     from quailora.evaluate import compare
     from quailora.modeling.checkpoint import Checkpoint
-    from quailora.pipeline import build as pipeline
+    from quailora.pipeline import setup
 
     if adapter is None:
         quant = quant or Quant.nf4
     check_quantization_options(quant, double_quant, compute_dtype)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     quantization = None if quant is None else quantization_config(quant, double_quant, compute_dtype, source.dtype)
-    calibration = pipeline.read_calibration(
+    calibration = setup.read_calibration(
         source, data, samples=samples, sequence_length=sequence_length, seed=seed, split=split, column=column
     )
     comparison = compare(
@@ -71,8 +71,8 @@ def evaluate(
         calibration,
         initial=initial,
         quantization=quantization,
-        device=pipeline.default_device(device),
-        batch_size=batch_size or pipeline.default_batch_size(calibration),
+        device=setup.default_device(device),
+        batch_size=batch_size or setup.default_batch_size(calibration),
     )
     Console().print(comparison.table())
     if json is not None:

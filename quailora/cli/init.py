@@ -79,7 +79,7 @@ def init(
     from quailora.memory.planner import parse_bytes
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import build as pipeline
-    from quailora.pipeline import distributed as crew
+    from quailora.pipeline import distributed
     from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
     # Looked at first: a slip of the pen is no reason to wait for a download.
@@ -97,7 +97,7 @@ def init(
         target_modules=parse_target_modules(target_modules),
         task_type="CAUSAL_LM",
     )
-    with crew.joined(device) as place, _interruptible():
+    with distributed.process_group(device) as place, _interruptible():
         report = pipeline.build_adapter(
             source,
             config,
@@ -116,12 +116,12 @@ def init(
             memory_budget=memory_budget,
             host_memory_budget=host_memory_budget,
             resume=resume,
-            distributed=crew.launched(),
+            distributed=distributed.launched_by_torchrun(),
             device=place,
             seed=seed,
             progress=progress,
         )
-    if crew.rank() == 0:
+    if distributed.rank() == 0:
         Console().print(report.summary())
         typer.echo(f"adapter, report.md and model card: {output}")
 

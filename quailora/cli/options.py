@@ -104,7 +104,7 @@ def quantization_config(
 ) -> BitsAndBytesConfig:
     from transformers import BitsAndBytesConfig
 
-    from quailora.pipeline.build import default_quantization
+    from quailora.pipeline.setup import default_quantization
 
     if quant is Quant.int8:
         return BitsAndBytesConfig(load_in_8bit=True)

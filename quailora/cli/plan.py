@@ -64,7 +64,7 @@ def plan(
     from quailora.memory import planner as budget
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.modeling.streamed_model import StreamedModel
-    from quailora.pipeline import build as pipeline
+    from quailora.pipeline import setup
     from quailora.quantization.bitsandbytes import Quantization
     from quailora.solvers.config import SolverConfig
 
@@ -74,7 +74,7 @@ def plan(
         None if given is None else budget.parse_bytes(given) for given in (memory_budget, host_memory_budget)
     )
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
-    place = torch.device("cuda") if absent else pipeline.default_device(device)
+    place = torch.device("cuda") if absent else setup.default_device(device)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, headers_only=True)
     loaded_as = torch_dtype(dtype) or source.dtype
     quantization = quantization_config(quant or Quant.nf4, double_quant, compute_dtype, loaded_as)

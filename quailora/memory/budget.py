@@ -15,7 +15,7 @@ from quailora.calibration.data import Calibration
 from quailora.memory.allocator import freed_at_once
 from quailora.memory.planner import Plan, free_memory, make_plan, parse_bytes
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.distributed import Crew
+from quailora.pipeline.distributed import Processes
 from quailora.quantization.bitsandbytes import Quantization
 from quailora.solvers.config import SolverConfig
 
@@ -52,7 +52,7 @@ class Meter:
         form: Quantization,
         settings: SolverConfig,
         data: Calibration,
-        crew: Crew,
+        processes: Processes,
         batch_size: int | None,
         timed: bool = False,
     ) -> Plan:
@@ -63,12 +63,12 @@ class Meter:
             {target.name: target.rank for target in targets},
             form,
             settings,
-            samples=-(-len(data) // crew.size),
+            samples=-(-len(data) // processes.size),
             sequence_length=data.longest,
-            memory_budget=crew.least(self.budget),
-            host_memory_budget=crew.least(self.host_budget),
+            memory_budget=processes.minimum(self.budget),
+            host_memory_budget=processes.minimum(self.host_budget),
             batch_size=batch_size,
-            held=-crew.least(-max(0, self._held() - self._start)),
+            held=-processes.minimum(-max(0, self._held() - self._start)),
             timed=timed,
         )
         self._tight = self._named and _WITH_GAPS * plan.peak > self.budget

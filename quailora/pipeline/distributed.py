@@ -1,6 +1,6 @@
-"""The processes that share a run, one to a device, by torch.distributed: each has a share of the samples and solves.
+"""Several processes that share a run, one to a device, through torch.distributed.
 
-A run of one process takes the same path; then nothing is sent.
+Each takes a share of the samples and of the solves. A run of one process takes the same path and sends nothing.
 """
 
 from __future__ import annotations
@@ -21,71 +21,74 @@ from quailora.errors import QuailoraError
 
 T = TypeVar("T")
 
-# A process whose peer died is told at once, by the connection; this is only how long an honest one may take to come.
-_PATIENCE = timedelta(hours=12)
+# Only how long a slow process may keep the others waiting: one that died is noticed at once, by its connection.
+_TIMEOUT = timedelta(hours=12)
 
 
-class Crew:
-    """This process among those that share the run: `rank` of `size`; rank 0 writes and speaks.
+class Processes:
+    """This process among those that share the run: `rank` of `size`. Rank 0 writes the output.
 
-    together: whether all processes of the default group of torch.distributed, which there has to be, run this.
+    distributed: whether every process of the default process group runs this.
+
+    Raises:
+        QuailoraError: `distributed` without an initialized process group.
     """
 
-    def __init__(self, together: bool = False) -> None:
-        if together and not (dist.is_available() and dist.is_initialized()):
+    def __init__(self, distributed: bool = False) -> None:
+        if distributed and not (dist.is_available() and dist.is_initialized()):
             raise QuailoraError(
-                "distributed=True, and there is no process group: start the processes with torchrun and call "
+                "distributed=True, but there is no process group: start the processes with torchrun and call "
                 "torch.distributed.init_process_group first"
             )
-        self.together = together
-        self.rank = dist.get_rank() if together else 0
-        self.size = dist.get_world_size() if together else 1
+        self.distributed = distributed
+        self.rank = dist.get_rank() if distributed else 0
+        self.size = dist.get_world_size() if distributed else 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, data: Calibration) -> Calibration:
-        """Every size-th sample of this rank, the longest of all dealt first; none where there are fewer samples."""
-        if not self.together:
+    def shard(self, data: Calibration) -> Calibration:
+        """This rank's samples: every size-th one by descending length; none if there are too few."""
+        if not self.distributed:
             return data
         ordered = sorted(data.sequences, key=len, reverse=True)
         return replace(data, sequences=tuple(ordered[self.rank :: self.size]))
 
-    def from_leader(self, value: T) -> T:
-        """What rank 0 gave; plain values."""
-        if not self.together:
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank. It must be picklable."""
+        if not self.distributed:
             return value
         box = [value]
-        with _peers():
+        with _other_rank_errors():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def least(self, value: int) -> int:
-        """The least of what all gave."""
-        return min(self._from_all(value))
+    def minimum(self, value: int) -> int:
+        """The smallest value of any rank."""
+        return min(self._all_gather(value))
 
-    def merge(self, grams: Mapping[str, Gram], device: torch.device) -> dict[str, Gram]:
-        """The H of every linear over the tokens of all, the same on each rank; linears that share one still do.
+    def all_reduce(self, grams: Mapping[str, Gram], device: torch.device) -> dict[str, Gram]:
+        """The H of every linear over the tokens of all ranks, the same on each. Linears that shared an H still do.
 
-        grams: by linear; a linear that no token of this rank reached may lack.
+        grams: by linear. A linear that none of this rank's tokens reached may be missing.
         """
-        if not self.together:
+        if not self.distributed:
             return dict(grams)
-        mine = [(names, grams[names[0]].features) for names in _sharing(grams)]
-        merged: dict[str, Gram] = {}
-        for names, features in _agreed(self._from_all(mine)):
+        mine = [(names, grams[names[0]].features) for names in _shared_grams(grams)]
+        total: dict[str, Gram] = {}
+        for names, features in _united(self._all_gather(mine)):
             own = {id(grams[name]): grams[name] for name in names if name in grams}
-            total = next(iter(own.values()), None) or Gram(features, device)
+            gram = next(iter(own.values()), None) or Gram(features, device)
             for other in list(own.values())[1:]:
-                total.merge(other)
-            with _peers():
-                total.reduce(dist.all_reduce)
-            merged |= dict.fromkeys(names, total)
-        return merged
+                gram.merge(other)
+            with _other_rank_errors():
+                gram.reduce(dist.all_reduce)
+            total |= dict.fromkeys(names, gram)
+        return total
 
-    def deal(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """Item -> the rank that does it: the dearest first, each to the rank with the least to do."""
+    def assign(self, costs: Mapping[str, float]) -> dict[str, int]:
+        """Item -> the rank that works on it: the most expensive first, each to the rank with the least work so far."""
         load = [0.0] * self.size
         owners = {}
         for name in sorted(costs, key=lambda name: (-costs[name], name)):
@@ -93,27 +96,27 @@ class Crew:
             load[owners[name]] += costs[name]
         return owners
 
-    def to_leader(self, value: T) -> list[T]:
-        """On rank 0 what each rank gave, by rank; elsewhere nothing. Tensors are to be on the CPU."""
-        if not self.together:
+    def gather(self, value: T) -> list[T]:
+        """On rank 0 the values of all ranks, in order; an empty list elsewhere. Tensors must be on the CPU."""
+        if not self.distributed:
             return [value]
-        found: list[Any] | None = [None] * self.size if self.leads else None
-        with _peers():
+        found: list[Any] | None = [None] * self.size if self.is_main else None
+        with _other_rank_errors():
             dist.gather_object(value, found, dst=0)
         return found or []
 
-    def _from_all(self, value: T) -> list[T]:
-        if not self.together:
+    def _all_gather(self, value: T) -> list[T]:
+        if not self.distributed:
             return [value]
         found: list[Any] = [None] * self.size
-        with _peers():
+        with _other_rank_errors():
             dist.all_gather_object(found, value)
         return found
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
-    """What torch.distributed raises when another process has gone is no fault of this one."""
+def _other_rank_errors() -> Iterator[None]:
+    """torch.distributed raises RuntimeError here when another process has died."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -124,18 +127,19 @@ def _peers() -> Iterator[None]:
         ) from error
 
 
-def _sharing(grams: Mapping[str, Gram]) -> list[list[str]]:
-    """The names that have one and the same Gram, together."""
+def _shared_grams(grams: Mapping[str, Gram]) -> list[list[str]]:
+    """The names, grouped by the Gram they share."""
     names: dict[int, list[str]] = {}
     for name, gram in grams.items():
         names.setdefault(id(gram), []).append(name)
     return list(names.values())
 
 
-def _agreed(of_ranks: Sequence[list[tuple[list[str], int]]]) -> list[tuple[list[str], int]]:
-    """The groups of names, of which a rank may have seen a part: those that overlap are one. In an order all share."""
+def _united(groups_by_rank: Sequence[list[tuple[list[str], int]]]) -> list[tuple[list[str], int]]:
+    """The groups of names over all ranks, in the same order everywhere. A rank may have seen part of a group: groups
+    that overlap are one."""
     groups: list[tuple[set[str], int]] = []
-    for names, features in (group for of_one in of_ranks for group in of_one):
+    for names, features in (group for of_one in groups_by_rank for group in of_one):
         united = set(names)
         for known in [known for known in groups if known[0] & united]:
             united |= known[0]
@@ -144,31 +148,34 @@ def _agreed(of_ranks: Sequence[list[tuple[list[str], int]]]) -> list[tuple[list[
     return sorted((sorted(names), features) for names, features in groups)
 
 
-def launched() -> bool:
-    """Whether torchrun started this process together with others. Schedulers set WORLD_SIZE alone."""
+def launched_by_torchrun() -> bool:
+    """Whether torchrun started this process together with others. (Job schedulers may set WORLD_SIZE alone.)"""
     alone = any(name not in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "WORLD_SIZE"))
     return not alone and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def rank() -> int:
-    """Of this process among them; 0 where it is alone."""
-    return int(os.environ["RANK"]) if launched() else 0
+    """This process's rank; 0 where it is alone."""
+    return int(os.environ["RANK"]) if launched_by_torchrun() else 0
 
 
 @contextmanager
-def joined(device: torch.device | str | None) -> Iterator[torch.device | str | None]:
-    """Within it the processes that torchrun started are a group; yields the device of this one, or `device` itself
-    where there is but one process.
+def process_group(device: torch.device | str | None) -> Iterator[torch.device | str | None]:
+    """Within it the processes that torchrun started are a process group. Yields the device of this process, or `device`
+    itself where there is only one process.
 
     Raises:
-        QuailoraError: a GPU was named though there are several processes.
+        QuailoraError: one particular GPU was named for several processes, or there are fewer GPUs than processes.
     """
-    if not launched() or dist.is_initialized():
+    if not launched_by_torchrun() or dist.is_initialized():
         yield device
         return
     kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     if device is not None and torch.device(device).index is not None:
-        raise QuailoraError(f"--device {device} with several processes: name the kind only, {kind}; each takes its own")
+        raise QuailoraError(
+            f"--device {device} with several processes: give the type only (--device {kind}); each process takes its "
+            "own GPU"
+        )
     if kind == "cuda":
         index = int(os.environ["LOCAL_RANK"])
         if index >= torch.cuda.device_count():
@@ -177,6 +184,6 @@ def joined(device: torch.device | str | None) -> Iterator[torch.device | str | N
             )
         torch.cuda.set_device(index)
         device = torch.device("cuda", index)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_TIMEOUT)
     yield device
-    dist.destroy_process_group()  # not after an error: it would wait for the others, and they for us
+    dist.destroy_process_group()  # not after an error: it would wait for the other ranks, and they for this one

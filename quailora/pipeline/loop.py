@@ -1,4 +1,10 @@
-"""The loop over the blocks: activations -> H -> Q -> factors, with one block in memory."""
+"""The loop over the blocks, with one block in memory: H, Q, factors.
+
+for block in blocks:
+    grams = block.capture(linears, hidden)        # H of each distinct input; `hidden` moves on to the next block
+    solved = solve(weights, grams)                # Q and the factors of every linear that a token reached
+    finish(solved)
+"""
 
 from __future__ import annotations
 
@@ -17,12 +23,13 @@ from quailora.adapters.lora import Target
 from quailora.calibration.data import Batch
 from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
-from quailora.calibration.hooks import Call, Calls, collect
+from quailora.calibration.hooks import Call, Calls
 from quailora.errors import QuailoraError
 from quailora.memory.allocator import return_freed_memory
 from quailora.memory.planner import Plan
 from quailora.modeling.streamed_model import Block, StreamedModel, linear_weight
-from quailora.pipeline.distributed import Crew
+from quailora.pipeline.block import BlockRun
+from quailora.pipeline.distributed import Processes
 from quailora.quantization.bitsandbytes import QuantizedWeight
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import LayerReport
@@ -45,60 +52,76 @@ class Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
 
 
-# The factors of a target, on the CPU, and its row of the report.
-Solved = tuple[Target, LoraFactors, LayerReport]
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A linear that has its factors: they are on the CPU."""
+
+    target: Target
+    factors: LoraFactors
+    row: LayerReport
 
 
 @dataclass
 class Loop:
     """What the loop over the blocks works with.
 
-    quantized_weight: gives the Q of a target, for its full-precision weight (m, n).
-    finish: takes what was solved of a block, by its index; called on the leader of the crew only.
+    quantized_weight: the Q of a target, given its full-precision weight (m, n).
+    finish: called with the index of a block and what was solved of it, on the main process only.
     folder: where hidden states go if the plan has them on disk.
     """
 
     model: StreamedModel
     plan: Plan
-    settings: SolverConfig
+    solver: SolverConfig
     quantized_weight: Callable[[Target, Tensor], QuantizedWeight]
     finish: Callable[[int, list[Solved]], None]
-    crew: Crew
+    processes: Processes
     progress: Progress
     stages: Stages
     folder: Path
 
     def run(self, targets: Collection[Target], batches: Sequence[Batch], finished: Collection[int]) -> None:
-        """Solve for every target, but in `finished` blocks, whose forward pass alone is run."""
-        model, stages = self.model, self.stages
-        inside = {name: index for index, block in enumerate(model.blocks) for name in block.linears()}
-        waiting = {t.name: t for t in targets if t.name in inside and inside[t.name] not in finished}
-        last = max((inside[name] for name in waiting), default=-1)
-        # A caller's autocast must not reach the full-precision forward pass, nor H.
+        """Find the factors of every target. Blocks in `finished` are only propagated through."""
+        model = self.model
+        block_of = {name: index for index, block in enumerate(model.blocks) for name in block.linears()}
+        waiting = {t.name: t for t in targets if t.name in block_of and block_of[t.name] not in finished}
+        last = max((block_of[name] for name in waiting), default=-1)
+        # The caller's autocast must reach neither the full-precision forward pass nor H.
         with (
             torch.no_grad(),
             torch.autocast(model.device.type, enabled=False),
             memory_errors(model.device, _SMALLER),
             HiddenStates(model.device, self.folder if self.plan.states == "disk" else None) as states,
         ):
-            calls: list[list[Call]] = []
-            if waiting:
-                with stages("load"), model.resident(*model.outside_blocks()):
-                    recorder = Calls(model)
-                    with ops.half_products(model.device, [model.dtype]):
-                        for number, batch in enumerate(batches):
-                            states[number], of_batch = recorder.record(batch)
-                            calls.append(of_batch)
+            calls = self._embed(batches, states) if waiting else []
             try:
                 for index in self.progress.blocks(range(last + 1)):
                     with self._resident(index, last):
-                        self._block(index, waiting, batches, states, [of_batch[index] for of_batch in calls])
+                        run = BlockRun(
+                            module=model.blocks[index].module,
+                            device=model.device,
+                            dtype=model.dtype,
+                            batches=batches,
+                            calls=[of_batch[index] for of_batch in calls],
+                        )
+                        self._block(index, run, waiting, states)
             finally:
                 model.forget_prefetched()
 
+    def _embed(self, batches: Sequence[Batch], states: HiddenStates) -> list[list[Call]]:
+        """The hidden states that enter the first block; and what each block is called with, by batch and block."""
+        model, calls = self.model, []
+        with self.stages("load"), model.resident(*model.outside_blocks()):
+            recorder = Calls(model)
+            with ops.half_products(model.device, [model.dtype]):
+                for number, batch in enumerate(batches):
+                    states[number], of_batch = recorder.record(batch)
+                    calls.append(of_batch)
+        return calls
+
     @contextmanager
     def _resident(self, index: int, last: int) -> Iterator[None]:
-        """The block's weights in memory, and the next one's on their way."""
+        """The block's weights are in memory, and the next block's are being read."""
         with ExitStack() as stack:
             with self.stages("load"):
                 stack.enter_context(self.model.resident(_prefix(self.model.blocks[index])))
@@ -106,45 +129,27 @@ class Loop:
                 self.model.prefetch(_prefix(self.model.blocks[index + 1]))
             yield
 
-    def _block(
-        self,
-        index: int,
-        waiting: dict[str, Target],
-        batches: Sequence[Batch],
-        states: HiddenStates,
-        calls: Sequence[Call],
-    ) -> None:
-        block = self.model.blocks[index]
-        linears = {name: linear for name, linear in block.linears().items() if name in waiting}
-        passes = self.plan.passes[index] if linears else ((),)
+    def _block(self, index: int, run: BlockRun, waiting: dict[str, Target], states: HiddenStates) -> None:
+        linears = {name: linear for name, linear in self.model.blocks[index].linears().items() if name in waiting}
+        if not linears:
+            with self.stages("forward"):
+                run.propagate(states)
+            return
         solved: list[Solved] = []
-        for turn, planned in enumerate(passes):
-            names = [name for name in planned if name in linears]
-            last = turn == len(passes) - 1
-            with (
-                self.stages("forward"),
-                ops.half_products(self.model.device, [self.model.dtype]),
-                collect({name: linears[name] for name in names}) as collector,
-            ):
-                for number, batch in enumerate(batches):
-                    keep = batch.keep
-                    if keep is not None and self.model.device.type == "cuda":
-                        keep = keep.pin_memory().to(self.model.device, non_blocking=True)
-                    with collector.batch(keep):
-                        hidden = calls[number].run(block.module, states[number])
-                    if last:
-                        states[number] = hidden
-                    del hidden
-            grams = collector.grams
-            del collector
+        passes = self.plan.passes[index]
+        for number, planned in enumerate(passes):
+            last_pass = number == len(passes) - 1
+            captured = {name: linears[name] for name in planned if name in linears}
+            with self.stages("forward"):
+                grams = run.capture(captured, states, propagate=last_pass)
             return_freed_memory()
-            if self.crew.together:
+            if self.processes.distributed:
                 with self.stages("share"):
-                    grams = self.crew.merge(grams, self.model.device)
-            reached = {name: waiting.pop(name) for name in names if name in grams}
-            solved += self._solve(reached, linears, grams, last)
-        for _, _, row in solved:
-            self.progress.layer(row)
+                    grams = self.processes.all_reduce(grams, self.model.device)
+            reached = {name: waiting.pop(name) for name in captured if name in grams}
+            solved += self._solve(reached, linears, grams, overwrite=last_pass)
+        for each in solved:
+            self.progress.layer(each.row)
         if solved:
             with self.stages("write"):
                 self.finish(index, solved)
@@ -152,13 +157,13 @@ class Loop:
     def _solve(
         self, targets: dict[str, Target], linears: dict[str, nn.Module], grams: dict[str, Gram], overwrite: bool
     ) -> list[Solved]:
-        """Those of all ranks on the leader, none elsewhere. Empties `grams`, so that each H goes when it was used."""
-        owners = self.crew.deal({name: linears[name].get_parameter("weight").numel() for name in targets})
+        """What all ranks solved, on the main process; nothing elsewhere. Empties `grams`: each H is freed after use."""
+        owners = self.processes.assign({name: linears[name].get_parameter("weight").numel() for name in targets})
         mine: list[tuple[str, LoraFactors, LayerReport]] = []
         while grams:
             gram = next(iter(grams.values()))
             names = [name for name, its in grams.items() if its is gram]
-            own = [name for name in names if owners[name] == self.crew.rank]
+            own = [name for name in names if owners[name] == self.processes.rank]
             if own:
                 weights = [linear_weight(linears[name]) for name in own]
                 mine += self._solve_group([targets[name] for name in own], weights, gram, overwrite)
@@ -166,13 +171,14 @@ class Loop:
                 del grams[name]
             del gram
             return_freed_memory()
-        order = {name: place for place, name in enumerate(targets)}
-        of_all = [each for of_one in self.crew.to_leader(mine) for each in of_one]
-        return [(targets[name], *rest) for name, *rest in sorted(of_all, key=lambda each: order[each[0]])]  # type: ignore[misc]
+        of_ranks = self.processes.gather(mine)
+        found = {name: Solved(targets[name], factors, row) for of_one in of_ranks for name, factors, row in of_one}
+        return [found[name] for name in targets if name in found]
 
     def _solve_group(
         self, targets: Sequence[Target], weights: Sequence[Tensor], gram: Gram, overwrite: bool
     ) -> list[tuple[str, LoraFactors, LayerReport]]:
+        """Linears that share an input."""
         start = perf_counter()
         with self.stages("quantize"):
             quantized = [self.quantized_weight(*each) for each in zip(targets, weights, strict=True)]
@@ -183,8 +189,8 @@ class Loop:
                     for target, weight, q in zip(targets, weights, quantized, strict=True)
                 ],
                 gram,
-                self.settings,
-                overwrite_weights=overwrite,  # the block has run
+                self.solver,
+                overwrite_weights=overwrite,  # the block will not run again
             )
             factors = [replace(found, A=found.A.cpu(), B=found.B.cpu()) for found in factors]
         seconds = (perf_counter() - start) / sum(weight.numel() for weight in weights)
@@ -214,15 +220,12 @@ def _row(target: Target, factors: LoraFactors, tokens: int, seconds: float) -> L
     )
 
 
-_SMALLER = (
-    "lower memory_budget (--memory-budget), which the plan keeps to, or batch_size (--batch-size 1) or sequence_length "
-    "(--sequence-length)"
-)
+_SMALLER = "lower memory_budget (--memory-budget), batch_size (--batch-size 1), or sequence_length (--sequence-length)"
 
 
 @contextmanager
 def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
-    """Within it, that a device has no more memory is a QuailoraError with `advice`."""
+    """Within it, a device that runs out of memory is a QuailoraError with `advice`."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -13,7 +13,7 @@ from benchmarks.end_to_end.quality import excess_over_optimum
 from quailora.errors import CheckpointError
 from quailora.evaluate import Comparison, compare
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.pipeline.build import read_calibration
+from quailora.pipeline.setup import read_calibration
 
 
 @pytest.fixture(scope="module")

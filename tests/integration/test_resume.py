@@ -22,13 +22,12 @@ from transformers import BitsAndBytesConfig
 
 import quailora
 from quailora import files
-from quailora.calibration import hooks as activations
+from quailora.calibration import hooks
 from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
 from quailora.errors import QuailoraError
+from quailora.pipeline import block, loop, resume
 from quailora.pipeline import build as pipeline
-from quailora.pipeline import loop as blockwise
-from quailora.pipeline import resume as workspace
 from quailora.reporting.report import Report
 from tests.helpers import tiny
 from tests.helpers.children import Child
@@ -112,10 +111,10 @@ def build_until(step: int, model: Path, output: Path) -> None:
         Path(path).write_bytes(b"half of a file")
 
     with (
-        mock.patch.object(workspace, "save_file", deadly(workspace.save_file, cut)),
+        mock.patch.object(resume, "save_file", deadly(resume.save_file, cut)),
         mock.patch.object(os, "replace", deadly(os.replace)),
         mock.patch.object(os, "fsync", deadly(os.fsync)),
-        mock.patch.object(workspace.shutil, "rmtree", deadly(workspace.shutil.rmtree)),
+        mock.patch.object(resume.shutil, "rmtree", deadly(resume.shutil.rmtree)),
     ):
         build(model, output)
 
@@ -152,14 +151,14 @@ class Stop(Exception):
 @contextmanager
 def stopping_after(blocks: int, error: BaseException) -> Iterator[None]:
     """Within it `error` is raised where the results of one block more would be kept."""
-    save, count = workspace.Workspace.save_block, itertools.count()
+    save, count = resume.Workspace.save_block, itertools.count()
 
-    def save_block(self: workspace.Workspace, *args: Any) -> None:
+    def save_block(self: resume.Workspace, *args: Any) -> None:
         if next(count) == blocks:
             raise error
         save(self, *args)
 
-    with mock.patch.object(workspace.Workspace, "save_block", save_block):
+    with mock.patch.object(resume.Workspace, "save_block", save_block):
         yield
 
 
@@ -173,19 +172,17 @@ def test_neither_h_nor_factors_of_finished_blocks_are_computed_again(model: Path
         solved.extend(linear.name for linear in linears)
         return solve_group(linears, *args, **kwargs)
 
-    solve_group = blockwise.solve_group
+    solve_group = loop.solve_group
     updates = mock.Mock(wraps=Gram.update)
     with (
-        mock.patch.object(blockwise, "solve_group", solve),
+        mock.patch.object(loop, "solve_group", solve),
         mock.patch.object(Gram, "update", lambda self, *args: updates(self, *args)),
     ):
         report = build(model, tmp_path / "out")
     assert {name.split(".")[2] for name in solved} == {"2", "3"}
     assert updates.call_count == 2 * 4 * len(DATA) / 2  # blocks, distinct inputs, batches
     assert len(report.layers) == 7 * BLOCKS
-    assert any(
-        note.startswith("blocks solved by an earlier run, which did not come to its end: 2") for note in report.notes
-    )
+    assert any(note.startswith("2 blocks were solved by an earlier run") for note in report.notes)
 
 
 def test_a_resumed_run_shows_the_share_that_its_report_has(
@@ -208,7 +205,7 @@ def test_a_resumed_run_shows_the_share_that_its_report_has(
 def test_with_every_block_finished_only_the_adapter_is_written(model: Path, undisturbed: bytes, tmp_path: Path) -> None:
     with mock.patch.object(pipeline, "model_card", side_effect=Stop), pytest.raises(Stop):
         build(model, tmp_path / "out")
-    with mock.patch.object(blockwise.Call, "run", side_effect=AssertionError("a block is run")):
+    with mock.patch.object(hooks.Call, "run", side_effect=AssertionError("a block is run")):
         assert len(build(model, tmp_path / "out").layers) == 7 * BLOCKS
 
 
@@ -301,7 +298,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 def test_a_block_that_cannot_be_written_loses_nothing(
     error: Exception, model: Path, undisturbed: bytes, tmp_path: Path
 ) -> None:
-    save, count = workspace.save_file, itertools.count()
+    save, count = resume.save_file, itertools.count()
 
     def fail(tensors: Any, path: Path, **kwargs: Any) -> None:
         if next(count) == 2:
@@ -310,7 +307,7 @@ def test_a_block_that_cannot_be_written_loses_nothing(
         save(tensors, path, **kwargs)
 
     with (
-        mock.patch.object(workspace, "save_file", fail),
+        mock.patch.object(resume, "save_file", fail),
         pytest.raises(QuailoraError, match=r"the factors of 2 blocks are kept in .* the same command goes on"),
     ):
         build(model, tmp_path / "out")
@@ -340,10 +337,10 @@ def test_a_folder_belongs_to_one_run_at_a_time(model: Path, tmp_path: Path) -> N
     with stopping_after(2, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         build(model, tmp_path / "out")
     kept = finished(tmp_path / "out")
-    with workspace._locked(work(tmp_path / "out")):
-        for resume in (True, False):
+    with resume._locked(work(tmp_path / "out")):
+        for go_on in (True, False):
             with pytest.raises(QuailoraError, match="another run is at work in"):
-                build(model, tmp_path / "out", resume=resume)
+                build(model, tmp_path / "out", resume=go_on)
     assert finished(tmp_path / "out") == kept
     build(model, tmp_path / "out")
     assert not work(tmp_path / "out").exists()
@@ -367,7 +364,7 @@ def test_a_folder_that_goes_while_it_is_locked_still_belongs_to_the_other_run(tm
         with (
             mock.patch.object(fcntl, "flock", end),
             pytest.raises(QuailoraError, match="another run is at work in"),
-            workspace._locked(folder),
+            resume._locked(folder),
         ):
             raise AssertionError("it was locked")
 
@@ -376,9 +373,9 @@ def test_what_no_token_reached_is_named_by_the_run_that_goes_on(model: Path, tmp
     unreached = "model.layers.0.mlp.down_proj"
 
     def collect(linears: dict[str, torch.nn.Module]) -> Any:
-        return activations.collect({name: linear for name, linear in linears.items() if name != unreached})
+        return hooks.collect({name: linear for name, linear in linears.items() if name != unreached})
 
-    with mock.patch.object(blockwise, "collect", collect):
+    with mock.patch.object(block, "collect", collect):
         with stopping_after(2, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
             build(model, tmp_path / "out")
         report = build(model, tmp_path / "out")

@@ -22,9 +22,8 @@ import quailora
 from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
 from quailora.errors import QuailoraError
-from quailora.pipeline import distributed as crew
-from quailora.pipeline import loop as blockwise
-from quailora.pipeline.distributed import Crew, _agreed
+from quailora.pipeline import distributed, loop
+from quailora.pipeline.distributed import Processes, _united
 from quailora.reporting.report import Report
 from tests.helpers import tiny
 from tests.helpers.children import Child
@@ -66,7 +65,7 @@ def products(output: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.checkpoint(tmp_path_factory.mktemp("crew") / "model", num_hidden_layers=3)
+    return tiny.checkpoint(tmp_path_factory.mktemp("distributed") / "model", num_hidden_layers=3)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ def failing(rank: int, place: Path, model: Path, output: Path, how: str) -> None
     """The second process fails in its second block."""
     together(rank, 2, place)
     solves = itertools.count()
-    solve_group = blockwise.solve_group
+    solve_group = loop.solve_group
 
     def solve(*args: Any, **kwargs: Any) -> Any:
         if rank == 1 and next(solves) == 3:
@@ -109,7 +108,7 @@ def failing(rank: int, place: Path, model: Path, output: Path, how: str) -> None
             raise QuailoraError("the second process met something")
         return solve_group(*args, **kwargs)
 
-    blockwise.solve_group = solve
+    loop.solve_group = solve
     build(model, output, distributed=True)
 
 
@@ -156,21 +155,21 @@ def test_torchrun_runs_the_command(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [None, "RANK", "LOCAL_RANK", "MASTER_ADDR", "WORLD_SIZE"])
-def test_a_world_size_alone_makes_no_crew(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_world_size_alone_is_not_a_distributed_run(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "here")):
         monkeypatch.delenv(name, raising=False) if name == missing else monkeypatch.setenv(name, value)
-    assert (crew.launched(), crew.rank()) == ((True, 1) if missing is None else (False, 0))
+    assert (distributed.launched_by_torchrun(), distributed.rank()) == ((True, 1) if missing is None else (False, 0))
 
 
-def test_without_a_group_there_is_no_crew() -> None:
+def test_without_a_group_distributed_is_refused() -> None:
     with pytest.raises(QuailoraError, match="there is no process group: start the processes with torchrun"):
-        Crew(together=True)
+        Processes(distributed=True)
 
 
 def test_work_is_dealt_evenly_and_alike() -> None:
-    crew = Crew()
-    crew.size = 3
-    owners = crew.deal({"down": 4.0, "gate": 4.0, "up": 4.0, "q": 2.0, "o": 2.0, "k": 1.0, "v": 1.0})
+    processes = Processes()
+    processes.size = 3
+    owners = processes.assign({"down": 4.0, "gate": 4.0, "up": 4.0, "q": 2.0, "o": 2.0, "k": 1.0, "v": 1.0})
     load = [
         sum(
             cost
@@ -180,13 +179,13 @@ def test_work_is_dealt_evenly_and_alike() -> None:
         for rank in range(3)
     ]
     assert sorted(load) == [6, 6, 6]
-    assert owners == crew.deal({"v": 1.0, "k": 1.0, "o": 2.0, "q": 2.0, "up": 4.0, "gate": 4.0, "down": 4.0})
+    assert owners == processes.assign({"v": 1.0, "k": 1.0, "o": 2.0, "q": 2.0, "up": 4.0, "gate": 4.0, "down": 4.0})
 
 
 def test_linears_that_shared_an_input_on_any_rank_share_it_on_all() -> None:
     """An expert that no token of a rank reached is missing there."""
     first, second = [(["a", "b"], 64), (["d"], 32)], [(["b", "c"], 64)]
-    assert _agreed([first, second]) == [(["a", "b", "c"], 64), (["d"], 32)]
+    assert _united([first, second]) == [(["a", "b", "c"], 64), (["d"], 32)]
 
 
 def test_grams_of_ranks_add_up() -> None:

@@ -1,0 +1,167 @@
+"""`initialize`: the factors of a PEFT model that is already loaded, in place."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from quailora.adapters import lora as adapters
+from quailora.adapters.lora import Target
+from quailora.calibration.data import SAMPLES
+from quailora.errors import AdapterError, MismatchError
+from quailora.memory.allocator import freed_at_once
+from quailora.memory.budget import Meter
+from quailora.modeling.checkpoint import Checkpoint
+from quailora.modeling.streamed_model import StreamedModel, linear_weight
+from quailora.pipeline.distributed import Processes
+from quailora.pipeline.loop import Solved
+from quailora.pipeline.setup import Run, default_device, enumerate_reasons, read_calibration
+from quailora.quantization.bitsandbytes import (
+    Quantization,
+    QuantizedWeight,
+    quantization_of,
+    quantize,
+    read,
+    to_device,
+)
+from quailora.reporting.record import make_record
+from quailora.reporting.report import Report
+from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
+
+
+@torch.inference_mode(False)  # tensors made in inference mode can be neither faked nor edited in place later
+def initialize(
+    peft_model: PeftModel,
+    calibration: Any,
+    *,
+    checkpoint: str | Path | Checkpoint,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    solver: str = "krylov",
+    iterations: int | None = None,
+    damping: float = DEFAULT_DAMPING,
+    samples: int = SAMPLES,
+    sequence_length: int | None = None,
+    split: str = "train",
+    column: str | None = None,
+    batch_size: int | None = None,
+    memory_budget: int | str | None = None,
+    host_memory_budget: int | str | None = None,
+    adapter: str = "default",
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Give a PeftModel over a 4-bit or 8-bit base its starting A and B, in place.
+
+    Q is read from the loaded model, so a base that came from an already quantized checkpoint will do; W comes from
+    `checkpoint`, block by block. Modules that cannot be initialized keep the LoRA default and are named in the report.
+    The model is changed only once all factors are found: an error leaves it as it was. `Report.save(folder)` puts the
+    record of the base beside an adapter you save.
+
+    Args:
+        peft_model: `get_peft_model(base, LoraConfig(...))`.
+        checkpoint: the full-precision checkpoint that the base was quantized from.
+        adapter: the name of the adapter within `peft_model`.
+        device: where to compute; None is where the model is.
+        memory_budget: besides the model that is loaded.
+        Others as in `build_adapter`.
+
+    Raises:
+        MismatchError: the base is not a quantization of `checkpoint`.
+        QuailoraError: other bad input.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise AdapterError(
+            f"initialize takes a PeftModel, got {type(peft_model).__name__}: wrap the model with peft.get_peft_model"
+        )
+    if adapter not in peft_model.peft_config:
+        raise AdapterError(f"the model has no adapter '{adapter}', only {', '.join(peft_model.peft_config)}")
+    solver_config = SolverConfig(solver, iterations, damping, seed)
+    config = adapters.check_config(peft_model.peft_config[adapter])
+    targets, left = adapters.find_targets(peft_model, adapter)
+    if not targets:
+        raise AdapterError(
+            f"no quantized linear is targeted: {enumerate_reasons(left)}; is the base loaded in 4 or 8 bits?"
+        )
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    base_config: Any = peft_model.get_base_model().config
+    dtype = base_config.dtype or source.dtype
+    meter = Meter(default_device(device or targets[0].base.weight.device), memory_budget, host_memory_budget)
+    with freed_at_once():
+        stream = StreamedModel(source, meter.device, dtype)
+    _check_shapes(peft_model, targets, stream)
+    data = read_calibration(
+        source,
+        calibration,
+        tokenizer=tokenizer,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        split=split,
+        column=column,
+    )
+    form = quantization_of(targets[0].base)
+    run = Run(stream, targets, left, data, form, solver_config, meter, Processes())
+
+    def quantized_weight(target: Target, weight: Tensor) -> QuantizedWeight:
+        quantized = to_device(read(target.base), weight.device)  # a base may be spread over several devices
+        _check_belongs(target, weight, quantized)
+        return quantized
+
+    plan = run.plan(batch_size, timed=progress)
+    found: list[Solved] = []
+    with tempfile.TemporaryDirectory(prefix="quailora-") as folder:
+        run.solve(
+            plan,
+            quantized_weight,
+            lambda index, solved: found.extend(solved),
+            folder=Path(folder),
+            progress=progress,
+        )
+    whole = getattr(base_config, "quantization_config", None)
+    skipped = Quantization.from_config(whole).skip_modules if isinstance(whole, BitsAndBytesConfig) else None
+    record = make_record(source, dtype, replace(form, skip_modules=skipped), solver_config, data, config)
+    report = run.report(plan, [each.row for each in found], record)
+    for each in found:
+        each.target.assign(each.factors, seed)
+    return report
+
+
+_GIVE_THE_SAME = "give the full-precision checkpoint that the base was made from"
+
+
+def _check_shapes(model: PeftModel, targets: list[Target], stream: StreamedModel) -> None:
+    """A base of another depth or width than the checkpoint's model was not made from it, which can be told at once."""
+    config: Any = model.get_base_model().config
+    depth = config.get_text_config(decoder=True).num_hidden_layers
+    if depth != len(stream.blocks):
+        raise MismatchError(
+            f"the loaded base has {depth} blocks, and {stream.checkpoint.name} has {len(stream.blocks)}: "
+            f"{_GIVE_THE_SAME}"
+        )
+    linears = {name: linear for block in stream.blocks for name, linear in block.linears().items()}
+    for target in targets:
+        held = (target.base.out_features, target.base.in_features)
+        if target.name in linears and held != (shape := tuple(linear_weight(linears[target.name]).shape)):
+            raise MismatchError(
+                f"{target.name} is {held} in the loaded base and {shape} in {stream.checkpoint.name}: {_GIVE_THE_SAME}"
+            )
+
+
+def _check_belongs(target: Target, weight: Tensor, quantized: QuantizedWeight) -> None:
+    """The codes of the loaded base are those of the checkpoint's own weight, but for ties that devices round apart. A
+    fine-tune of the same model, and a base model against its instruct version, differ in many."""
+    expected = quantize(weight, quantization_of(target.base)).codes
+    same = float((expected == quantized.codes).float().mean())
+    if same < 0.99:
+        raise MismatchError(
+            f"the loaded base is not a quantization of this checkpoint: {same:.1%} of the codes of {target.name} are "
+            f"those of its weight; {_GIVE_THE_SAME}"
+        )
