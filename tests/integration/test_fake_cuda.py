@@ -24,6 +24,7 @@ from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.calibration.hooks import collect
 from quailora.ops import dispatch
+from quailora.ops import triton as triton_backend
 from quailora.quantization.bitsandbytes import EightBit, FourBit, NestedAbsmax
 from quailora.solvers import als, krylov, svd
 from quailora.solvers import solve as solvers
@@ -158,7 +159,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     made = Launches()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
-    monkeypatch.setattr(dispatch, "_launcher_obstacle", lambda: None)
+    monkeypatch.setattr(triton_backend, "_launcher_obstacle", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", made.device)
     monkeypatch.setattr(
         triton.JITFunction, "run", lambda kernel, *args, **keywords: made.run(kernel, *args, **keywords)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quailora import ops
-from quailora.ops import backends, dispatch, extension, reference
+from quailora.ops import backends, dispatch, extension, reference, triton
 from quailora.ops.dispatch import Backend
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers.error_matrix import ErrorMatrices, choose_form
@@ -273,7 +273,7 @@ def test_gpus_older_than_ampere_take_the_plain_path(
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(dispatch, "_launcher_obstacle", lambda: None)
+    monkeypatch.setattr(triton, "_launcher_obstacle", lambda: None)
     with chosen_anew():
         service = backends("cuda:0")["cholesky_solve"]
     assert service.backend == expected
@@ -296,12 +296,10 @@ def test_without_a_c_compiler_triton_cannot_launch_and_that_is_known_before_a_ru
 
     monkeypatch.setattr(runtime, "driver", Driver())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with chosen_anew(dispatch._launcher_obstacle):
+    with chosen_anew(triton._launcher_obstacle):
         service = backends("cuda:0")["grouped_error_product"]
     assert service.backend == "reference"
-    assert re.search(
-        "cannot launch kernels here, for which it takes a C compiler.*(gcc|Failed)", service.others["triton"]
-    )
+    assert re.search("cannot launch kernels here; it needs a C compiler.*(gcc|Failed)", service.others["triton"])
 
 
 @pytest.mark.parametrize(
@@ -319,7 +317,7 @@ def test_amd_gpus_that_nobody_compiled_for_take_the_plain_path(
     from quailora.kernels import settings
 
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(dispatch, "_launcher_obstacle", lambda: None)
+    monkeypatch.setattr(triton, "_launcher_obstacle", lambda: None)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=architecture), raising=False
     )
