@@ -1,4 +1,4 @@
-"""Every linear's full-precision weight and H, all in memory: what studies of a small model's solvers start from."""
+"""The full-precision weight and H of every linear layer of a small model, all in memory."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The plots of docs/results.md, as SVG, from the cells on disk: `results.py` draws them."""
+"""The plots of docs/results.md, as SVG, drawn from the recorded runs by `results.py`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from benchmarks.common import tables
 from benchmarks.common.tables import best_rate, failed, one, select
 
-COLOURS = {"zero": "#888888", "quailora": "#0b6e4f", "random": "#c1666b", "bf16": "#222222", "svd": "#3a6ea5"}
+COLORS = {"zero": "#888888", "quailora": "#0b6e4f", "random": "#c1666b", "bf16": "#222222", "svd": "#3a6ea5"}
 # The same bytes on every machine, and text that stays text.
 STYLE: dict[Any, Any] = {"svg.hashsalt": "quailora", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
 
 
 def errors(results: Path) -> Figure | None:
-    """Output error of every linear before and after, by block, a panel for each kind of linear."""
-    record = one(tables.read(results, "start"), **tables.BY_LAYER)
+    """Output error of every linear layer before and after, by block, one panel per kind of layer."""
+    record = one(tables.read(results, "initial"), **tables.BY_LAYER)
     if record is None or failed(record):
         return None
     kinds: dict[str, list[tuple[float, float]]] = {}
@@ -29,8 +29,8 @@ def errors(results: Path) -> Figure | None:
     figure = _figure(9.5, 2.4)
     (panels,) = figure.subplots(1, len(kinds), sharey=True, squeeze=False)
     for axes, (kind, pairs) in zip(panels, kinds.items(), strict=True):
-        axes.plot([before for before, _ in pairs], color=COLOURS["zero"], label="zero")
-        axes.plot([after for _, after in pairs], color=COLOURS["quailora"], label="QuAILoRA")
+        axes.plot([before for before, _ in pairs], color=COLORS["zero"], label="zero")
+        axes.plot([after for _, after in pairs], color=COLORS["quailora"], label="QuAILoRA")
         axes.set(title=kind, xlabel="block", yscale="log")
     panels[0].set_ylabel("output error")
     panels[0].legend(frameon=False, fontsize=7)
@@ -39,25 +39,25 @@ def errors(results: Path) -> Figure | None:
 
 def ranks(results: Path) -> Figure | None:
     """Start gap closed against rank."""
-    records = tables.read(results, "start")
+    records = tables.read(results, "initial")
     found = [
-        (record["cell"]["rank"], share)
-        for record in select(records, base="nf4", start="quailora")
-        if (share := tables.start_gap(records, record)) is not None
+        (record["run"]["rank"], share)
+        for record in select(records, base="nf4", initialization="quailora")
+        if (share := tables.initial_gap(records, record)) is not None
     ]
     if len(found) < 2:
         return None
     figure = _figure(4.2, 2.6)
     axes = figure.subplots()
-    axes.plot(*zip(*found, strict=True), "o-", color=COLOURS["quailora"])
-    axes.set(xlabel="rank", ylabel="start gap closed", ylim=(0, 1), xscale="log")
+    axes.plot(*zip(*found, strict=True), "o-", color=COLORS["quailora"])
+    axes.set(xlabel="rank", ylabel="initial gap closed", ylim=(0, 1), xscale="log")
     axes.set_xticks([rank for rank, _ in found], [str(rank) for rank, _ in found])
     axes.minorticks_off()
     return figure
 
 
 def convergence(results: Path) -> Figure | None:
-    """Held-out perplexity in the course of training, every start at its best learning rate."""
+    """Held-out perplexity during training, each initialization at its best learning rate."""
     records = tables.read(results, "convergence")
     lines = [("nf4", "zero"), ("nf4", "random"), ("nf4", "svd"), ("nf4", "quailora"), ("bf16", "zero")]
     figure = _figure(4.6, 3.0)
@@ -66,19 +66,19 @@ def convergence(results: Path) -> Figure | None:
         record = best_rate(records, base, kind)
         if record is None:
             return None
-        rate = record["cell"]["learning_rate"]
+        rate = record["run"]["learning_rate"]
         name = f"{tables.BITS[base]} bits, {tables.NAMES[kind]} ({rate:g})"
-        color = COLOURS[base if base in COLOURS else kind]
+        color = COLORS[base if base in COLORS else kind]
         axes.plot(*zip(*record["course"], strict=True), "o-", ms=3, color=color, label=name)
     axes.set(xlabel="step", ylabel="perplexity", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.legend(frameon=False, fontsize=7, title="start (learning rate)", title_fontsize=7)
+    axes.legend(frameon=False, fontsize=7, title="initialization (learning rate)", title_fontsize=7)
     return figure
 
 
 def tokens(results: Path) -> Figure | None:
-    """Seconds of an initialization against calibration tokens, by stage, beside a bare forward pass."""
+    """Seconds of an initialization by number of calibration tokens and stage, next to a bare forward pass."""
     record = tables.read_json(results.parent / "speed" / "initialize.json")
     if record is None or len(record["runs"]) < 2:
         return None
@@ -97,10 +97,10 @@ def tokens(results: Path) -> Figure | None:
     figure = _figure(4.6, 3.0)
     axes = figure.subplots()
     axes.stackplot(
-        sizes, *seconds.values(), labels=list(seconds), colors=("#b7d3c6", "#5aa384", COLOURS["quailora"], "#dddddd")
+        sizes, *seconds.values(), labels=list(seconds), colors=("#b7d3c6", "#5aa384", COLORS["quailora"], "#dddddd")
     )
     axes.plot(
-        sizes, [median(run["forward"]) for run in runs], "o--", ms=3, color=COLOURS["bf16"], label="bare forward pass"
+        sizes, [median(run["forward"]) for run in runs], "o--", ms=3, color=COLORS["bf16"], label="bare forward pass"
     )
     axes.set(xlabel="calibration tokens", ylabel="seconds", xlim=(sizes[0], sizes[-1]), ylim=(0, None))
     axes.legend(frameon=False, fontsize=7, loc="upper left")
@@ -116,7 +116,7 @@ PLOTS: dict[str, Callable[[Path], Figure | None]] = {
 
 
 def draw(results: Path) -> dict[str, Callable[[Path], None]]:
-    """Name of a plot's file -> what writes it to a path; those whose cells have run."""
+    """Name of a plot's file -> what writes it to a path; of those whose runs are there."""
     with matplotlib.rc_context(STYLE):
         figures = {f"{name}.svg": figure for name, plot in PLOTS.items() if (figure := plot(results)) is not None}
 

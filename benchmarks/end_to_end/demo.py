@@ -1,9 +1,9 @@
-"""`make demo`: start an adapter for a real model with the command line, and measure what it gains over none.
+"""`make demo`: initialize an adapter for a small real model on the command line, and measure what it gains.
 
-    python benchmarks/end_to_end/demo.py [MODEL]     # a model's folder; smollm2.py provides the default
+    python benchmarks/end_to_end/demo.py [MODEL]     # the folder of a causal language model; default: SmolLM2-135M
 
-The text is the Python reference that every Python carries (`pydoc_data.topics`): the first half calibrates, the second
-half measures. It differs from one Python release to the next, and the figures a little with it.
+The text is the Python reference that ships with Python (`pydoc_data.topics`): the first half calibrates, the second
+half measures. It differs slightly between Python releases, and so do the figures.
 """
 
 import re
@@ -33,7 +33,7 @@ def write_texts() -> None:
 
 
 def run(*arguments: str | Path | int) -> None:
-    """Run a `quailora` command as a user would, after showing it; its failure ends the demo with its exit status."""
+    """Print a `quailora` command and run it as a user would. If it fails, exit with its status."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ {shlex.join(['quailora', *words])}", flush=True)
     executable = Path(sysconfig.get_path("scripts")) / "quailora"
@@ -52,7 +52,7 @@ def main() -> None:
     run("eval", model, "--adapter", ADAPTER, "--data", MEASURE, "--samples", 16, *length)
     card = (ADAPTER / "README.md").read_text(encoding="utf-8")
     (use,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    print(f"\nThe adapter is in {ADAPTER}, with report.md (what became of each layer) and README.md (the model card).")
+    print(f"\nThe adapter is in {ADAPTER}, with report.md (results per layer) and README.md (the model card).")
     print("To train or run it, load it on the base it was made for:\n")
     print(textwrap.indent(use.replace("path/to/this/folder", str(ADAPTER)), "    "))
 

@@ -1,16 +1,16 @@
-"""What an initialization costs beside a bare forward pass over the same batches, and where the time goes.
+"""What an initialization costs compared with a bare forward pass over the same batches, and where the time goes.
 
-    python benchmarks/end_to_end/initialize.py TEXT [--samples 64 ...] [--rounds 3] [--model PATH] ...
+    python benchmarks/end_to_end/initialize.py TEXT [--samples 64 ...] [--sequence-length 512] [--rounds 3]
 
-The two alternate in one process: `quailora.build_adapter`, reading the checkpoint and writing the adapter included; and
-the decoder of the model, loaded beforehand by transformers, its products in bf16 made in the same way (half.py). Before
-that, an adapter made from the first sequence is checked: with the inputs that the loaded model's last block has, in
-fp64, it must leave the output errors reported.
+The two alternate in one process: `quailora.build_adapter`, including reading the checkpoint and writing the adapter,
+and the forward pass of the model's decoder, loaded beforehand by transformers, with bf16 products made in the same way
+(half.py). Before timing, an adapter made from the first sequence is checked: computed in fp64 from the inputs of the
+loaded model's last block, the output errors must be those in the report.
 
-Shown are medians, ± half the range of the middle half of the rounds. The floor of a stage is what was counted of it:
-the FLOPs of one triangle of every distinct H, and of the solve, at the speed of the bare forward pass; and of loading,
-quantizing and writing a copy of the bytes. On a GPU, where H is added up beside the forward pass, its time is within
-that of the forward pass. On a CPU the last table is what the solve is made of.
+Shown are medians ± half the interquartile range. The floor of a stage is counted: for H (one triangle of each distinct
+H) and the solve, their FLOPs at the speed of the bare forward pass; for loading, quantizing and writing, a copy of the
+bytes. On a GPU, H is accumulated during the forward pass and its time is part of it. On a CPU, the last table breaks
+down the solve.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from quailora.solvers.registry import SOLVERS
 STAGES = ("load", "forward", "H", "quantize", "solve", "write")
 
 
-# What is timed within a stage: no part calls another.
+# What is timed within a stage. No part calls another.
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "H": [(Gram, "update")],
     "orthonormalization": [(ops, "orthonormalize")],
@@ -67,7 +67,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 
 @contextmanager
 def timed(seconds: dict[str, float]) -> Iterator[None]:
-    """Within it, the time spent in each of PARTS is added up. On a GPU that would be the time to ask for it."""
+    """Add up the time spent in each of PARTS. Not for GPUs, where calls return before the work is done."""
 
     def timing(function: Callable[..., Any], part: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
 
     def plan(*args: Any, **kwargs: Any) -> Any:
         made = make_plan(*args, **kwargs)
-        seconds.update(dict.fromkeys(PARTS, 0.0))  # the plan is made by the same functions, on tensors without data
+        seconds.update(dict.fromkeys(PARTS, 0.0))  # planning runs the same functions on tensors without data
         return made
 
     make_plan = Meter.plan
@@ -94,9 +94,9 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
 
 
 def floors(checkpoint: Checkpoint, tokens: int, bare: float, rate: float) -> dict[str, float]:
-    """The least that each stage can take, in bare forward passes of `bare` seconds; the device copies `rate` bytes/s.
+    """The least each stage can take, in bare forward passes of `bare` seconds; the device copies `rate` bytes/s.
 
-    A linear makes 2 m n FLOPs a token, a triangle n²; attention is left out.
+    A linear takes 2 m n FLOPs per token, a triangle of H n². Attention is left out.
     """
     stream = StreamedModel(checkpoint, torch.device("cpu"), checkpoint.dtype)
     linears = triangles = elements = factors = 0
@@ -111,7 +111,7 @@ def floors(checkpoint: Checkpoint, tokens: int, bare: float, rate: float) -> dic
             solves += krylov_flops(m, n, rank, depth)
             elements += m * n
             factors += (m + n) * rank
-            # q, k and v share an input, gate and up do: told by their names, for this count only.
+            # q, k and v share an input, and so do gate and up. Told by name, for this count only.
             stem = name.rpartition(".")[2]
             inputs[
                 "qkv" if stem in ("q_proj", "k_proj", "v_proj") else "mlp" if stem in ("gate_proj", "up_proj") else stem
@@ -123,14 +123,14 @@ def floors(checkpoint: Checkpoint, tokens: int, bare: float, rate: float) -> dic
     return found | {stage: size / rate / bare for stage, size in moved.items()}
 
 
-# Between the output errors that a report gives and those of fp64, relative to that of A Bᵀ = 0. Two forward passes may
-# round single inputs differently, in bf16 by up to 4e-3, but a root mean square of many by far less.
+# Largest difference between reported output errors and those in fp64, relative to the error with A Bᵀ = 0. Two forward
+# passes may round single inputs differently, in bf16 by up to 4e-3, but a root mean square of many by far less.
 AGREEMENT = 1e-3
 
 
 @torch.no_grad()
 def check(checkpoint: Checkpoint, model: Any, config: LoraConfig, data: Calibration) -> None:
-    """Initialize from the first sequence of `data`. Ends the program where the last block's report is not true.
+    """Initialize from the first sequence of `data`, and exit if the report is wrong about the last block.
 
     model: the checkpoint, loaded by transformers.
     """
@@ -168,7 +168,7 @@ def check(checkpoint: Checkpoint, model: Any, config: LoraConfig, data: Calibrat
 def measure(
     checkpoint: Checkpoint, model: Any, config: LoraConfig, data: Calibration, rounds: int, budgets: Sequence[str]
 ) -> dict[str, Any]:
-    """One job, its seconds in every round and its floors: an entry of the record's `runs`.
+    """Seconds of every round, and floors: an entry of the record's `runs`.
 
     model: the checkpoint, loaded by transformers.
     """
@@ -176,7 +176,7 @@ def measure(
     batches = list(data.batches(default_batch_size(data)))
     stages: list[dict[str, float]] = []
     parts: list[dict[str, float]] = []
-    apart = device.type == "cpu"  # whether H takes time of its own
+    apart = device.type == "cpu"  # whether the time of H can be measured separately
 
     def forward() -> None:
         with ops.half_products(device, [model.dtype]):
@@ -221,7 +221,7 @@ def measure(
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """Of every stage, in bare forward passes, with its floor; Markdown, two columns for each of the record's runs."""
+    """Time and floor of every stage in bare forward passes, as Markdown; two columns per run of the record."""
     runs = record["runs"]
     heads = [f"{run['samples']} × {run['length']} tokens | floor" for run in runs]
     lines = [f"| stage | {' | '.join(heads)} |", f"| --- |{' ---: | ---: |' * len(runs)}"]
@@ -237,10 +237,10 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def solve_table(record: Mapping[str, Any]) -> str:
-    """What the solve of the record's last run is made of, where it was on a CPU; Markdown."""
+    """Breakdown of the solve of the record's last run, on a CPU, as Markdown."""
     run = record["runs"][-1]
     if not run["parts_of_solve"]:
-        return "Not told apart on a GPU."
+        return "Not measured on a GPU."
     whole = median(stages["solve"] for stages in run["stages"])
     shares = {part: median(parts[part] for parts in run["parts_of_solve"]) / whole for part in run["parts_of_solve"][0]}
     lines = [f"| {part} | {100 * share:.0f} % |" for part, share in shares.items()]
@@ -264,7 +264,7 @@ def _shown(ratio: Timing) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", help="a file to take the calibration tokens from")
+    parser.add_argument("text", help="text file to calibrate on")
     parser.add_argument("--model", help="a checkpoint; without one, smollm2.py provides it")
     parser.add_argument("--samples", type=int, nargs="+", default=[64], help="as many sequences; a job for each")
     parser.add_argument("--sequence-length", type=int, default=512)

@@ -105,7 +105,7 @@ def main() -> None:
         show("krylov's adapter on an FP4 base", perplexity(checkpoint, text, fp4, krylov))
     closed = quailora.evaluate.gap_closed(results["full precision"], results["NF4"], results["NF4 + krylov"])
     if closed is not None:
-        show("share of the start gap closed by krylov", closed)
+        show("share of the initial gap closed by krylov", closed)
     for solver, value in excess_over_optimum(checkpoint, calibration, arguments.rank).items():
         show(f"{solver}: mean excess over the fp64 optimum", value)
     if arguments.json:

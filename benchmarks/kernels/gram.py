@@ -102,7 +102,9 @@ def main() -> None:
                 flops, moved = work(options.tokens, features, x.element_size())
                 relative = flops / (2 * PEAK**3)  # to the work of a matmul
                 floor = max(relative * min(times["matmul"].median, times["bf16 matmul"].median), moved / rate)
-                shares = {peer: relative * times[peer].over(times["ours"]) for peer in ("matmul", "bf16 matmul")}
+                shares = {
+                    baseline: relative * times[baseline].over(times["ours"]) for baseline in ("matmul", "bf16 matmul")
+                }
                 rows.append(
                     {"threads": threads, "dtype": name, "features": features, "error": off, "floor": floor}
                     | {"flops": flops, "bytes": moved, "shares": shares}

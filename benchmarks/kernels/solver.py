@@ -254,7 +254,7 @@ def torch_krylov(errors: TorchErrors, h: Tensor | None, shapes: Sequence[tuple[i
 
     h: None for the identity. shapes: (m, n, r) of each linear. Products with E: 2 · depth + 2.
     """
-    # From the start that `krylov` takes, or a solver that is not at its end yet would end elsewhere.
+    # The same starting block as `krylov`: before convergence, another one would give other factors.
     starts = [torch.randn(n, r, generator=torch.Generator().manual_seed(0)) for _, n, r in shapes]
     blocks = errors.times(_weigh(h, [torch.empty_like(start, device=errors.device).copy_(start) for start in starts]))
     blocks = [torch.linalg.qr(block).Q for block in blocks]
@@ -321,7 +321,7 @@ class Case:
     def draw(cls, group: Group, rank: int, device: torch.device) -> "Case":
         """Inputs whose channels, and weights whose rows, fall off in scale. The same on every call.
 
-        Without leading directions in E als, which starts from them, would end where rounding sends it.
+        Without leading directions in E, the result of als, which begins with them, would depend on rounding.
         """
         generator = torch.Generator(device).manual_seed(0)
 

@@ -1,4 +1,4 @@
-"""What became of each claim of the paper, and by which rule: the rules stand here, the figures come from the cells."""
+"""Which claims of the paper were reproduced. The rule for each is in its docstring; the figures come from the runs."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def table(results: Path) -> str:
 
 def calibration_set(results: Path) -> Finding:
     """Reproduced if perplexities differ less between calibration sets than a third of what the method gains, in the
-    mean over the seeds; in part if more, but no more than by chance."""
-    claim = "Which texts the start is made from matters little beside the method"
+    mean over the seeds; in part if more, but within the noise."""
+    claim = "The choice of calibration set matters little"
     ranges, gains = [], []
-    by_chance = _chance(results)
+    noise = _noise(results)
     for records in _models(results, "calibration"):
         for name in tables.unique(records, "train"):
             found = tables.whole_seeds(select(records, train=name))
             by_source = {
-                each: values(select(found, calibrate=each), "end") for each in tables.unique(found, "calibrate")
+                each: values(select(found, calibrate=each), "after") for each in tables.unique(found, "calibrate")
             }
             means = {source: mean(each) for source, each in by_source.items() if each}
             zero, ours = means.pop(None, None), list(means.values())
@@ -55,14 +55,14 @@ def calibration_set(results: Path) -> Finding:
     if not ranges:
         return Finding(claim, "Table 1", NOT_RUN, "")
     large = [most for most, gain in zip(ranges, gains, strict=True) if most >= gain / 3]
-    verdict = REPRODUCED if not large else PARTLY if max(large) <= by_chance else NOT
+    verdict = REPRODUCED if not large else PARTLY if max(large) <= noise else NOT
     shown = "; ".join(f"{most:.3f} of {gain:.3f}" for most, gain in zip(ranges, gains, strict=True))
-    return Finding(claim, "Table 1", verdict, f"perplexities differ by {shown}")
+    return Finding(claim, "Table 1", verdict, f"sets differ by {shown} gained")
 
 
 def better(bits: str) -> Callable[[Path], Finding]:
-    """Reproduced if QuAILoRA ends lower than zero in four of five runs, and on every set in the mean by more than what
-    chance makes; in part if in more than half."""
+    """Reproduced if QuAILoRA ends lower than zero in four of five runs, and on every set by more than the noise in the
+    mean; in part if in more than half of the runs."""
     base, where = {"4": ("nf4", "Tables 2 and 4"), "8": ("int8", "Table 4")}[bits]
 
     def finding(results: Path) -> Finding:
@@ -72,71 +72,71 @@ def better(bits: str) -> Callable[[Path], Finding]:
             for name in tables.unique(records, "train"):
                 found = tables.differences(select(records, train=name, base=base), "zero", "quailora")
                 gains += found
-                clear &= not found or mean(found) > tables.chance(records)
+                clear &= not found or mean(found) > tables.noise(records)
         if not gains:
             return Finding(claim, where, NOT_RUN, "")
         wins = sum(gain > 0 for gain in gains)
         verdict = REPRODUCED if 5 * wins >= 4 * len(gains) and clear else PARTLY if 2 * wins > len(gains) else NOT
-        by = f"by {mean(gains):.3f} in the mean" + ("" if clear else ", no more than chance on some set")
+        by = f"by {mean(gains):.3f} on average" + ("" if clear else ", within the noise on at least one set")
         return Finding(claim, where, verdict, f"in {wins} of {len(gains)} runs, {by}")
 
     return finding
 
 
-def _chance(results: Path) -> float:
-    return max(map(tables.chance, _models(results, "perplexity")), default=0.0)
+def _noise(results: Path) -> float:
+    return max(map(tables.noise, _models(results, "perplexity")), default=0.0)
 
 
 def gap(results: Path) -> Finding:
-    """Reproduced if the mean over the models is in the range of the paper's, from 37 % up."""
-    gaps = [closed_gaps(records)["paper's gap"] for records in _models(results, "perplexity")]
+    """Reproduced if the mean over the models is in the paper's range, 37 % and up."""
+    gaps = [closed_gaps(records)["8-bit gap"] for records in _models(results, "perplexity")]
     shares = [each.share for each in gaps if each.share is not None]
-    claim = "37 to 100 % of the gap to 8 bits closes in training, by model (75 % in the mean)"
+    claim = "37 to 100 % of the gap to 8 bits is closed after training, by model (75 % on average)"
     if not shares:
         if any(each.seeds for each in gaps):
-            return Finding(claim, "Table 2", UNTESTABLE, "8 bits end no better than 4")
+            return Finding(claim, "Table 2", UNTESTABLE, "8 bits are no better than 4")
         return Finding(claim, "Table 2", NOT_RUN, "")
     return Finding(claim, "Table 2", REPRODUCED if mean(shares) >= 0.37 else NOT, tables.percent(mean(shares)))
 
 
 def tasks(results: Path) -> Finding:
-    """Of the paper's models and tasks only. Reproduced if the mean over the models is in its range, from 74 % up."""
-    claim, where = "74 to 100 % of the gap to 8 bits closes on seven tasks (86 % in the mean)", "Tables 3 and 5"
+    """For the paper's models and tasks only. Reproduced if the mean over the models is at least 74 %, as there."""
+    claim, where = "74 to 100 % of the gap to 8 bits is closed on seven tasks (86 % on average)", "Tables 3 and 5"
     scored = tables.scored(results)
     shares: list[float] = []
     solved = False
     for model in tables.unique(scored, "model"):
         found = [
-            one(scored, model=model, base=base, start=start)
-            for base, start in (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"))
+            one(scored, model=model, base=base, initialization=kind)
+            for base, kind in (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"))
         ]
         if all(record and set(record.get("after", ())) >= set(PAPER_TASKS) for record in found):
             solved = True
             # What is wrong, so that less is better, as with perplexities.
             wrong = [[1 - record["after"][task]["acc"] for task in PAPER_TASKS] for record in found if record]
-            if (share := tables.paper_gap(*wrong)) is not None:
+            if (share := tables.eight_bit_gap(*wrong)) is not None:
                 shares.append(share)
     if solved and not shares:
-        return Finding(claim, where, UNTESTABLE, "8 bits end no better than 4")
+        return Finding(claim, where, UNTESTABLE, "8 bits are no better than 4")
     if not shares:
-        return Finding(claim, where, UNTESTABLE, "models of 7 and 13 billion weights and tasks of the hub")
+        return Finding(claim, where, UNTESTABLE, "needs 7B and 13B models and tasks from the hub")
     return Finding(claim, where, REPRODUCED if mean(shares) >= 0.74 else NOT, tables.percent(mean(shares)))
 
 
 def ranks(results: Path) -> Finding:
-    """Reproduced if perplexity falls from each rank to the next under QuAILoRA, by more than what chance makes, and
-    zero's range is a third of that; in part if it falls from the first to the last."""
-    claim = "Perplexity falls with the rank under QuAILoRA, hardly at all under zero"
+    """Reproduced if perplexity falls from each rank to the next with QuAILoRA, by more than the noise, and the range of
+    zero is less than a third of that; in part if it falls from the first to the last."""
+    claim = "Perplexity falls with the rank with QuAILoRA, and hardly at all from zero"
     verdicts, found = [], []
-    by_chance = _chance(results)
+    noise = _noise(results)
     for records in _models(results, "rank"):
-        ours = values(select(records, start="quailora"), "end")
-        zero = values(select(records, start="zero"), "end")
+        ours = values(select(records, initialization="quailora"), "after")
+        zero = values(select(records, initialization="zero"), "after")
         if len(ours) < 3 or len(zero) < 3:
             continue
-        falls = all(before - after > by_chance for before, after in pairwise(ours))
+        falls = all(before - after > noise for before, after in pairwise(ours))
         flat = max(zero) - min(zero) < (max(ours) - min(ours)) / 3
-        verdicts.append(REPRODUCED if falls and flat else PARTLY if ours[0] - ours[-1] > by_chance else NOT)
+        verdicts.append(REPRODUCED if falls and flat else PARTLY if ours[0] - ours[-1] > noise else NOT)
         found += [
             f"{name} {' → '.join(f'{x:.3f}' for x in course)}" for name, course in (("QuAILoRA", ours), ("zero", zero))
         ]
@@ -154,21 +154,21 @@ def at_every_step(results: Path) -> Finding:
 
 
 def not_faster(results: Path) -> Finding:
-    """Both at their best learning rates. Reproduced if the lead, in nats, is no larger at the end than at the start."""
+    """Both at their best learning rates. Reproduced if the lead, in nats, is no larger after training than before."""
     leads = [
         (math.log(zero / ours), math.log(zero_end / ours_end))
         for (zero, *_, zero_end), (ours, *_, ours_end) in _courses(results)
     ]
-    claim = "No faster than zero: the whole gain is there at the start"
+    claim = "Training is not faster: the whole gain is there before training"
     if not leads:
         return Finding(claim, "Figure 2", NOT_RUN, "")
     before, after = (mean(each) for each in zip(*leads, strict=True))
-    found = f"a lead of {before:.3f} nats at the start, of {after:.3f} at the end"
+    found = f"ahead by {before:.3f} nats before training, by {after:.3f} after"
     return Finding(claim, "Figure 2", REPRODUCED if after <= before else NOT, found)
 
 
 def _courses(results: Path) -> list[tuple[list[float], list[float]]]:
-    """Of each model: perplexities in the course of training from zero, and from QuAILoRA."""
+    """For each model: perplexities during training, from zero and from QuAILoRA."""
     found = []
     for records in _models(results, "convergence"):
         zero, ours = (best_rate(records, "nf4", kind) for kind in ("zero", "quailora"))
@@ -178,27 +178,27 @@ def _courses(results: Path) -> list[tuple[list[float], list[float]]]:
 
 
 def uncalibrated(results: Path) -> Finding:
-    """Reproduced if the SVD of E gives less than half of what QuAILoRA gives, of the start gap and, where that has run,
-    in perplexity after training, each at its best learning rate; in part if less than half of one of the two."""
-    claim = "Without calibration (the SVD of E) it is ineffective"
+    """Reproduced if the SVD of E gains less than half of what QuAILoRA gains, both of the initial gap and (if run) in
+    perplexity after training, each at its best learning rate; in part if of one of the two."""
+    claim = "Without calibration (SVD of E) it is ineffective"
     shares, gains = [], []
-    for records in _models(results, "start"):
-        svd = one(records, base="nf4", start="svd")
-        ours = svd and one(records, base="nf4", start="quailora", rank=svd["cell"]["rank"])
+    for records in _models(results, "initial"):
+        svd = one(records, base="nf4", initialization="svd")
+        ours = svd and one(records, base="nf4", initialization="quailora", rank=svd["run"]["rank"])
         if svd is not None and ours is not None:
-            of_svd, of_ours = (tables.start_gap(records, each) for each in (svd, ours))
+            of_svd, of_ours = (tables.initial_gap(records, each) for each in (svd, ours))
             if of_svd is not None and of_ours is not None:
                 shares.append((of_svd, of_ours))
     for records in _models(results, "convergence"):
-        found = [best_rate(records, "nf4", start) for start in ("zero", "svd", "quailora")]
-        ends = [each["end"]["perplexity"] for each in found if each is not None]
+        found = [best_rate(records, "nf4", kind) for kind in ("zero", "svd", "quailora")]
+        ends = [each["after"]["perplexity"] for each in found if each is not None]
         if len(ends) == 3:
             gains.append((ends[0] - ends[1], ends[0] - ends[2]))
     if not shares:
         return Finding(claim, "Section 3", NOT_RUN, "")
     (svd_share, share), *after = (tuple(map(mean, zip(*pairs, strict=True))) for pairs in (shares, gains) if pairs)
-    words = [f"{tables.percent(svd_share)} of the start gap, QuAILoRA {tables.percent(share)}"]
-    words += [f"after training below zero by {svd:.3f}, QuAILoRA by {ours:.3f}" for svd, ours in after]
+    words = [f"closes {tables.percent(svd_share)} of the initial gap, QuAILoRA {tables.percent(share)}"]
+    words += [f"after training {svd:.3f} below zero, QuAILoRA {ours:.3f} below" for svd, ours in after]
     small = [svd < ours / 2 for svd, ours in ((svd_share, share), *after)]
     verdict = REPRODUCED if all(small) else PARTLY if any(small) else NOT
     return Finding(claim, "Section 3", verdict, "; ".join(words))
@@ -206,27 +206,27 @@ def uncalibrated(results: Path) -> Finding:
 
 def large(results: Path) -> Finding:
     """Reproduced if models of 13 billion weights gain less than half of what others do, relative to perplexity."""
-    claim, where = "Little gain at 13 billion weights and more", "Section 4"
+    claim, where = "Little gain at 13B parameters and more", "Section 4"
     gains: dict[bool, list[float]] = {False: [], True: []}
     for records in _models(results, "perplexity"):
-        weights = _billions(records[0]["cell"]["model"])
+        weights = _billions(records[0]["run"]["model"])
         if weights and (pairs := tables.pairs(select(records, base="nf4"), "zero", "quailora")):
             gains[weights >= 13].append(mean(1 - ours / zero for zero, ours in pairs))
     if not gains[True] or not gains[False]:
-        return Finding(claim, where, UNTESTABLE, "no models on both sides of that")
+        return Finding(claim, where, UNTESTABLE, "no models on both sides of 13B")
     small, great = mean(gains[False]), mean(gains[True])
-    found = f"{tables.percent(great)} of the perplexity, and {tables.percent(small)} below"
+    found = f"{tables.percent(great)} lower perplexity, and {tables.percent(small)} for smaller models"
     return Finding(claim, where, REPRODUCED if great < small / 2 and small > 0 else NOT, found)
 
 
 def _billions(model: str) -> float | None:
-    """Of weights, by a model's name; None where it does not say."""
+    """Billions of parameters, from the model's name; None where it does not say."""
     match = re.search(r"(\d+(?:\.\d+)?)([bm])\b", model.lower())
     return float(match[1]) * {"b": 1, "m": 1e-3}[match[2]] if match else None
 
 
 def _models(results: Path, experiment: str) -> list[list[tables.Record]]:
-    """The cells of an experiment, by model."""
+    """The runs of an experiment, by model."""
     records = tables.read(results, experiment)
     return [select(records, model=model) for model in tables.unique(records, "model")]
 

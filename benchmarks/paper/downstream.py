@@ -1,11 +1,11 @@
 """Score a causal language model on tasks, through EleutherAI's lm-eval harness (the extra `evidence`).
 
-    python benchmarks/paper/downstream.py CHECKPOINT --base nf4 --adapter DIR --tasks arc_easy piqa  # needs a data hub
-    python benchmarks/paper/downstream.py CHECKPOINT --base nf4 --adapter DIR --text FILE            # needs none
+    python benchmarks/paper/downstream.py CHECKPOINT --base nf4 --adapter DIR --tasks arc_easy piqa    # needs the hub
+    python benchmarks/paper/downstream.py CHECKPOINT --base nf4 --adapter DIR --text FILE              # works offline
 
-The tasks of --tasks are the harness's; without any, and without --text, they are the paper's. --text makes a task of
-any text, such as WikiText-2: which of four passages comes next? The context is a sentence or two; the wrong choices are
-passages from near by, of other paragraphs; all four are cut to the same number of words. By chance a quarter is right.
+--tasks names tasks of lm-eval; without --tasks and --text, they are the paper's. --text makes a task from any text,
+such as WikiText-2: which of four passages comes next? The context is one or two sentences; the wrong choices come from
+nearby paragraphs; all four are cut to the same number of words. Guessing gets a quarter right.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from benchmarks.common.tables import PAPER_TASKS
-from benchmarks.paper.starts import BASES, load
+from benchmarks.paper.initializations import BASES, load
 from quailora.adapters.base_record import base_of, for_full_precision, loading
 from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.evaluate import _evaluating, _with_adapter
@@ -43,16 +43,16 @@ from quailora.pipeline.setup import load_tokenizer
 
 NEXT_PASSAGE = "next_passage"
 CHOICES = 4
-WORDS = 16  # of a choice: no sentence is known by its length, and the sum of log-likelihoods favors none
+WORDS = 16  # of a choice: all are equally long, so that summed log-likelihoods favor none
 LONGEST = 60  # words of a sentence of the context
-NEIGHBOURS = 40  # paragraphs that wrong choices come from: in WikiText-2 most are of the same article
+NEIGHBORS = 40  # paragraphs that wrong choices come from, in WikiText-2 mostly of the same article
 METRICS = ("acc", "acc_norm")
 
 
 def write_choices(text: Path, folder: Path, items: int, seed: int) -> dict[str, Any]:
     """Write `items` questions about `text` into `folder`; returns the task's config for the harness, and `score`.
 
-    Each is about another paragraph. They stand in random order, their right answers spread evenly over the places.
+    Each is about a different paragraph, in random order. Correct answers are spread evenly over the positions.
 
     Raises:
         QuailoraError: the text cannot be read, or has too few paragraphs of two sentences that are long enough.
@@ -66,8 +66,8 @@ def write_choices(text: Path, folder: Path, items: int, seed: int) -> dict[str, 
             for place, (before, after) in enumerate(pairwise(paragraph), 1)
             if WORDS <= len(before) <= LONGEST and len(after) >= WORDS
         ]
-        first = max(0, min(index - NEIGHBOURS // 2, len(paragraphs) - NEIGHBOURS - 1))
-        near = paragraphs[first:index] + paragraphs[index + 1 : first + NEIGHBOURS + 1]
+        first = max(0, min(index - NEIGHBORS // 2, len(paragraphs) - NEIGHBORS - 1))
+        near = paragraphs[first:index] + paragraphs[index + 1 : first + NEIGHBORS + 1]
         own = {_start(sentence) for sentence in paragraph}
         wrong = sorted({_start(each) for other in near for each in other if len(each) >= WORDS} - own)
         if places and len(wrong) >= CHOICES - 1:
@@ -75,7 +75,7 @@ def write_choices(text: Path, folder: Path, items: int, seed: int) -> dict[str, 
     if len(questions) < items:
         raise QuailoraError(
             f"{text} has too few paragraphs for {items} questions: {len(questions)} of {len(paragraphs)} have two "
-            f"sentences of {WORDS} words and others near by; give a longer text, or ask for fewer"
+            f"sentences of {WORDS} words and others nearby; give a longer text, or ask for fewer"
         )
     chosen = rng.sample(questions, items)
     answers = [number % CHOICES for number in range(items)]
@@ -91,11 +91,11 @@ def write_choices(text: Path, folder: Path, items: int, seed: int) -> dict[str, 
     return {
         "task": NEXT_PASSAGE,
         "dataset_path": "json",
-        # The cache lies beside the file, and goes with it; by default it would grow in the user's home.
+        # The cache is next to the file and removed with it; by default it would grow in the user's home.
         "dataset_kwargs": {"data_files": {"test": str(folder / name)}, "cache_dir": str(folder / "cache")},
         "test_split": "test",
         "output_type": "multiple_choice",
-        "doc_to_text": "context",  # these name fields
+        "doc_to_text": "context",  # names of fields
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
         "num_fewshot": 0,
@@ -125,24 +125,24 @@ def _start(sentence: list[str]) -> str:
 def score(
     model: Any, tokenizer: Any, tasks: Sequence[str | dict[str, Any]], limit: int | None, batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """Task -> "acc" and "acc_stderr", and the same of "acc_norm" where the task has it. No examples are shown before.
+    """Task -> "acc" and "acc_stderr", and the same of "acc_norm" where the task has it. Zero-shot.
 
-    model: of transformers, or a PeftModel over one; left as it was, as is the tokenizer.
-    tasks: names that the harness knows, whose data it takes from the hub, or configs such as those of `write_choices`.
+    model: a transformers model or a PeftModel; it is not changed, nor is the tokenizer.
+    tasks: names of lm-eval tasks, whose data comes from the hub, or configs such as those of `write_choices`.
     limit: only the first so many questions of each task.
 
     Raises:
-        QuailoraError: the harness has no task of such a name, or no data for it.
+        QuailoraError: lm-eval has no task of that name, or cannot load its data.
     """
     names = [task for task in tasks if isinstance(task, str)]
-    manager = TaskManager(include_defaults=bool(names))  # its own thousands take seconds to look through
+    manager = TaskManager(include_defaults=bool(names))  # indexing its thousands of tasks takes seconds
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise QuailoraError(f"lm-eval {lm_eval.__version__} has no task {', '.join(unknown)}: see `lm_eval ls tasks`")
     try:
         with (
             _unobtrusive(),
-            _evaluating(model),  # see there what bitsandbytes would do to the weights
-            # They are tied; to do it again fails where PEFT has a copy of the head.
+            _evaluating(model),  # it says what bitsandbytes would do to the weights
+            # They are tied already, and doing it again fails if PEFT has a copy of the head.
             patch.object(model, "tie_weights", lambda: None),
         ):
             found = lm_eval.simple_evaluate(
@@ -151,7 +151,7 @@ def score(
                 limit=limit,
                 log_samples=False,
                 task_manager=manager,
-                random_seed=None,  # the caller's generators stay as they are: no answer is drawn
+                random_seed=None,  # leave the caller's generators alone: nothing is sampled
                 numpy_random_seed=None,
                 torch_random_seed=None,
             )
@@ -161,15 +161,15 @@ def score(
 
 
 def _metrics(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Those of METRICS, without the name of the filter that the harness puts behind a comma."""
+    """The METRICS, without the filter name that lm-eval appends after a comma."""
     for key, value in values.items():
         name = key.partition(",")[0]
-        if name.removesuffix("_stderr") in METRICS and value != "N/A":  # one question has no standard error
+        if name.removesuffix("_stderr") in METRICS and value != "N/A":  # with one question there is no standard error
             yield name, float(value)
 
 
 class _Model(HFLM):
-    """The harness's, with its bars on a terminal only, and without a question to the hub."""
+    """lm-eval's model, with progress bars on a terminal only, and without asking the hub."""
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
         return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
@@ -180,28 +180,28 @@ class _Model(HFLM):
 
 @contextmanager
 def _unobtrusive() -> Iterator[None]:
-    """Within it the harness says only what is new, and leaves what is global as it was."""
+    """Silence lm-eval's routine messages, and restore the global state that it changes."""
     log = logging.getLogger("lm_eval.models.huggingface")
     bars, drawn = not datasets.are_progress_bars_disabled(), random.getstate()
     log.addFilter(_not_about_loaded_models)
     datasets.disable_progress_bars()
     try:
         with (
-            patch("lm_eval.api.task.tqdm", partial(tqdm, disable=True)),  # a bar that has no switch
-            # They run git and others, which write to the terminal, for an account of the machine that is not used.
+            patch("lm_eval.api.task.tqdm", partial(tqdm, disable=True)),  # this bar cannot be switched off
+            # These run git and other programs, which write to the terminal, for information that is not used.
             patch("lm_eval.evaluator.get_git_commit_hash", lambda: None),
             patch("lm_eval.evaluator.add_env_info", lambda results: None),
         ):
             yield
     finally:
-        random.setstate(drawn)  # it draws a name for every task, also where it has one
+        random.setstate(drawn)  # it draws a random name for every task, even if it has one
         log.removeFilter(_not_about_loaded_models)
         if bars:
             datasets.enable_progress_bars()
 
 
 def _not_about_loaded_models(entry: logging.LogRecord) -> bool:
-    """Drops what is said of every model that is given to the harness loaded: that options for loading do nothing."""
+    """Drop the message, for every model that is passed in loaded, that options for loading have no effect."""
     return not str(entry.msg).startswith(("`pretrained` model kwarg is not of type", "Passed an already-initialized"))
 
 
@@ -209,10 +209,10 @@ def _not_about_loaded_models(entry: logging.LogRecord) -> bool:
 
 
 def read_model(checkpoint: Checkpoint, base: str, adapter: Path | None) -> Any:
-    """Raises MismatchError for an adapter with a record of another base, AdapterError for what is none."""
+    """Raises MismatchError for an adapter made for another base, AdapterError if the folder has no adapter."""
     if adapter is not None:
         if not (adapter / "adapter_config.json").is_file():
-            raise AdapterError(f"{adapter} is no adapter: it has no adapter_config.json")
+            raise AdapterError(f"{adapter} is not an adapter: it has no adapter_config.json")
         quantization = BASES[base]
         if (record := base_of(adapter)) is not None:
             if (quantization is None) != for_full_precision(record):
@@ -238,10 +238,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="the full-precision model: a folder, or an id on the hub")
     parser.add_argument("--adapter", type=Path, metavar="DIR")
-    parser.add_argument("--base", choices=BASES, default="bf16", help="how the model is quantized; not, by default")
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=f"by default {' '.join(PAPER_TASKS)}")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="ask which passage of it comes next")
-    parser.add_argument("--items", type=int, metavar="N", help="questions; by default 200 of the text, all of others")
+    parser.add_argument("--base", choices=BASES, default="bf16", help="quantization; bf16 (default) is none")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=f"default: {' '.join(PAPER_TASKS)}")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="make a task from this text")
+    parser.add_argument("--items", type=int, metavar="N", help="questions; default: 200 of the text, else all")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--json", type=Path, metavar="PATH")
     arguments = parser.parse_args()

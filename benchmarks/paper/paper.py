@@ -1,26 +1,26 @@
-"""The experiments of the paper (arXiv 2410.14713), by name, with its solver and this project's.
+"""The experiments of the paper (arXiv 2410.14713), by name.
 
     python benchmarks/paper/paper.py --scale small --data roleplay=FILE codegen=FILE --text CALIBRATE MEASURE
 
-    start          before training: what the start gives back, by rank and by solver (no table of the paper's)
+    initial        before training: perplexity and KL by rank and by solver (not in the paper)
     perplexity     Tables 2 and 4: 4 and 8 bits, from zero and from QuAILoRA, and LoRA on 16 bits
-    convergence    Figure 2: the course of training; beside it other learning rates, the SVD of E, which knows no
-                   inputs, and random factors of the same norms: what the start knows, what it is to be away from zero
+    convergence    Figure 2: perplexity during training; also at other learning rates, from the SVD of E (which ignores
+                   the inputs) and from random factors of the same norms (which only have lora_B away from zero)
     rank           Figure 1: after training, by rank
-    calibration    Table 1: texts to make the start from against texts to train on
+    calibration    Table 1: calibration sets against training sets
     downstream     Tables 3 and 5: tasks, by lm-eval
-    serving        what was trained on 4 bits, on full precision (no table of the paper's)
+    serving        adapters trained on 4 bits, served on the full-precision model (not in the paper)
 
-The models, data sets and settings of the scale `paper` are the paper's; it needs a GPU and a data hub, and has not been
-run. Alpaca and HH-RLHF it takes from the hub; name the files of the other two sets yourself, as in `--data
+The scale `paper` has the paper's models, data sets and settings. It needs a GPU and access to the hub, and has not been
+run. Alpaca and HH-RLHF come from the hub; name the files of the other two sets yourself, as in `--data
 alpaca=tatsu-lab/alpaca unified-chip2=unified_chip2.jsonl self-instruct=FILE hh-rlhf=Anthropic/hh-rlhf@chosen`.
 
-`small` takes two CPU cores some hours, with SmolLM2-135M-Instruct and the texts that are named; `tiny` shows within two
-minutes that it all works.
+`small` takes a few hours on two CPU cores, with SmolLM2-135M-Instruct and the texts you name. `tiny` checks within two
+minutes that everything works.
 
-A set of --data is trained on, and the first is what starts are made from; one of --calibrate only makes starts. What
-has run is kept in --results, one file a cell, and is not run again; what failed is, with --retry. Two processes share
-the work with --part 1/2 and --part 2/2. At the end the tables are printed; `results.py` puts them into the
+The sets of --data are trained on, and the first also calibrates; those of --calibrate only calibrate. Results are kept
+in --results, one file per run. What has run is not run again; what failed is run again with --retry. Two processes can
+share the work with --part 1/2 and --part 2/2. The tables are printed at the end; `results.py` puts them into the
 documentation.
 """
 
@@ -42,7 +42,7 @@ import quailora
 from benchmarks.common import tables
 from benchmarks.common.smollm2 import fetch
 from benchmarks.common.timing import circumstances
-from benchmarks.paper.starts import kept, load_trained
+from benchmarks.paper.initializations import kept, load_trained
 from benchmarks.paper.study import (
     CALIBRATE,
     MEASURE,
@@ -50,7 +50,7 @@ from benchmarks.paper.study import (
     RANK,
     SCALES,
     SMOLLM2,
-    Cell,
+    Run,
     Study,
     failure,
     in_batches,
@@ -64,10 +64,10 @@ from quailora.pipeline.setup import default_device, load_tokenizer
 PAIRS = (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"), ("int8", "quailora"), ("bf16", "zero"))
 
 
-# ---- The cells of each experiment, what they share first
+# ---- The runs of each experiment
 
 
-def start(study: Study) -> Iterator[Cell]:
+def initial(study: Study) -> Iterator[Run]:
     if MEASURE not in study.sets:
         return
     length = 4 * study.scale.length
@@ -76,112 +76,117 @@ def start(study: Study) -> Iterator[Cell]:
         kinds += [("nf4", "quailora", rank) for rank in study.scale.ranks]
         kinds += [("nf4", solver, RANK) for solver in ("als", "closed-form", "svd")] + [("int8", "quailora", RANK)]
         for base, kind, rank in kinds:
-            yield study.cell(model, MEASURE, base, kind, CALIBRATE, 0, rank=rank, steps=0, length=length)
+            yield study.run(model, MEASURE, base, kind, CALIBRATE, 0, rank=rank, steps=0, length=length)
 
 
-def perplexity(study: Study) -> Iterator[Cell]:
+def perplexity(study: Study) -> Iterator[Run]:
     for seed in study.scale.seeds:
         for model in study.scale.models:
             for name in study.trained:
                 for base, kind in PAIRS:
-                    yield study.cell(model, name, base, kind, study.trained[0], seed)
+                    yield study.run(model, name, base, kind, study.trained[0], seed)
     for model in study.scale.models:
         for name in study.trained:
             for kind in ("als", "svd"):
-                yield study.cell(model, name, "nf4", kind, study.trained[0], 0)
+                yield study.run(model, name, "nf4", kind, study.trained[0], 0)
 
 
-def convergence(study: Study) -> Iterator[Cell]:
-    """On the first set and seed, at every rate: the starts of both kinds, that without calibration, and the control."""
+def convergence(study: Study) -> Iterator[Run]:
+    """On the first set and seed, at every rate: zero, QuAILoRA, the uncalibrated SVD, and the random control."""
     kinds = (("nf4", "zero"), ("nf4", "quailora"), ("nf4", "svd"), ("nf4", "random"), ("bf16", "zero"))
     for model in study.scale.models:
         for rate in study.scale.rates:
             for base, kind in kinds:
-                yield study.cell(model, study.trained[0], base, kind, study.trained[0], 0, learning_rate=rate)
+                yield study.run(model, study.trained[0], base, kind, study.trained[0], 0, learning_rate=rate)
 
 
-def rank(study: Study) -> Iterator[Cell]:
+def rank(study: Study) -> Iterator[Run]:
     for model in study.scale.models:
         for each in study.scale.trained_ranks:
             for kind in ("zero", "quailora"):
-                yield study.cell(model, study.trained[0], "nf4", kind, study.trained[0], 0, rank=each)
+                yield study.run(model, study.trained[0], "nf4", kind, study.trained[0], 0, rank=each)
 
 
-def calibration(study: Study) -> Iterator[Cell]:
+def calibration(study: Study) -> Iterator[Run]:
     calibrate = [name for name in study.sets if name not in (CALIBRATE, MEASURE)]
     for seed in study.scale.seeds:
         for model in study.scale.models:
             for name in study.trained:
-                yield study.cell(model, name, "nf4", "zero", study.trained[0], seed)
+                yield study.run(model, name, "nf4", "zero", study.trained[0], seed)
                 for source in calibrate:
-                    yield study.cell(model, name, "nf4", "quailora", source, seed)
+                    yield study.run(model, name, "nf4", "quailora", source, seed)
 
 
-def downstream(study: Study) -> Iterator[Cell]:
-    """Of the last seed. Their fine-tuned adapters are what the tasks are solved with."""
+def downstream(study: Study) -> Iterator[Run]:
+    """Of the last seed. The fine-tuned adapters are scored on the tasks."""
     if study.scale.name != "paper" and MEASURE not in study.sets:
         return
     for model in study.scale.models:
         for base, kind in PAIRS:
-            yield study.cell(model, study.trained[0], base, kind, study.trained[0], study.scale.seeds[-1])
+            yield study.run(model, study.trained[0], base, kind, study.trained[0], study.scale.seeds[-1])
 
 
-def serving(study: Study) -> Iterator[Cell]:
-    """Of the last seed. Not in the paper: what was trained on 4 bits, served on full precision."""
+def serving(study: Study) -> Iterator[Run]:
+    """Of the last seed. Not in the paper: adapters trained on 4 bits, served on the full-precision model."""
     for model in study.scale.models:
         for name in study.trained:
             for base, kind in (("nf4", "zero"), ("nf4", "quailora"), ("bf16", "zero")):
-                yield study.cell(model, name, base, kind, study.trained[0], study.scale.seeds[-1])
+                yield study.run(model, name, base, kind, study.trained[0], study.scale.seeds[-1])
 
 
-def score_served(study: Study, cells: Iterable[Cell], retry: bool) -> None:
-    """Perplexity on full precision after training on 4 bits: results/served, one file a cell. The adapter goes there as
-    it is, or converted where its start was made for the quantized base."""
-    for cell in cells:
-        path = study.results / "served" / f"{cell.slug}.json"
-        if cell.base == "bf16" or settled(tables.read_json(path), retry) or (trained := _trained(study, cell)) is None:
+def score_served(study: Study, runs: Iterable[Run], retry: bool) -> None:
+    """Perplexity on the full-precision model after training on 4 bits: results/served, one file per run. Adapters that
+    were initialized for the quantized base are converted first."""
+    for run in runs:
+        path = study.results / "served" / f"{run.slug}.json"
+        if run.base == "bf16" or settled(tables.read_json(path), retry) or (trained := _trained(study, run)) is None:
             continue
-        checkpoint = study.checkpoint(cell.model)
-        batches = in_batches(study.texts(cell.model, cell.train, cell.length).held_out)
+        checkpoint = study.checkpoint(run.model)
+        batches = in_batches(study.texts(run.model, run.train, run.length).held_out)
         try:
             with tempfile.TemporaryDirectory() as folder:
-                if cell.calibrate:
-                    start = kept(study.work, checkpoint, cell.base, cell.start, study.calibration(cell), cell.rank)
-                    quailora.convert(start, trained, trained := Path(folder) / "converted")
+                if run.calibrate:
+                    initial = kept(
+                        study.work, checkpoint, run.base, run.initialization, study.calibration(run), run.rank
+                    )
+                    quailora.convert(initial, trained, trained := Path(folder) / "converted")
                 with ops.half_products(default_device(None), [torch.bfloat16]):
                     model = load_trained(checkpoint, "bf16", trained)
                     found: dict[str, Any] = {"perplexity": quailora.evaluate.perplexity(model, batches)}
-        except Exception as error:  # as in `Study.run`
+        except Exception as error:  # as in `Study.run_all`
             found = failure(error)
-        _keep(path, cell, found)
+        _keep(path, run, found)
 
 
-def _trained(study: Study, cell: Cell) -> Path | None:
-    """The folder of the adapter that a cell trained; None, and a word, where it is not kept."""
-    trained = study.work / "trained" / cell.slug
+def _trained(study: Study, run: Run) -> Path | None:
+    """The folder of the adapter that a run trained; None, with a message, if it has been deleted."""
+    trained = study.work / "trained" / run.slug
     if trained.is_dir():
         return trained
-    print(f"{cell.slug}: its trained adapter is not in {trained.parent}; run its cell again for it", flush=True)
+    print(
+        f"{run.slug}: its trained adapter is not in {trained.parent}; delete the result of this run to train it again",
+        flush=True,
+    )
     return None
 
 
-def _keep(path: Path, cell: Cell, found: dict[str, Any]) -> None:
-    write_files(path.parent, {path.name: to_json({"cell": asdict(cell), **found, "made_with": circumstances()})})
-    print(f"{cell.slug}: {found}", flush=True)
+def _keep(path: Path, run: Run, found: dict[str, Any]) -> None:
+    write_files(path.parent, {path.name: to_json({"run": asdict(run), **found, "made_with": circumstances()})})
+    print(f"{run.slug}: {found}", flush=True)
 
 
-def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
-    """The tasks, before and after the training of each cell that has run: results/tasks, one file a cell.
+def score_tasks(study: Study, runs: Iterable[Run], retry: bool) -> None:
+    """Score the tasks before and after training: results/tasks, one file per run.
 
-    At the scale of the paper they are the harness's; otherwise one is made of the text that --text measures on.
+    At the scale `paper` they are lm-eval's; otherwise one is made from the text that --text measures on.
     """
     from benchmarks.paper.downstream import score, write_choices  # lm-eval is an extra
 
-    for cell in cells:
-        path = study.results / "tasks" / f"{cell.slug}.json"
-        if settled(tables.read_json(path), retry) or (trained := _trained(study, cell)) is None:
+    for run in runs:
+        path = study.results / "tasks" / f"{run.slug}.json"
+        if settled(tables.read_json(path), retry) or (trained := _trained(study, run)) is None:
             continue
-        checkpoint = study.checkpoint(cell.model)
+        checkpoint = study.checkpoint(run.model)
         found: dict[str, Any] = {}
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -190,15 +195,15 @@ def score_tasks(study: Study, cells: Iterable[Cell], retry: bool) -> None:
                     text = Path(study.sets[MEASURE][0])
                     tasks = [write_choices(text, Path(folder), study.scale.questions, seed=0)]
                 for when in ("before", "after"):
-                    model = study.load(cell) if when == "before" else load_trained(checkpoint, cell.base, trained)
+                    model = study.load(run) if when == "before" else load_trained(checkpoint, run.base, trained)
                     found[when] = score(model, load_tokenizer(checkpoint), tasks, None, 8)
-        except Exception as error:  # as in `Study.run`
+        except Exception as error:  # as in `Study.run_all`
             found = failure(error)
-        _keep(path, cell, found)
+        _keep(path, run, found)
 
 
-EXPERIMENTS: dict[str, Callable[[Study], Iterator[Cell]]] = {
-    "start": start,
+EXPERIMENTS: dict[str, Callable[[Study], Iterator[Run]]] = {
+    "initial": initial,
     "perplexity": perplexity,
     "convergence": convergence,
     "calibration": calibration,
@@ -206,29 +211,30 @@ EXPERIMENTS: dict[str, Callable[[Study], Iterator[Cell]]] = {
     "downstream": downstream,
     "serving": serving,
 }
-SCORES = {"downstream": score_tasks, "serving": score_served}  # what is done with the trained adapters of an experiment
+SCORES = {"downstream": score_tasks, "serving": score_served}  # what else is measured of the trained adapters
 
-SHOWN = {"perplexity": ("perplexity", "gaps"), "convergence": ("rates", "convergence")}  # tables of an experiment
+SHOWN = {
+    "perplexity": ("perplexity", "gaps"),
+    "convergence": ("rates", "convergence"),
+}  # the tables of an experiment, where not of its name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of a study, for `read_study`."""
+    """The options that `read_study` reads."""
     named = "NAME=FILE"
     parser.add_argument("--scale", choices=SCALES, default="paper")
     parser.add_argument("--model", metavar="FOLDER", help=f"instead of the models of the scale ({SMOLLM2} by default)")
     parser.add_argument("--data", nargs="+", default=[], metavar=named, help="sets to train on, or NAME=FILE@COLUMN")
-    parser.add_argument("--calibrate", nargs="+", default=[], metavar=named, help="sets that only starts are made from")
-    parser.add_argument(
-        "--text", nargs=2, metavar=("CALIBRATE", "MEASURE"), help="texts, for the start before training"
-    )
-    parser.add_argument("--results", type=Path, help="where the cells are; docs/results/SCALE by default")
+    parser.add_argument("--calibrate", nargs="+", default=[], metavar=named, help="sets used for calibration only")
+    parser.add_argument("--text", nargs=2, metavar=("CALIBRATE", "MEASURE"), help="texts for the experiment `initial`")
+    parser.add_argument("--results", type=Path, help="where results are kept; docs/results/SCALE by default")
     parser.add_argument("--work", type=Path, help="where adapters are kept; build/evidence/SCALE by default")
-    parser.add_argument("--part", default="1/1", metavar="K/N", help="run only the k-th of n parts")
+    parser.add_argument("--part", default="1/1", metavar="K/N", help="run only the K-th of N parts")
     parser.add_argument("--retry", action="store_true", help="run again what failed")
 
 
 def read_study(arguments: argparse.Namespace) -> Study:
-    """Raises SystemExit, with its reason, where no data is named."""
+    """Raises SystemExit if no data is named."""
     scale = SCALES[arguments.scale]
     work = arguments.work or Path("build/evidence") / scale.name
     if scale.name == "tiny" and not arguments.data:
@@ -255,7 +261,7 @@ def read_study(arguments: argparse.Namespace) -> Study:
 
 
 def read_part(words: str) -> tuple[int, int]:
-    """ "2/3" -> (1, 3). Raises SystemExit for what is no part."""
+    """ "2/3" -> (1, 3). Raises SystemExit for anything else."""
     match = re.fullmatch(r"(\d+)/(\d+)", words)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise SystemExit(f"--part {words}: expected K/N with K from 1 to N, such as 1/2")
@@ -263,7 +269,7 @@ def read_part(words: str) -> tuple[int, int]:
 
 
 def provide(model: str, work: Path) -> str:
-    """The folder of a model that is made here, or the id of one on the hub."""
+    """The folder of a model that is made here, or an id on the hub."""
     if model == SMOLLM2:
         return str(fetch())
     if model != ONE_BLOCK:
@@ -280,7 +286,7 @@ def provide(model: str, work: Path) -> str:
 
 
 def write_texts(folder: Path) -> tuple[list[str], list[str]]:
-    """--data and --text of the Python reference that every Python carries."""
+    """Values for --data and --text, from the Python reference that ships with Python."""
     from pydoc_data.topics import topics
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -300,14 +306,14 @@ def main() -> None:
     study = read_study(arguments)
     part, parts = read_part(arguments.part)
     for name in arguments.experiment:
-        cells = list(dict.fromkeys(EXPERIMENTS[name](study)))
-        if not cells:
-            print(f"{name}: nothing to run, for it needs --text", flush=True)
+        runs = list(dict.fromkeys(EXPERIMENTS[name](study)))
+        if not runs:
+            print(f"{name}: nothing to run without --text", flush=True)
             continue
-        study.save_index(name, cells)
-        study.run(cells, part, parts, arguments.retry)
+        study.save_index(name, runs)
+        study.run_all(runs, part, parts, arguments.retry)
         if name in SCORES:
-            SCORES[name](study, cells[part::parts], arguments.retry)
+            SCORES[name](study, runs[part::parts], arguments.retry)
     for name in arguments.experiment:
         for table in SHOWN.get(name, (name,)):
             print(f"\n## {table}\n\n{tables.draw(table, study.results)}")

@@ -1,8 +1,7 @@
-"""What the studies of fine-tuning share: their scales, the texts, and one fine-tuning after another as cells on disk.
+"""What the fine-tuning studies share: scales, texts, and runs with their results on disk.
 
-A cell is one fine-tuning: a base, a start of its LoRA factors, a learning rate and so on, with what was measured
-before, during and after it. Cells are JSON files: a study that is called again goes on where it stopped, and several
-may run side by side, each with a part of the cells.
+A run is one fine-tuning: a base, an initialization, a learning rate and so on, with what was measured before, during
+and after training. Results are JSON files, so a study continues where it stopped, and several processes can share one.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 import quailora
 from benchmarks.common.tables import BY_LAYER, Record, read_json, slug
 from benchmarks.common.timing import circumstances
-from benchmarks.paper.starts import PREPARED, kept, load
+from benchmarks.paper.initializations import PREPARED, kept, load
 from quailora import ops
 from quailora.calibration.data import Calibration
 from quailora.errors import QuailoraError
@@ -35,7 +34,7 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.pipeline.setup import default_device, load_tokenizer, read_calibration
 from quailora.reporting.report import Report
 
-CALIBRATE, MEASURE = "text-calibrate", "text-measure"  # the names of the two texts of the experiment `start`
+CALIBRATE, MEASURE = "text-calibrate", "text-measure"  # the names of the two texts of the experiment `initial`
 SMOLLM2 = "SmolLM2-135M-Instruct"
 ONE_BLOCK = f"{SMOLLM2}-1-block"
 LORA_ALPHA = 16
@@ -46,10 +45,10 @@ RANK = 64
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a study is. Everything is cut into sequences of `length` tokens.
+    """The size of a study. Everything is cut into sequences of `length` tokens.
 
     sets: name -> what `load_calibration` reads, with the column that holds the text, if need be.
-    held_out: tokens that are measured. probe: those of them that KL and the course of training are measured on.
+    held_out: tokens that are measured. probe: those of them that KL, and perplexity during training, are measured on.
     """
 
     name: str
@@ -61,17 +60,17 @@ class Scale:
     length: int
     calibration: int  # tokens
     held_out: int
-    text: int  # of the text of the experiment `start`
+    text: int  # tokens measured in the experiment `initial`
     probe: int
     seeds: tuple[int, ...]
-    points: int  # of the course of training
+    points: int  # at which perplexity is measured during training
     rates: tuple[float, ...]  # of the experiment `convergence`
     ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256)  # before training
     trained_ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
-    questions: int = 200  # of a task made of a text
+    questions: int = 200  # of a task made from a text
     learning_rate: float = LEARNING_RATE
-    patience: int = 900  # seconds that making a start may take
-    longer: dict[str, int] = field(default_factory=dict)  # steps of models that take others
+    patience: int = 900  # seconds that computing an initialization may take
+    longer: dict[str, int] = field(default_factory=dict)  # models with another number of steps
 
 
 SCALES = {
@@ -89,7 +88,7 @@ SCALES = {
             "EleutherAI/pythia-410m",
             "EleutherAI/pythia-12b",
         ),
-        # The other two, Unified-Chip2 and Self-Instruct, are no data sets that can be loaded by name: --data.
+        # The other two, Unified-Chip2 and Self-Instruct, cannot be loaded by name: give them with --data.
         sets={"alpaca": ("tatsu-lab/alpaca", None), "hh-rlhf": ("Anthropic/hh-rlhf", "chosen")},
         steps=1000,
         batch=16,
@@ -122,8 +121,8 @@ SCALES = {
         rates=(LEARNING_RATE, 1e-3, 2e-3, 4e-3, 8e-3),
         ranks=(8, 16, 32, RANK, 128, 192),  # k and v have 192 outputs
         trained_ranks=(8, RANK, 192),
-        # Between the best rates of the two starts in so few steps (the experiment `convergence`): at the paper's,
-        # factors that start from zero hardly get away from it.
+        # Between the best rates of zero and QuAILoRA in so few steps (the experiment `convergence`). At the paper's,
+        # factors that begin at zero hardly move.
         learning_rate=2e-3,
         patience=7200,
     ),
@@ -154,18 +153,19 @@ SCALES = {
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One fine-tuning. With no steps, the start alone is measured.
+class Run:
+    """One fine-tuning. With no steps, only the initialization is measured.
 
     train: the set that is trained on, whose held-out part is measured.
-    base: of `starts.BASES`. start: `zero`, or of `starts.PREPARED`, which are made from the set `calibrate`.
+    base: a key of `initializations.BASES`.
+    initialization: `zero`, or one of `initializations.PREPARED`, calibrated on the set `calibrate`.
     seed: of the order of the training data, of random factors, and of the draw of calibration data.
     """
 
     model: str
     train: str
     base: str
-    start: str
+    initialization: str
     calibrate: str | None
     seed: int
     learning_rate: float
@@ -181,86 +181,86 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """Where cells are found and run. results: their JSON. work: adapters, which may be deleted."""
+    """Finds and executes runs. results: folder of their JSON. work: folder of adapters, which may be deleted."""
 
     scale: Scale
     results: Path
     work: Path
     checkpoints: dict[str, str]  # model -> folder or id
     sets: dict[str, tuple[str, str | None]]
-    trained: tuple[str, ...]  # those of the sets that are trained on; starts are made from the first
+    trained: tuple[str, ...]  # the sets that are trained on; the first also calibrates
 
-    def cell(self, model: str, train: str, base: str, start: str, calibrate: str, seed: int, **others: Any) -> Cell:
-        """With the steps, the length and the learning rate of the scale, where none are given."""
+    def run(self, model: str, train: str, base: str, kind: str, calibrate: str, seed: int, **others: Any) -> Run:
+        """A run of initialization `kind`, with the scale's steps, length and learning rate unless given."""
         defaults = {
             "length": self.scale.length,
             "steps": self.scale.longer.get(model, self.scale.steps),
             "learning_rate": self.scale.learning_rate,
         }
-        return Cell(model, train, base, start, calibrate if start in PREPARED else None, seed, **(defaults | others))
+        return Run(model, train, base, kind, calibrate if kind in PREPARED else None, seed, **(defaults | others))
 
-    def found(self, cell: Cell) -> Record | None:
-        """What a cell gave; None where it has not run. A failed one has an "error"."""
-        return read_json(self._path(cell))
+    def found(self, run: Run) -> Record | None:
+        """The result of a run, None if it has not run. A failed run has an "error"."""
+        return read_json(self._path(run))
 
-    def save_index(self, experiment: str, cells: Iterable[Cell]) -> None:
-        """Which cells make an experiment, and in which order its tables show them; those of earlier calls stay."""
+    def save_index(self, experiment: str, runs: Iterable[Run]) -> None:
+        """Record which runs make up an experiment, in the order of its tables; those of earlier calls stay."""
         before = read_json(self.results / f"{experiment}.json") or []
-        slugs = list(dict.fromkeys([*(cell.slug for cell in cells), *before]))
+        slugs = list(dict.fromkeys([*(run.slug for run in runs), *before]))
         write_files(self.results, {f"{experiment}.json": json.dumps(slugs, indent=1) + "\n"})
 
-    def run(self, cells: Iterable[Cell], part: int = 0, parts: int = 1, retry: bool = False) -> None:
-        """Run those of a part which have not run yet; failed ones again on `retry`. A failure is kept as a result.
+    def run_all(self, runs: Iterable[Run], part: int = 0, parts: int = 1, retry: bool = False) -> None:
+        """Execute the runs of a part that have not run yet and, with `retry`, those that failed. A failure is a result.
 
-        Raises QuailoraError for results that are of another model or of other texts by the same names.
+        Raises QuailoraError for results of another model or of other texts under the same name.
         """
-        mine = list(dict.fromkeys(cells))[part::parts]
-        for number, cell in enumerate(mine, 1):
-            if settled(found := self.found(cell), retry):
-                self._check_same(cell, found)
+        mine = list(dict.fromkeys(runs))[part::parts]
+        for number, run in enumerate(mine, 1):
+            if settled(found := self.found(run), retry):
+                self._check_same(run, found)
                 continue
             started = time.perf_counter()
             try:
                 with ops.half_products(default_device(None), [torch.bfloat16]):
-                    result = run_cell(self, cell)
-                shown = f"perplexity {result['start']['perplexity']:.3f}"
-                if "end" in result:
-                    shown += f" -> {result['end']['perplexity']:.3f}"
-            except Exception as error:  # of any library: a table shows it in its place, and the others go on
+                    result = execute(self, run)
+                shown = f"perplexity {result['before']['perplexity']:.3f}"
+                if "after" in result:
+                    shown += f" -> {result['after']['perplexity']:.3f}"
+            except Exception as error:  # of any library: the table shows it, and the other runs go on
                 result = failure(error)
                 shown = result["error"]
             record = {
-                "cell": asdict(cell),
+                "run": asdict(run),
                 "scale": self.scale.name,
-                "made_from": self._made_from(cell),
+                "made_from": self._made_from(run),
                 **result,
                 "made_with": circumstances(),
             }
-            write_files(self.results / "cells", {self._path(cell).name: to_json(record)})
+            write_files(self.results / "runs", {self._path(run).name: to_json(record)})
             took = time.perf_counter() - started
-            print(f"{number}/{len(mine)} {cell.slug}: {shown}, {took:.0f} s", flush=True)
+            print(f"{number}/{len(mine)} {run.slug}: {shown}, {took:.0f} s", flush=True)
             gc.collect()
 
-    def _made_from(self, cell: Cell) -> dict[str, str]:
-        """Fingerprints of the checkpoint and of the texts; of none that cannot be read, which is why a cell failed."""
+    def _made_from(self, run: Run) -> dict[str, str]:
+        """Fingerprints of the checkpoint and the texts; empty if one cannot be read, in which case the run failed."""
         try:
-            texts = self.texts(cell.model, cell.train, cell.length)
-            found = {"checkpoint": self.checkpoint(cell.model).fingerprint, "texts": texts.fingerprint()}
-            if cell.calibrate:
-                found["calibration"] = self.calibration(cell).fingerprint()
+            texts = self.texts(run.model, run.train, run.length)
+            found = {"checkpoint": self.checkpoint(run.model).fingerprint, "texts": texts.fingerprint()}
+            if run.calibrate:
+                found["calibration"] = self.calibration(run).fingerprint()
         except QuailoraError:
             return {}
         return found
 
-    def _check_same(self, cell: Cell, found: Record) -> None:
-        for name, mine in self._made_from(cell).items():
+    def _check_same(self, run: Run, found: Record) -> None:
+        for name, mine in self._made_from(run).items():
             if found.get("made_from", {}).get(name, mine) != mine:
                 raise QuailoraError(
-                    f"{self._path(cell)} has results of other data ({name}) under the same name: give another --results"
+                    f"{self._path(run)} has results of other data ({name}) under the same name: give another --results"
                 )
 
-    def _path(self, cell: Cell) -> Path:
-        return self.results / "cells" / f"{cell.slug}.json"
+    def _path(self, run: Run) -> Path:
+        return self.results / "runs" / f"{run.slug}.json"
 
     @cache  # noqa: B019  one study lives as long as its process
     def checkpoint(self, model: str) -> Checkpoint:
@@ -277,27 +277,27 @@ class Study:
         steps = scale.longer.get(model, scale.steps)
         return read_texts(*source, length, scale.held_out, max(scale.calibration, steps * scale.batch * length))
 
-    def calibration(self, cell: Cell) -> Calibration:
-        """What a start of `starts.PREPARED` is made from."""
-        assert cell.calibrate is not None
-        texts = self.texts(cell.model, cell.calibrate, cell.length)
-        return texts.calibration(self.scale.calibration, cell.seed, cell.calibrate)
+    def calibration(self, run: Run) -> Calibration:
+        """The calibration data of an initialization of `initializations.PREPARED`."""
+        assert run.calibrate is not None
+        texts = self.texts(run.model, run.calibrate, run.length)
+        return texts.calibration(self.scale.calibration, run.seed, run.calibrate)
 
-    def load(self, cell: Cell) -> Any:
-        """The model of a cell before training."""
-        torch.manual_seed(cell.seed)
-        calibration = self.calibration(cell) if cell.calibrate else None
-        checkpoint = self.checkpoint(cell.model)
-        return load(checkpoint, cell.base, cell.start, calibration, cell.rank, LORA_ALPHA, cell.seed, self.work)
+    def load(self, run: Run) -> Any:
+        """The model of a run before training."""
+        torch.manual_seed(run.seed)
+        calibration = self.calibration(run) if run.calibrate else None
+        checkpoint = self.checkpoint(run.model)
+        return load(checkpoint, run.base, run.initialization, calibration, run.rank, LORA_ALPHA, run.seed, self.work)
 
 
 def settled(found: Record | None, retry: bool) -> TypeGuard[Record]:
-    """Whether something has run, and is no failure that is to be tried again."""
+    """Whether there is a result, and it is not a failure to retry."""
     return bool(found) and not (retry and "error" in (found or ()))
 
 
 def failure(error: Exception) -> Record:
-    """What is kept of it; its traceback is printed."""
+    """What is recorded of an error, whose traceback is printed."""
     traceback.print_exception(error)
     return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
@@ -307,9 +307,9 @@ def failure(error: Exception) -> Record:
 
 @dataclass(frozen=True)
 class Texts:
-    """Sequences of one length, without padding, each (length,) int64. No record stands in both.
+    """Sequences of one length, without padding, each (length,) int64. No record is in both parts.
 
-    ordered: they are a text, from its beginning on, and no records.
+    ordered: whether they are one continuous text rather than records.
     """
 
     train: tuple[Tensor, ...]
@@ -320,7 +320,7 @@ class Texts:
         return Calibration((*self.held_out, *self.train), "").fingerprint()
 
     def calibration(self, tokens: int, seed: int, source: str) -> Calibration:
-        """As many sequences of the training part as make `tokens`, or all: the first of a text, a draw of records."""
+        """Up to `tokens` tokens of the training part: the first sequences of a text, or a random draw of records."""
         wanted = tokens // len(self.train[0])
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = (range(len(self.train)) if self.ordered else order)[:wanted]
@@ -330,9 +330,9 @@ class Texts:
 def read_texts(
     checkpoint: Checkpoint, source: str, column: str | None, length: int, held_out: int, wanted: int
 ) -> Texts:
-    """Records in random order, or a text in its own, with an end-of-sequence token after each, cut into sequences.
+    """Shuffled records, with an end-of-sequence token after each, or a text in its order, cut into sequences.
 
-    held_out, wanted: tokens. The first make the held-out part; as many as wanted, or more, are trained on.
+    held_out, wanted: tokens. The first `held_out` are held out; `wanted` or more, if available, are trained on.
     """
     samples = max(64, (held_out + wanted) // 16)
     data = read_calibration(checkpoint, source, samples=samples, sequence_length=1024, column=column)
@@ -357,56 +357,56 @@ def _cut(records: Sequence[Tensor], length: int) -> tuple[Tensor, ...]:
 
 
 def in_batches(sequences: Sequence[Tensor]) -> Sequence[Tensor]:
-    """(b, t) of sequences of one length, some 512 tokens each: what perplexities are measured on."""
+    """Batches (b, t) of about 512 tokens, for measuring perplexity."""
     return torch.stack(list(sequences)).split(max(1, 512 // len(sequences[0])))
 
 
-# ---- One cell
+# ---- One run
 
 
-def run_cell(study: Study, cell: Cell) -> Record:
-    """Make or load its start, measure, train, measure again."""
-    scale, texts = study.scale, study.texts(cell.model, cell.train, cell.length)
-    checkpoint = study.checkpoint(cell.model)
+def execute(study: Study, run: Run) -> Record:
+    """Initialize, measure, train, measure again."""
+    scale, texts = study.scale, study.texts(run.model, run.train, run.length)
+    checkpoint = study.checkpoint(run.model)
     batches = in_batches(texts.held_out)
-    probe = in_batches(texts.held_out[: max(1, scale.probe // cell.length)])
+    probe = in_batches(texts.held_out[: max(1, scale.probe // run.length)])
     seconds: dict[str, float] = {}
     started = time.perf_counter()
-    model = study.load(cell)
-    seconds["start"] = time.perf_counter() - started
+    model = study.load(run)
+    seconds["initialize"] = time.perf_counter() - started
 
     def measured() -> dict[str, float]:
         return {
             "perplexity": quailora.evaluate.perplexity(model, batches),
-            "kl": quailora.evaluate.kl_divergence(model, load(checkpoint, "bf16"), probe),  # not in memory meanwhile
+            "kl": quailora.evaluate.kl_divergence(model, load(checkpoint, "bf16"), probe),  # loaded for this only
         }
 
-    result: Record = {"tokens": sum(map(len, texts.held_out)), "start": measured(), "seconds": seconds}
-    if cell.calibrate:
-        calibration = study.calibration(cell)
+    result: Record = {"tokens": sum(map(len, texts.held_out)), "before": measured(), "seconds": seconds}
+    if run.calibrate:
+        calibration = study.calibration(run)
         result["calibration_tokens"] = calibration.tokens
-    if not cell.steps and asdict(cell).items() >= BY_LAYER.items():
-        report = Report.load(kept(study.work, checkpoint, cell.base, cell.start, calibration, cell.rank))
+    if not run.steps and asdict(run).items() >= BY_LAYER.items():
+        report = Report.load(kept(study.work, checkpoint, run.base, run.initialization, calibration, run.rank))
         result["layers"] = [[layer.name, layer.output_error, layer.output_error_after] for layer in report.layers]
-    if cell.steps:
+    if run.steps:
         started = time.perf_counter()
-        result |= train(model, texts.train, cell, scale, probe)
+        result |= train(model, texts.train, run, scale, probe)
         seconds["train"] = time.perf_counter() - started
-        result["end"] = measured()
-        model.save_pretrained(study.work / "trained" / cell.slug)
+        result["after"] = measured()
+        model.save_pretrained(study.work / "trained" / run.slug)
     return result
 
 
 def train(
-    model: Any, sequences: Sequence[Tensor], cell: Cell, scale: Scale, probe: Sequence[Tensor]
+    model: Any, sequences: Sequence[Tensor], run: Run, scale: Scale, probe: Sequence[Tensor]
 ) -> dict[str, list[Any]]:
-    """Fine-tune in place: AdamW and a linear schedule, by transformers' trainer.
+    """Fine-tune in place with transformers' Trainer: AdamW, linear schedule.
 
-    Returns the loss of every step, and with the first seed the perplexity on the probe every so many steps.
+    Returns the loss of every step and, for the first seed, perplexities on the probe during training.
     """
     course: list[tuple[int, float]] = []
-    followed = cell.seed == scale.seeds[0]
-    every = max(1, cell.steps // scale.points)
+    followed = run.seed == scale.seeds[0]
+    every = max(1, run.steps // scale.points)
 
     class Course(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -419,11 +419,11 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            max_steps=cell.steps,
+            max_steps=run.steps,
             per_device_train_batch_size=scale.micro_batch,
             gradient_accumulation_steps=scale.batch // scale.micro_batch,
-            learning_rate=cell.learning_rate,
-            warmup_steps=math.ceil(WARM_UP * cell.steps),
+            learning_rate=run.learning_rate,
+            warmup_steps=math.ceil(WARM_UP * run.steps),
             lr_scheduler_type="linear",
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
@@ -431,7 +431,7 @@ def train(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            seed=cell.seed,
+            seed=run.seed,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = Trainer(

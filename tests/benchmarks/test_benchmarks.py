@@ -176,7 +176,7 @@ def test_the_tables_of_a_job() -> None:
     assert initialize.solve_table(job_record()).splitlines()[2:] == ["| half | 50 % |", "| the rest | 50 % |"]
     on_a_gpu = job_record()
     on_a_gpu["runs"][-1]["parts_of_solve"] = []
-    assert initialize.solve_table(on_a_gpu) == "Not told apart on a GPU."
+    assert initialize.solve_table(on_a_gpu) == "Not measured on a GPU."
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ def test_wrong_choices_are_from_near_by_and_other_paragraphs(text: Path, tmp_pat
         for number, choice in enumerate(question["choices"]):
             (place,) = (index for index, paragraph in enumerate(paragraphs) if choice in paragraph)
             assert (place == own) == (number == question["answer"])
-            assert abs(place - own) <= downstream.NEIGHBOURS
+            assert abs(place - own) <= downstream.NEIGHBORS
 
 
 def test_wrapped_lines_make_the_same_paragraphs(text: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The studies of fine-tuning: cells, gaps, starts; and that the documentation says what their results say."""
+"""The fine-tuning studies: runs, gaps, initializations; and that the documentation matches the results."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import torch
 
 import quailora
 from benchmarks.common import plots, results, tables
-from benchmarks.paper import claims, paper, peers, starts, study
+from benchmarks.paper import baselines, claims, initializations, paper, study
 from quailora.errors import QuailoraError
 from quailora.files import write_files
 from tests.benchmarks.test_benchmarks import job_record
@@ -58,8 +58,8 @@ def small_study(folder: Path, tmp_path: Path) -> study.Study:
     return study.Study(TINY, tmp_path / "results", tmp_path / "work", models, sets, ("one", "two"))
 
 
-def cell(small_study: study.Study, start: str = "zero", base: str = "nf4", seed: int = 0, **others: Any) -> study.Cell:
-    return small_study.cell(study.ONE_BLOCK, "one", base, start, "one", seed, **others)
+def a_run(small_study: study.Study, kind: str = "zero", base: str = "nf4", seed: int = 0, **others: Any) -> study.Run:
+    return small_study.run(study.ONE_BLOCK, "one", base, kind, "one", seed, **others)
 
 
 # ---- Gaps
@@ -67,31 +67,31 @@ def cell(small_study: study.Study, start: str = "zero", base: str = "nf4", seed:
 
 def test_the_three_gaps() -> None:
     zero, ours, eight, sixteen = [4.0, 6.0], [3.5, 5.5], [3.0, 5.0], [2.5, 4.5]
-    assert tables.paper_gap(zero, ours, eight) == pytest.approx(0.5)
+    assert tables.eight_bit_gap(zero, ours, eight) == pytest.approx(0.5)
     assert tables.sixteen_bit_gap(zero, ours, sixteen) == pytest.approx(1 / 3)
-    assert tables.paper_gap(zero, [2.0, 4.0], eight) == 1.0  # capped
+    assert tables.eight_bit_gap(zero, [2.0, 4.0], eight) == 1.0  # capped
     assert tables.sixteen_bit_gap(zero, [2.0, 4.0], sixteen) == pytest.approx(4 / 3)  # not capped
-    assert tables.paper_gap(zero, ours, zero) is None  # 8 bits are no better
+    assert tables.eight_bit_gap(zero, ours, zero) is None  # 8 bits are no better
     # The sets are averaged first: the mean of the ratios would be another.
-    assert tables.paper_gap([4.0, 10.0], [3.0, 10.0], [3.0, 9.0]) == pytest.approx(0.5)
-    assert tables.paper_gap([4.0, 10.0], [3.5, 10.0], [3.5, 9.0]) == pytest.approx(1 / 3)
+    assert tables.eight_bit_gap([4.0, 10.0], [3.0, 10.0], [3.0, 9.0]) == pytest.approx(0.5)
+    assert tables.eight_bit_gap([4.0, 10.0], [3.5, 10.0], [3.5, 9.0]) == pytest.approx(1 / 3)
 
 
-def record(base: str, start: str, before: float, after: float, train: str = "one", seed: int = 0, **cell: Any) -> Any:
+def record(base: str, kind: str, before: float, after: float, train: str = "one", seed: int = 0, **others: Any) -> Any:
     settings = {
         "model": "m",
         "train": train,
         "base": base,
-        "start": start,
-        "calibrate": None if start == "zero" else "one",
+        "initialization": kind,
+        "calibrate": None if kind == "zero" else "one",
         "seed": seed,
         "learning_rate": 1e-3,
         "steps": 2,
         "length": 32,
         "rank": 64,
     }
-    ends = {"start": {"perplexity": before, "kl": 0.0}, "end": {"perplexity": after, "kl": 0.0}}
-    return {"cell": settings | cell, **ends, "course": [[0, before], [2, after]]}
+    ends = {"before": {"perplexity": before, "kl": 0.0}, "after": {"perplexity": after, "kl": 0.0}}
+    return {"run": settings | others, **ends, "course": [[0, before], [2, after]]}
 
 
 def made_up(eight: float = 8.0) -> list[Any]:
@@ -101,43 +101,43 @@ def made_up(eight: float = 8.0) -> list[Any]:
     return [record(*each, seed=seed) for seed in (0, 1) for each in ends]
 
 
-def test_gaps_of_cells() -> None:
+def test_gaps_of_runs() -> None:
     found = tables.closed_gaps(made_up())
     assert {name: gap.share for name, gap in found.items()} == pytest.approx(
-        {"start gap": 0.8, "paper's gap": 0.6, "16-bit gap": 0.5}
+        {"initial gap": 0.8, "8-bit gap": 0.6, "16-bit gap": 0.5}
     )
     assert all(gap.seeds == pytest.approx([gap.share] * 2) for gap in found.values())
-    assert tables.closed_gaps(made_up(eight=9.5))["paper's gap"] == tables.Gap(None, [None, None])
-    assert "| paper's gap | n/a | n/a, n/a |" in tables.gaps(made_up(eight=9.5))
-    without = [each for each in made_up() if each["cell"]["base"] != "int8"]
-    assert tables.closed_gaps(without)["paper's gap"] == tables.Gap(None, [])
+    assert tables.closed_gaps(made_up(eight=9.5))["8-bit gap"] == tables.Gap(None, [None, None])
+    assert "| 8-bit gap | n/a | n/a, n/a |" in tables.gaps(made_up(eight=9.5))
+    without = [each for each in made_up() if each["run"]["base"] != "int8"]
+    assert tables.closed_gaps(without)["8-bit gap"] == tables.Gap(None, [])
 
 
 def test_perplexities_are_averaged_over_seeds_before_the_ratio_is_taken() -> None:
     records = made_up()
-    tables.one(records, base="int8", start="zero", seed=1)["end"]["perplexity"] = 8.6  # type: ignore[index]
-    gap = tables.closed_gaps(records)["paper's gap"]
+    tables.one(records, base="int8", initialization="zero", seed=1)["after"]["perplexity"] = 8.6  # type: ignore[index]
+    gap = tables.closed_gaps(records)["8-bit gap"]
     assert gap.seeds == pytest.approx([0.6, 1.0])  # capped
     assert gap.share == pytest.approx(0.6 / (9 - (8 + 8.6) / 2))
 
 
 def test_models_are_kept_apart(tmp_path: Path) -> None:
     other = [record("nf4", "zero", 20, 9.0, model="n"), record("nf4", "quailora", 16, 9.5, model="n")]
-    keep_cells(tmp_path, "perplexity", [*made_up(), *other])
+    keep_runs(tmp_path, "perplexity", [*made_up(), *other])
     found = {each.claim: each.found for each in claims.findings(tmp_path)}
     assert found["Lower perplexity than zero after training, 4 bits"].startswith("in 2 of 3 runs")
     shown = tables.draw("gaps", tmp_path)
-    assert shown.index("**m**") < shown.index("| paper's gap | 60 % | 60 %, 60 % |") < shown.index("**n**")
+    assert shown.index("**m**") < shown.index("| 8-bit gap | 60 % | 60 %, 60 % |") < shown.index("**n**")
 
 
 def test_tables_show_spread_and_what_is_missing() -> None:
     records = made_up()
-    records[-4]["end"]["perplexity"] = 8.6  # QuAILoRA's second seed
-    assert "| 4 | QuAILoRA, ours | 16.00 ± 0.00 | 8.500 ± 0.141 |" in tables.perplexity(records)
-    records[-4] = {"cell": records[-4]["cell"], "error": "MemoryError: too much"}
-    assert "| 4 | QuAILoRA, ours | 16.00 (1 of 2) | 8.400 (1 of 2) |" in tables.perplexity(records)
-    alone = [{"cell": records[-4]["cell"], "error": "ValueError: a | b"}]
-    assert "| 4 | QuAILoRA, ours | failed | failed |" in tables.perplexity(alone)
+    records[-4]["after"]["perplexity"] = 8.6  # QuAILoRA's second seed
+    assert "| 4 | QuAILoRA (Krylov) | 16.00 ± 0.00 | 8.500 ± 0.141 |" in tables.perplexity(records)
+    records[-4] = {"run": records[-4]["run"], "error": "MemoryError: too much"}
+    assert "| 4 | QuAILoRA (Krylov) | 16.00 (1 of 2) | 8.400 (1 of 2) |" in tables.perplexity(records)
+    alone = [{"run": records[-4]["run"], "error": "ValueError: a | b"}]
+    assert "| 4 | QuAILoRA (Krylov) | failed | failed |" in tables.perplexity(alone)
     assert tables.table(("a",), [("x | y\nz <b>",)]).endswith("| x \\| y z &lt;b> |")
 
 
@@ -149,62 +149,64 @@ def test_the_best_rate_is_bold() -> None:
     assert "| 4 | zero (QLoRA) | 0.001 | 20.000 | 8.000 |" in tables.convergence(records)
 
 
-def keep_cells(folder: Path, experiment: str, records: list[Any]) -> None:
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
-    names = [tables.slug(each["cell"]) for each in records]
+def keep_runs(folder: Path, experiment: str, records: list[Any]) -> None:
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    names = [tables.slug(each["run"]) for each in records]
     (folder / f"{experiment}.json").write_text(json.dumps(names))
     for name, each in zip(names, records, strict=True):
-        (folder / "cells" / f"{name}.json").write_text(json.dumps(each))
+        (folder / "runs" / f"{name}.json").write_text(json.dumps(each))
 
 
-def test_claims_are_decided_by_the_cells(tmp_path: Path) -> None:
+def test_claims_are_decided_by_the_runs(tmp_path: Path) -> None:
     assert {each.verdict for each in claims.findings(tmp_path)} == {claims.NOT_RUN, claims.UNTESTABLE}
-    keep_cells(tmp_path, "perplexity", made_up())
+    keep_runs(tmp_path, "perplexity", made_up())
     found = {each.claim: each.verdict for each in claims.findings(tmp_path)}
     assert found["Lower perplexity than zero after training, 4 bits"] == claims.REPRODUCED
     assert found["Lower perplexity than zero after training, 8 bits"] == claims.NOT
-    keep_cells(tmp_path, "rank", [record("nf4", "quailora", 20, 9 - r / 64, rank=r) for r in (8, 64, 256)])
+    keep_runs(tmp_path, "rank", [record("nf4", "quailora", 20, 9 - r / 64, rank=r) for r in (8, 64, 256)])
     assert claims.ranks(tmp_path).verdict == claims.NOT_RUN
     zero = [record("nf4", "zero", 20, 9, rank=r) for r in (8, 64, 256)]
-    keep_cells(tmp_path, "rank", [*zero, *(record("nf4", "quailora", 20, 9 - r / 64, rank=r) for r in (8, 64, 256))])
+    keep_runs(tmp_path, "rank", [*zero, *(record("nf4", "quailora", 20, 9 - r / 64, rank=r) for r in (8, 64, 256))])
     assert claims.ranks(tmp_path).verdict == claims.REPRODUCED
-    # Perplexity of 20 and 16 at the start: a quarter. Of 9 and 7 at the end: more than a quarter, so it was faster.
+    # Perplexity of 20 and 16 before training: a quarter. Of 9 and 7 after: more than a quarter, so it was faster.
     ours = record("nf4", "quailora", 16, 7)
-    keep_cells(tmp_path, "convergence", [record("nf4", "zero", 20, 9), ours])
+    keep_runs(tmp_path, "convergence", [record("nf4", "zero", 20, 9), ours])
     assert claims.at_every_step(tmp_path).verdict == claims.REPRODUCED
     assert claims.not_faster(tmp_path).verdict == claims.NOT
     ours["course"][-1][1] = 8
-    keep_cells(tmp_path, "convergence", [record("nf4", "zero", 20, 9), ours])
+    keep_runs(tmp_path, "convergence", [record("nf4", "zero", 20, 9), ours])
     assert claims.not_faster(tmp_path).verdict == claims.REPRODUCED
 
 
 def test_whether_calibration_matters_is_asked_before_and_after_training(tmp_path: Path) -> None:
     before = [("bf16", "zero", 10), ("nf4", "zero", 20), ("nf4", "svd", 18), ("nf4", "quailora", 12)]
-    keep_cells(tmp_path, "start", [record(*each, each[2], steps=0) for each in before])
+    keep_runs(tmp_path, "initial", [record(*each, each[2], steps=0) for each in before])
     assert claims.uncalibrated(tmp_path).verdict == claims.REPRODUCED
     for end, verdict in ((8.7, claims.REPRODUCED), (8.2, claims.PARTLY)):
         after = [("nf4", "zero", 20, 9.0), ("nf4", "svd", 18, end), ("nf4", "quailora", 12, 8.0)]
         worse = record("nf4", "svd", 18, 9.5, learning_rate=1e-2)
-        keep_cells(tmp_path, "convergence", [worse, *(record(*each) for each in after)])
+        keep_runs(tmp_path, "convergence", [worse, *(record(*each) for each in after)])
         assert claims.uncalibrated(tmp_path).verdict == verdict
 
 
 def test_calibration_sets_are_compared_over_the_same_seeds(tmp_path: Path) -> None:
-    def cells(ends: dict[str | None, float], seed: int) -> list[Any]:
+    def runs(ends: dict[str | None, float], seed: int) -> list[Any]:
         return [
             record("nf4", "quailora" if source else "zero", 20, end, calibrate=source, seed=seed)
             for source, end in ends.items()
         ]
 
-    first = cells({None: 9.0, "one": 8.0, "two": 8.4}, 0)
-    keep_cells(tmp_path, "calibration", first)
+    first = runs({None: 9.0, "one": 8.0, "two": 8.4}, 0)
+    keep_runs(tmp_path, "calibration", first)
     assert claims.calibration_set(tmp_path).verdict == claims.NOT
     # In the mean of two seeds the sets are as good, and a seed that one of them has not run with does not count.
-    both = [*first, *cells({None: 9.2, "one": 8.4, "two": 8.0}, 1)]
-    keep_cells(tmp_path, "calibration", [*both, *cells({None: 5.0, "one": 4.0}, 2)])
+    both = [*first, *runs({None: 9.2, "one": 8.4, "two": 8.0}, 1)]
+    keep_runs(tmp_path, "calibration", [*both, *runs({None: 5.0, "one": 4.0}, 2)])
     found = claims.calibration_set(tmp_path)
-    assert (found.verdict, found.found) == (claims.REPRODUCED, "perplexities differ by 0.000 of 0.900")
-    assert "| QuAILoRA from one |  | 8.200 ± 0.283 |" in tables.calibration(tables.read(tmp_path, "calibration"))
+    assert (found.verdict, found.found) == (claims.REPRODUCED, "sets differ by 0.000 of 0.900 gained")
+    assert "| QuAILoRA, calibrated on one |  | 8.200 ± 0.283 |" in tables.calibration(
+        tables.read(tmp_path, "calibration")
+    )
 
 
 def test_what_is_no_more_than_chance_is_not_reproduced(tmp_path: Path) -> None:
@@ -212,8 +214,8 @@ def test_what_is_no_more_than_chance_is_not_reproduced(tmp_path: Path) -> None:
     ranks = [record("nf4", "zero", 20, 9, rank=r) for r in (8, 64, 256)]
     ranks += [record("nf4", "quailora", 20, end, rank=r) for r, end in ((8, 8.6), (64, 8.4), (256, 8.35))]
     sets = [record("nf4", "quailora", 16, end, calibrate=name) for name, end in (("one", 8.4), ("two", 8.7))]
-    keep_cells(tmp_path, "rank", ranks)
-    keep_cells(tmp_path, "calibration", [zero, *sets])
+    keep_runs(tmp_path, "rank", ranks)
+    keep_runs(tmp_path, "calibration", [zero, *sets])
     expected = {  # als ends so far above: the verdicts on 4 bits, ranks and calibration sets
         0.0: (claims.REPRODUCED, claims.REPRODUCED, claims.NOT),
         0.1: (claims.REPRODUCED, claims.PARTLY, claims.NOT),
@@ -221,35 +223,35 @@ def test_what_is_no_more_than_chance_is_not_reproduced(tmp_path: Path) -> None:
         0.7: (claims.PARTLY, claims.NOT, claims.PARTLY),
     }
     for apart, verdicts in expected.items():
-        keep_cells(tmp_path, "perplexity", [zero, ours, record("nf4", "als", 16, 8.4 + apart)])
+        keep_runs(tmp_path, "perplexity", [zero, ours, record("nf4", "als", 16, 8.4 + apart)])
         found = (claims.better("4")(tmp_path), claims.ranks(tmp_path), claims.calibration_set(tmp_path))
         assert tuple(each.verdict for each in found) == verdicts
     shown = tables.draw("below", tmp_path)
-    assert "| 4 | QuAILoRA below zero | 0.600 |" in shown
-    assert "| 4 | ours below als | 0.700 |" in shown
+    assert "| 4 | zero − QuAILoRA | 0.600 |" in shown
+    assert "| 4 | ALS − Krylov | 0.700 |" in shown
 
 
 def test_claims_of_the_papers_models(tmp_path: Path) -> None:
     llamas = [(f"x/llama-{size}", 0.5 if size == "7b" else gain) for size, gain in (("7b", 0), ("13b", 0.1))]
-    cells = [
-        record("nf4", start, 20, 9 - (gain if start == "quailora" else 0), model=model)
+    runs = [
+        record("nf4", kind, 20, 9 - (gain if kind == "quailora" else 0), model=model)
         for model, gain in llamas
-        for start in ("zero", "quailora")
+        for kind in ("zero", "quailora")
     ]
-    keep_cells(tmp_path, "perplexity", cells)
+    keep_runs(tmp_path, "perplexity", runs)
     assert claims.large(tmp_path).verdict == claims.REPRODUCED
-    assert claims.large(tmp_path).found == "1 % of the perplexity, and 6 % below"
-    keep_cells(tmp_path, "perplexity", [each | {"cell": each["cell"] | {"model": "m-13b"}} for each in cells])
+    assert claims.large(tmp_path).found == "1 % lower perplexity, and 6 % for smaller models"
+    keep_runs(tmp_path, "perplexity", [each | {"run": each["run"] | {"model": "m-13b"}} for each in runs])
     assert claims.large(tmp_path).verdict == claims.UNTESTABLE
 
     def solve(accuracy: float) -> None:
-        for cell, right in zip(solved, (0.5, accuracy, 0.6), strict=True):
+        for run, right in zip(solved, (0.5, accuracy, 0.6), strict=True):
             after = {task: {"acc": right} for task in tables.PAPER_TASKS}
-            name = f"{tables.slug(cell['cell'])}.json"
-            write_files(tmp_path / "tasks", {name: json.dumps({"cell": cell["cell"], "after": after})})
+            name = f"{tables.slug(run['run'])}.json"
+            write_files(tmp_path / "tasks", {name: json.dumps({"run": run["run"], "after": after})})
 
     solved = [record(*kind, 20, 9) for kind in (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"))]
-    keep_cells(tmp_path, "downstream", solved)
+    keep_runs(tmp_path, "downstream", solved)
     assert claims.tasks(tmp_path).verdict == claims.UNTESTABLE
     solve(0.58)
     assert (claims.tasks(tmp_path).verdict, claims.tasks(tmp_path).found) == (claims.REPRODUCED, "80 %")
@@ -261,11 +263,11 @@ def test_plots_are_drawn_of_what_has_run_and_alike_each_time(tmp_path: Path) -> 
     small = tmp_path / "small"
     assert plots.draw(small) == {}
     ends = {"zero": 8.8, "quailora": 8.2, "svd": 8.4, "random": 8.6}
-    courses = [record("nf4", start, 20, after) for start, after in ends.items()]
-    keep_cells(small, "convergence", [*courses, record("bf16", "zero", 15, 8.0)])
+    courses = [record("nf4", kind, 20, after) for kind, after in ends.items()]
+    keep_runs(small, "convergence", [*courses, record("bf16", "zero", 15, 8.0)])
     ranks = [record("nf4", "quailora", 18 - rank / 32, 9, rank=rank) for rank in (8, 64)]
     ranks[1]["layers"] = [[f"model.layers.{i}.self_attn.{kind}", 2.0, 0.5] for i in range(2) for kind in ("q", "k")]
-    keep_cells(small, "start", [record("bf16", "zero", 15, 8.0), record("nf4", "zero", 20, 9), *ranks])
+    keep_runs(small, "initial", [record("bf16", "zero", 15, 8.0), record("nf4", "zero", 20, 9), *ranks])
     write_files(tmp_path / "speed", {"initialize.json": json.dumps(job_record())})
     drawn = plots.draw(small)
     assert set(drawn) == {f"{name}.svg" for name in plots.PLOTS}
@@ -273,10 +275,10 @@ def test_plots_are_drawn_of_what_has_run_and_alike_each_time(tmp_path: Path) -> 
         save(small / name)
         plots.draw(small)[name](small / "again.svg")
         assert (small / name).read_bytes() == (small / "again.svg").read_bytes()
-    assert "random, of the same norms" in (small / "convergence.svg").read_text()
+    assert "random, same norms" in (small / "convergence.svg").read_text()
 
 
-# ---- Cells
+# ---- Runs
 
 
 def test_a_failure_is_kept_and_shown_and_the_others_go_on(
@@ -284,31 +286,31 @@ def test_a_failure_is_kept_and_shown_and_the_others_go_on(
 ) -> None:
     ran = []
 
-    def run_cell(_: study.Study, each: study.Cell) -> Any:
+    def execute(_: study.Study, each: study.Run) -> Any:
         ran.append(each.seed)
         if each.seed == 1:
             raise MemoryError("no room")
-        return {"start": {"perplexity": 3.0, "kl": 0.1}}
+        return {"before": {"perplexity": 3.0, "kl": 0.1}}
 
-    monkeypatch.setattr(study, "run_cell", run_cell)
-    cells = [cell(small_study, seed=seed) for seed in range(3)]
-    small_study.run(cells)
+    monkeypatch.setattr(study, "execute", execute)
+    runs = [a_run(small_study, seed=seed) for seed in range(3)]
+    small_study.run_all(runs)
     assert ran == [0, 1, 2]
-    found = [small_study.found(each) for each in cells]
+    found = [small_study.found(each) for each in runs]
     assert [each is not None and each.get("error") for each in found] == [None, "MemoryError: no room", None]
     assert "MemoryError: no room" in capsys.readouterr().out
-    small_study.run(cells)  # nothing is left to do
+    small_study.run_all(runs)  # nothing is left to do
     assert ran == [0, 1, 2]
-    small_study.run(cells, retry=True)
+    small_study.run_all(runs, retry=True)
     assert ran == [0, 1, 2, 1]
 
 
-def test_parts_share_the_cells(small_study: study.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_share_the_runs(small_study: study.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
-    monkeypatch.setattr(study, "run_cell", lambda _, each: ran.append(each.seed) or {"start": {"perplexity": 1.0}})
-    cells = [cell(small_study, seed=seed) for seed in range(5)]
-    small_study.run(cells, part=0, parts=2)
-    small_study.run(cells, part=1, parts=2)
+    monkeypatch.setattr(study, "execute", lambda _, each: ran.append(each.seed) or {"before": {"perplexity": 1.0}})
+    runs = [a_run(small_study, seed=seed) for seed in range(5)]
+    small_study.run_all(runs, part=0, parts=2)
+    small_study.run_all(runs, part=1, parts=2)
     assert ran == [0, 2, 4, 1, 3]
 
 
@@ -340,21 +342,21 @@ def test_bad_data_is_named(small_study: study.Study, tmp_path: Path) -> None:
         study.read_texts(small_study.checkpoint(study.ONE_BLOCK), str(short), None, 32, TINY.held_out, 1000)
 
 
-# ---- Starts
+# ---- Initializations
 
 
-def load(small_study: study.Study, start: str, base: str = "nf4") -> Any:
-    return small_study.load(cell(small_study, start, base))
+def load(small_study: study.Study, kind: str, base: str = "nf4") -> Any:
+    return small_study.load(a_run(small_study, kind, base))
 
 
-def test_random_factors_start_where_zero_does(small_study: study.Study) -> None:
+def test_random_factors_compute_what_zero_does(small_study: study.Study) -> None:
     probe = (test_training.text_tokens(),)
     zero = quailora.evaluate.perplexity(load(small_study, "zero"), probe)
     ours, drawn = load(small_study, "quailora"), load(small_study, "random")
     # PEFT rounds the output of either adapter to bf16 before it is added.
     assert quailora.evaluate.perplexity(drawn, probe) == pytest.approx(zero, rel=1e-3)
     assert quailora.evaluate.perplexity(ours, probe) != pytest.approx(zero, rel=1e-3)
-    for mine, its in zip(starts.lora_layers(ours), starts.lora_layers(drawn), strict=True):
+    for mine, its in zip(initializations.lora_layers(ours), initializations.lora_layers(drawn), strict=True):
         for factor in ("lora_A", "lora_B"):
             norms = [getattr(layer, factor)["default"].weight.norm() for layer in (mine, its)]
             torch.testing.assert_close(*norms)
@@ -365,7 +367,7 @@ def test_random_factors_start_where_zero_does(small_study: study.Study) -> None:
 
 
 def test_loftq_of_peft_lacks_the_scaling(small_study: study.Study) -> None:
-    layers = [list(starts.lora_layers(load(small_study, start))) for start in ("loftq", "loftq-scaled", "svd")]
+    layers = [list(initializations.lora_layers(load(small_study, kind))) for kind in ("loftq", "loftq-scaled", "svd")]
     for plain, scaled, svd in zip(*layers, strict=True):
         products = [
             layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
@@ -379,8 +381,8 @@ def test_loftq_of_peft_lacks_the_scaling(small_study: study.Study) -> None:
 
 
 def test_corda_does_not_take_a_quantized_base(small_study: study.Study) -> None:
-    small_study.run([cell(small_study, "corda")])
-    found = small_study.found(cell(small_study, "corda"))
+    small_study.run_all([a_run(small_study, "corda")])
+    found = small_study.found(a_run(small_study, "corda"))
     assert found is not None and "error" in found
 
 
@@ -390,23 +392,23 @@ def test_corda_does_not_take_a_quantized_base(small_study: study.Study) -> None:
 def test_an_experiment_of_the_paper(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(paper.main, monkeypatch, *options(folder, tmp_path), "--experiment", "start", "calibration")
+    run(paper.main, monkeypatch, *options(folder, tmp_path), "--experiment", "initial", "calibration")
     shown = capsys.readouterr().out
     assert "failed" not in shown and "Error" not in shown
-    for experiment in ("start", "calibration"):
+    for experiment in ("initial", "calibration"):
         records = tables.read(tmp_path / "results", experiment)
         assert len(records) == len(json.loads((tmp_path / "results" / f"{experiment}.json").read_text()))
-    assert {tuple(each["cell"]["calibrate"] or "-") for each in records} == {tuple("one"), tuple("two"), ("-",)}
-    trained = tables.one(records, start="quailora")
+    assert {tuple(each["run"]["calibrate"] or "-") for each in records} == {tuple("one"), tuple("two"), ("-",)}
+    trained = tables.one(records, initialization="quailora")
     assert trained is not None
     assert len(trained["losses"]) == TINY.steps
     assert [step for step, _ in trained["course"]] == [0, TINY.steps]
-    assert trained["end"] != trained["start"]
+    assert trained["after"] != trained["before"]
     assert "errors.svg" in plots.draw(tmp_path / "results")
 
 
 @pytest.mark.slow
-def test_every_experiment_and_peer(
+def test_every_experiment_and_baseline(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(study.SCALES, "tiny", replace(TINY, patience=600))  # whatever else this machine does
@@ -414,7 +416,7 @@ def test_every_experiment_and_peer(
         name for name in paper.EXPERIMENTS if name != "downstream"
     ]  # the text is of too few words: test_downstream
     run(paper.main, monkeypatch, *options(folder, tmp_path), "--experiment", *names)
-    run(peers.main, monkeypatch, *options(folder, tmp_path))
+    run(baselines.main, monkeypatch, *options(folder, tmp_path))
     shown = capsys.readouterr().out
     assert re.search(r"\| CorDA .* failed: ", shown)
     assert shown.count("failed: ") == 1 + len(re.findall(r"\| EVA .* failed: not made within", shown))
@@ -422,51 +424,53 @@ def test_every_experiment_and_peer(
         assert "–" not in tables.draw(name, tmp_path / "results")
 
 
-def test_served_on_full_precision_a_start_is_taken_off(
+def test_served_on_full_precision_the_initialization_is_subtracted(
     small_study: study.Study, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cells = [cell(small_study), cell(small_study, "quailora"), cell(small_study, base="bf16")]
-    small_study.save_index("serving", cells)
-    small_study.run(cells)
-    paper.score_served(small_study, cells, retry=False)
+    runs = [a_run(small_study), a_run(small_study, "quailora"), a_run(small_study, base="bf16")]
+    small_study.save_index("serving", runs)
+    small_study.run_all(runs)
+    paper.score_served(small_study, runs, retry=False)
     assert "–" not in tables.draw("serving", small_study.results)
     checkpoint = small_study.checkpoint(study.ONE_BLOCK)
     batches = torch.stack(small_study.texts(study.ONE_BLOCK, "one", TINY.length).held_out).split(16)
-    for each in cells[:2]:
+    for each in runs[:2]:
         trained = small_study.work / "trained" / each.slug
         served = tables.read_json(small_study.results / "served" / f"{each.slug}.json")["perplexity"]
-        as_it_is = quailora.evaluate.perplexity(starts.load_trained(checkpoint, "bf16", trained), batches)
-        assert (served == pytest.approx(as_it_is, rel=1e-4)) == (each.start == "zero")
+        as_it_is = quailora.evaluate.perplexity(initializations.load_trained(checkpoint, "bf16", trained), batches)
+        assert (served == pytest.approx(as_it_is, rel=1e-4)) == (each.initialization == "zero")
     (small_study.work / "trained").rename(small_study.work / "gone")
     capsys.readouterr()
-    paper.score_served(small_study, cells, retry=False)  # all is there, and nothing is missed
+    paper.score_served(small_study, runs, retry=False)  # all is there, and nothing is missed
     assert capsys.readouterr().out == ""
 
 
-def test_what_a_start_costs_is_measured_by_making_it(small_study: study.Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = cell(small_study, "quailora")
+def test_the_cost_of_an_initialization_is_measured_by_computing_it(
+    small_study: study.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = a_run(small_study, "quailora")
     small_study.load(made)  # it is there already
     prepared = []
 
     def prepare(*arguments: Any) -> None:
         prepared.append(arguments[0])
-        starts.prepare(*arguments)
+        initializations.prepare(*arguments)
 
-    monkeypatch.setattr(peers, "prepare", prepare)
-    assert peers.cost(small_study, made)["seconds"] > 0
+    monkeypatch.setattr(baselines, "prepare", prepare)
+    assert baselines.cost(small_study, made)["seconds"] > 0
     assert prepared == ["quailora"]
 
 
 def test_results_of_other_texts_are_not_taken_for_these(
     small_study: study.Study, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "run_cell", lambda *_: {"start": {"perplexity": 1.0}})
-    small_study.run([cell(small_study)])
-    small_study.run([cell(small_study)])
+    monkeypatch.setattr(study, "execute", lambda *_: {"before": {"perplexity": 1.0}})
+    small_study.run_all([a_run(small_study)])
+    small_study.run_all([a_run(small_study)])
     sets = {"one": small_study.sets["two"]}
     other = study.Study(TINY, small_study.results, small_study.work, small_study.checkpoints, sets, small_study.trained)
     with pytest.raises(QuailoraError, match=r"has results of other data \(texts\)"):
-        other.run([cell(other)])
+        other.run_all([a_run(other)])
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "half"])
@@ -476,11 +480,11 @@ def test_what_is_no_part_is_refused(part: str) -> None:
 
 
 def test_an_index_keeps_what_earlier_calls_put_there(small_study: study.Study) -> None:
-    cells = [cell(small_study, seed=seed) for seed in (0, 1, 2)]
-    small_study.save_index("perplexity", cells[:2])
-    small_study.save_index("perplexity", cells[2:])
+    runs = [a_run(small_study, seed=seed) for seed in (0, 1, 2)]
+    small_study.save_index("perplexity", runs[:2])
+    small_study.save_index("perplexity", runs[2:])
     assert json.loads((small_study.results / "perplexity.json").read_text()) == [
-        each.slug for each in (cells[2], *cells[:2])
+        each.slug for each in (runs[2], *runs[:2])
     ]
 
 
@@ -497,13 +501,13 @@ def test_the_documentation_says_what_the_results_say() -> None:
 
 
 def test_a_stale_table_is_found(tmp_path: Path) -> None:
-    keep_cells(tmp_path, "perplexity", made_up())
+    keep_runs(tmp_path, "perplexity", made_up())
     document = tmp_path / "document.md"
     document.write_text("before\n<!-- gaps -->\nold\n<!-- end of gaps -->\nafter\n")
     assert document in results.stale(tmp_path, (document,))
     results.write(tmp_path, (document,))
     assert document not in results.stale(tmp_path, (document,))
-    assert "| paper's gap | 60 % |" in document.read_text()
+    assert "| 8-bit gap | 60 % |" in document.read_text()
     document.write_text(document.read_text().replace("60 %", "61 %"))
     assert document in results.stale(tmp_path, (document,))
 
