@@ -291,7 +291,7 @@ def test_solver_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     rows = {(row["linears"], row["solver"], row["candidate"]): row for row in found["rows"]}
     on_a_cpu = set(solver.CANDIDATES) - {"fused", "cached"}
     groups = [group.name for group in solver.groups("70b")]
-    assert rows.keys() == {(group, name, each) for group in groups for name in solver.SOLVERS for each in on_a_cpu}
+    assert rows.keys() == {(group, name, each) for group in groups for name in solver.COMPARED for each in on_a_cpu}
     assert all(row["seconds"] > 0 and row["floor"] > 0 and row["objective"] > 0 for row in rows.values())
     assert found["missing"].keys() == {"fused", "cached"}
     for name, reason in found["missing"].items():
@@ -300,14 +300,14 @@ def test_solver_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert solver.roofline(64, ["70b"]) in shown
 
 
-@pytest.mark.parametrize("name", solver.SOLVERS)
+@pytest.mark.parametrize("name", solver.COMPARED)
 def test_all_candidates_agree_with_fp64(name: str) -> None:
     """On a CPU those of the kernels go the same way, through the reference."""
     solver.check(solver.CANDIDATES, name, 64, CPU)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", solver.SOLVERS)
+@pytest.mark.parametrize("name", solver.COMPARED)
 def test_all_candidates_agree_with_fp64_on_the_gpu(name: str) -> None:
     candidates, missing = solver.available(torch.device("cuda"))
     assert not missing
@@ -350,7 +350,7 @@ def test_candidates_on_a_gpu(candidate: str, name: str, launches: Launches) -> N
     assert bool(launches) == (not candidate.startswith("torch"))
 
 
-@pytest.mark.parametrize("name", solver.SOLVERS)
+@pytest.mark.parametrize("name", solver.COMPARED)
 def test_counted_products_are_those_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: Counter[solver.Work] = Counter()
 
