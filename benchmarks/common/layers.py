@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from quailora import ops
+from quailora.calibration.calls import Calls
 from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
-from quailora.calibration.hooks import Calls, collect
+from quailora.calibration.hooks import collect
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel, linear_weight
 

@@ -35,14 +35,14 @@ from benchmarks.common.smollm2 import fetch
 from benchmarks.common.timing import Timing, alternate, copy_rate, keep, require
 from benchmarks.kernels.solver import krylov_flops
 from quailora import ops
-from quailora.calibration.data import Calibration
+from quailora.calibration.data import Calibration, read_calibration
 from quailora.calibration.gram import Gram
 from quailora.memory.budget import Meter
 from quailora.memory.planner import describe_bytes
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel, linear_weight
 from quailora.pipeline.build import ALPHA, RANK
-from quailora.pipeline.setup import default_batch_size, default_device, default_quantization, read_calibration
+from quailora.pipeline.setup import default_batch_size, default_device, default_quantization
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers import krylov
 from quailora.solvers import solve as solvers

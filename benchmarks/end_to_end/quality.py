@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import quailora
 from benchmarks.common.layers import gather
 from benchmarks.common.smollm2 import fetch
-from quailora.calibration.data import Calibration
+from quailora.calibration.data import Calibration, read_calibration
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.pipeline.build import ALPHA
-from quailora.pipeline.setup import default_quantization, read_calibration
+from quailora.pipeline.setup import default_quantization
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers.config import DEFAULT_DAMPING
 

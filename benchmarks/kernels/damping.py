@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 import quailora
 from benchmarks.common.layers import gather
 from benchmarks.common.smollm2 import fetch
-from quailora.calibration.data import Calibration
+from quailora.calibration.data import Calibration, read_calibration
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.pipeline.setup import default_quantization, read_calibration
+from quailora.pipeline.setup import default_quantization
 from quailora.quantization.bitsandbytes import Quantization, quantize
 
 DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1)

@@ -27,12 +27,13 @@ import quailora
 from benchmarks.common.layers import gather
 from benchmarks.common.smollm2 import fetch
 from quailora import ops
+from quailora.calibration.data import read_calibration
 from quailora.calibration.gram import Gram
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.ops import reference
 from quailora.ops.dispatch import Service
 from quailora.ops.precision import PRECISIONS
-from quailora.pipeline.setup import default_quantization, read_calibration
+from quailora.pipeline.setup import default_quantization
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers.registry import SOLVERS
 

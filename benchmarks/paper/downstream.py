@@ -35,11 +35,11 @@ from tqdm import tqdm
 from benchmarks.common.tables import PAPER_TASKS
 from benchmarks.paper.initializations import BASES, load
 from quailora.adapters.base_record import base_of, for_full_precision, loading
+from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.evaluate import _evaluating, _with_adapter
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.pipeline.setup import load_tokenizer
 
 NEXT_PASSAGE = "next_passage"
 CHOICES = 4

@@ -57,9 +57,10 @@ from benchmarks.paper.study import (
     settled,
 )
 from quailora import ops
+from quailora.calibration.tokenizer import load_tokenizer
 from quailora.files import to_json, write_files
 from quailora.modeling.streamed_model import no_progress_bar
-from quailora.pipeline.setup import default_device, load_tokenizer
+from quailora.pipeline.setup import default_device
 
 PAIRS = (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"), ("int8", "quailora"), ("bf16", "zero"))
 

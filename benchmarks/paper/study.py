@@ -27,11 +27,12 @@ from benchmarks.common.tables import BY_LAYER, Record, read_json, slug
 from benchmarks.common.timing import circumstances
 from benchmarks.paper.initializations import PREPARED, kept, load
 from quailora import ops
-from quailora.calibration.data import Calibration
+from quailora.calibration.data import Calibration, read_calibration
+from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import QuailoraError
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.pipeline.setup import default_device, load_tokenizer, read_calibration
+from quailora.pipeline.setup import default_device
 from quailora.reporting.report import Report
 
 CALIBRATE, MEASURE = "text-calibrate", "text-measure"  # the names of the two texts of the experiment `initial`

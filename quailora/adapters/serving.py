@@ -21,11 +21,12 @@ from transformers.pytorch_utils import Conv1D
 
 from quailora.adapters.base_record import base_of, for_full_precision, loading
 from quailora.adapters.lora import adapted_skeleton, put, quantized_skeleton, unfilled
+from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import AdapterError
 from quailora.files import check_new_folder, new_folder, to_json, write_files
 from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.setup import default_device, load_tokenizer
+from quailora.pipeline.setup import default_device
 from quailora.quantization.bitsandbytes import Quantization, is_quantized, quantize
 from quailora.reporting.record import RECORD, lora_record, read_record
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import CalibrationError
+from quailora.modeling.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -178,6 +180,42 @@ def load_calibration(
         raise CalibrationError(f"{source} gives no tokens: it is empty, tokenizes to nothing, or is all masked out")
     _check_vocabulary(calibration, vocab_size)
     return calibration
+
+
+def read_calibration(
+    source: Checkpoint,
+    data: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    samples: int = SAMPLES,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    split: str = "train",
+    column: str | None = None,
+) -> Calibration:
+    """`load_calibration` with the checkpoint's own tokenizer and limits; by default sequences are as long as the model
+    has positions, 2048 at most. Raises CalibrationError for sequences it has no positions for."""
+    text = source.config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if sequence_length is None:
+        sequence_length = min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH)
+    if tokenizer is None and not isinstance(data, Calibration | Tensor):
+        tokenizer = load_tokenizer(source)
+    loaded = load_calibration(
+        data,
+        tokenizer,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        split=split,
+        column=column,
+        vocab_size=text.vocab_size,
+    )
+    if positions is not None and loaded.longest > positions:
+        raise CalibrationError(
+            f"sequences of {loaded.longest} tokens, and the model has {positions} positions: lower sequence_length"
+        )
+    return loaded
 
 
 def text_or_messages(record: Any) -> str | list[dict[str, Any]]:

@@ -53,6 +53,7 @@ def evaluate(
 
     Both models are on the device together.
     """
+    from quailora.calibration.data import read_calibration
     from quailora.evaluate import compare
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import setup
@@ -62,7 +63,7 @@ def evaluate(
     check_quantization_options(quant, double_quant, compute_dtype)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     quantization = None if quant is None else quantization_config(quant, double_quant, compute_dtype, source.dtype)
-    calibration = setup.read_calibration(
+    calibration = read_calibration(
         source, data, samples=samples, sequence_length=sequence_length, seed=seed, split=split, column=column
     )
     comparison = compare(

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop
 from transformers import masking_utils
 
 from quailora import ops
-from quailora.calibration.hooks import NOT_A_CHAIN, replaced_forward, split_call
+from quailora.calibration.calls import NOT_A_CHAIN, replaced_forward, split_call
 from quailora.errors import CheckpointError
 from quailora.modeling.streamed_model import Block, StreamedModel
 from quailora.ops.precision import exact_products

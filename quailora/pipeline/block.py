@@ -20,10 +20,11 @@ from torch.nn.functional import linear as multiply
 from transformers.pytorch_utils import Conv1D
 
 from quailora import ops
+from quailora.calibration.calls import Call
 from quailora.calibration.data import Batch
 from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
-from quailora.calibration.hooks import Call, collect
+from quailora.calibration.hooks import collect
 
 
 @dataclass(frozen=True)

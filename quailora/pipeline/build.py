@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from quailora.adapters import lora as adapters
-from quailora.calibration.data import SAMPLES
+from quailora.calibration.data import SAMPLES, read_calibration
 from quailora.errors import AdapterError, QuailoraError
 from quailora.files import check_new_folder, write_files
 from quailora.memory.allocator import freed_at_once
@@ -21,13 +21,7 @@ from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
 from quailora.pipeline.resume import Workspace
-from quailora.pipeline.setup import (
-    Run,
-    default_device,
-    default_quantization,
-    enumerate_reasons,
-    read_calibration,
-)
+from quailora.pipeline.setup import Run, default_device, default_quantization, enumerate_reasons
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import make_record

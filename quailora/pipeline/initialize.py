@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from quailora.adapters import lora as adapters
 from quailora.adapters.lora import Target
-from quailora.calibration.data import SAMPLES
+from quailora.calibration.data import SAMPLES, read_calibration
 from quailora.errors import AdapterError, MismatchError
 from quailora.memory.allocator import freed_at_once
 from quailora.memory.budget import Meter
@@ -22,7 +22,7 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel, linear_weight
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
-from quailora.pipeline.setup import Run, default_device, enumerate_reasons, read_calibration
+from quailora.pipeline.setup import Run, default_device, enumerate_reasons
 from quailora.quantization.bitsandbytes import (
     Quantization,
     QuantizedWeight,

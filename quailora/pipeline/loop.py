@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from quailora import ops
 from quailora.adapters.lora import Target
+from quailora.calibration.calls import Call, Calls
 from quailora.calibration.data import Batch
 from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
-from quailora.calibration.hooks import Call, Calls
 from quailora.errors import QuailoraError
 from quailora.memory.allocator import return_freed_memory
 from quailora.memory.planner import Plan

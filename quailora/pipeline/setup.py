@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig
 
 from quailora import ops
 from quailora.adapters.lora import Target
-from quailora.calibration.data import SAMPLES, SEQUENCE_LENGTH, Calibration, load_calibration
-from quailora.errors import AdapterError, CalibrationError, CheckpointError, QuailoraError
+from quailora.calibration.data import Calibration
+from quailora.errors import AdapterError, QuailoraError
 from quailora.memory.budget import Meter
 from quailora.memory.planner import TOKENS_PER_BATCH, Plan
-from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Loop, Solved, Stages
@@ -120,62 +119,6 @@ def default_batch_size(calibration: Calibration) -> int:
     """As many sequences as make about 8192 tokens: enough for matrix products to be efficient, little beside a block's
     weights."""
     return max(1, TOKENS_PER_BATCH // calibration.longest)
-
-
-def read_calibration(
-    source: Checkpoint,
-    data: Any,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    samples: int = SAMPLES,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    split: str = "train",
-    column: str | None = None,
-) -> Calibration:
-    """`load_calibration` with the checkpoint's own tokenizer and limits; by default sequences are as long as the model
-    has positions, 2048 at most. Raises CalibrationError for sequences it has no positions for."""
-    text = source.config.get_text_config(decoder=True)
-    positions = getattr(text, "max_position_embeddings", None)
-    if sequence_length is None:
-        sequence_length = min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH)
-    if tokenizer is None and not isinstance(data, Calibration | Tensor):
-        tokenizer = load_tokenizer(source)
-    loaded = load_calibration(
-        data,
-        tokenizer,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        split=split,
-        column=column,
-        vocab_size=text.vocab_size,
-    )
-    if positions is not None and loaded.longest > positions:
-        raise CalibrationError(
-            f"sequences of {loaded.longest} tokens, and the model has {positions} positions: lower sequence_length"
-        )
-    return loaded
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-def load_tokenizer(source: Checkpoint, adapter: Path | None = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the folder `adapter`, where training has saved one, or else the checkpoint's; None where there
-    is none. Raises CheckpointError, with the reason, for one that cannot be read: it is damaged, or takes a package
-    that is not here, or code of its own."""
-    saved = adapter is not None and any((adapter / name).is_file() for name in _TOKENIZER_FILES)
-    name, revision = (str(adapter), None) if saved else (source.name, source.revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
-        if not saved and not any(source.has(each) for each in _TOKENIZER_FILES):
-            return None
-        raise CheckpointError(
-            f"the tokenizer of {name} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:600]}"
-        ) from error
-    return tokenizer if len(tokenizer) else None  # transformers makes an empty one where a kind is known but no file
 
 
 def _unreached(targets: list[Target], layers: list[LayerReport], stream: StreamedModel) -> dict[str, str]:

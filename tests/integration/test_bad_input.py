@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import quailora
 from quailora import files
-from quailora.calibration.hooks import Calls
+from quailora.calibration.calls import Calls
 from quailora.errors import (
     AdapterError,
     CalibrationError,

@@ -10,10 +10,10 @@ from peft import LoraConfig
 import quailora
 from benchmarks.common.smollm2 import fetch
 from benchmarks.end_to_end.quality import excess_over_optimum
+from quailora.calibration.data import read_calibration
 from quailora.errors import CheckpointError
 from quailora.evaluate import Comparison, compare
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.pipeline.setup import read_calibration
 
 
 @pytest.fixture(scope="module")

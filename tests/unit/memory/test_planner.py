@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from quailora import cli
+from quailora.calibration.calls import Calls
 from quailora.calibration.data import Batch
-from quailora.calibration.hooks import Calls, collect
+from quailora.calibration.hooks import collect
 from quailora.errors import QuailoraError
 from quailora.memory import dry_run as rehearsal
 from quailora.memory import planner as budget
