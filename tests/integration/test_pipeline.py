@@ -522,8 +522,8 @@ def test_whatever_the_plan_the_bits_are_the_same(change: str, tmp_path: Path, mo
     build(folder, tmp_path / "plain", batch_size=2)
     plan_of = Meter.plan
 
-    def other_plan(self: Meter, *args: Any) -> Plan:
-        plan = plan_of(self, *args)
+    def other_plan(self: Meter, *args: Any, **options: Any) -> Plan:
+        plan = plan_of(self, *args, **options)
         assert (plan.states, plan.prefetch, [len(turns) for turns in plan.passes]) == ("host", True, [1] * 3)
         in_turn = tuple(
             tuple(tuple(n for n in names if n.endswith(one)) for one in SHARING) for (names,) in plan.passes
