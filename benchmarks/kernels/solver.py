@@ -40,9 +40,10 @@ from quailora.ops.precision import exact_products
 from quailora.quantization.bitsandbytes import Quantization, QuantizedWeight, quantize
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.error_matrix import ErrorMatrices, choose_form
+from quailora.solvers.inputs import Linear
 from quailora.solvers.problem import Problem
 from quailora.solvers.registry import SOLVERS
-from quailora.solvers.solve import Linear, solve_group
+from quailora.solvers.solve import solve_group
 
 COMPARED = ("krylov", "als")
 NF4 = Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)

@@ -34,7 +34,8 @@ from quailora.quantization.bitsandbytes import QuantizedWeight
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import LayerReport
 from quailora.solvers.config import SolverConfig
-from quailora.solvers.solve import Linear, LoraFactors, solve_group
+from quailora.solvers.inputs import Linear
+from quailora.solvers.solve import LoraFactors, solve_group
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The paper's alternation (arXiv 2410.14713, section 3), which is subspace iteration on S = E H Eᵀ.
 
-The host waits for nothing while `_alternate` is running, so it can be captured in a CUDA graph.
+The host never waits for the device in `_alternate`, so it can be captured in a CUDA graph.
 """
 
 import math
@@ -14,13 +14,13 @@ from quailora.solvers.krylov import krylov
 from quailora.solvers.problem import FINE, Problem, Solution, inner, objective
 from quailora.solvers.svd import SVD_DEPTH
 
-# Jitter for systems that are not positive definite, relative to their diagonal: the first that will do is taken. In
-# fp32 less than the second changes nothing; with more than the last the result is not that of the system.
+# Jitter for systems that are not positive definite, relative to their diagonal; the smallest that is enough is added.
+# Below the second value it changes nothing in fp32; above the last the solution is no longer that of the system.
 JITTER = (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
 def als(problem: Problem) -> list[Solution]:
-    """The paper's: from the SVD of E, A := E H B (Bᵀ H B)⁻¹ and B := Eᵀ A (Aᵀ A)⁻¹ in turn, two products with E."""
+    """From the SVD of E, A := E H B (Bᵀ H B)⁻¹ and B := Eᵀ A (Aᵀ A)⁻¹ in turn: two products with E per iteration."""
     errors = problem.errors
     lefts: list[Tensor] = []
     rights: list[Tensor] = []
@@ -30,65 +30,66 @@ def als(problem: Problem) -> list[Solution]:
         lefts.append(start.left * balance)
         projected.append(start.right * balance)
         rights.append(start.right * torch.where(balance > 0, 1 / balance, 0.0))
-    ladder = torch.tensor([*JITTER, math.nan], dtype=torch.float64, device=errors.device)
-    needed = [torch.zeros_like(ladder[0]) for _ in lefts]
-    weighed, traces = _alternate(problem, ladder, lefts, rights, projected, needed)
+    levels = torch.tensor([*JITTER, math.nan], dtype=torch.float64, device=errors.device)
+    jitters = [torch.zeros_like(levels[0]) for _ in lefts]
+    gram_rights, traces = _alternate(problem, levels, lefts, rights, projected, jitters)
     if errors.coarse:
         projected = errors.transposed_times(lefts, FINE)
-        traces[-1] = list(map(objective, problem.initial, lefts, projected, rights, weighed))
-    parts = zip(lefts, rights, projected, weighed, zip(*traces, strict=True), needed, strict=True)
+        traces[-1] = list(map(objective, problem.initial, lefts, projected, rights, gram_rights))
+    parts = zip(lefts, rights, projected, gram_rights, zip(*traces, strict=True), jitters, strict=True)
     return [Solution(a, b, ea, hb, list(trace), jitter) for a, b, ea, hb, trace, jitter in parts]
 
 
 def _alternate(
     problem: Problem,
-    ladder: Tensor,
+    levels: Tensor,
     lefts: list[Tensor],
     rights: list[Tensor],
     projected: list[Tensor],
-    needed: list[Tensor],
+    jitters: list[Tensor],
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The alternation: what each A, B and Eᵀ A become takes its place in the lists, so that the old are not in memory
-    besides. Returns the damped H B, and the objectives at the start and after each step. The host waits for nothing.
+    """The alternation, which updates A, B and Eᵀ A in their lists, so that the old ones are freed at once.
+
+    Returns the damped H B, and the objectives at the start and after each step.
     """
     errors = problem.errors
-    weighed = problem.weigh(rights)
-    traces = [list(map(objective, problem.initial, lefts, projected, rights, weighed))]
+    gram_rights = problem.apply_gram(rights)
+    traces = [list(map(objective, problem.initial, lefts, projected, rights, gram_rights))]
     for _ in range(problem.iterations):
-        lefts[:] = _divide(errors.times(weighed), rights, weighed, ladder, needed)
+        lefts[:] = _solve_systems(errors.times(gram_rights), rights, gram_rights, levels, jitters)
         projected[:] = errors.transposed_times(lefts)
-        rights[:] = _divide(projected, lefts, lefts, ladder, needed)
-        weighed = problem.weigh(rights)
-        traces.append(list(map(objective, problem.initial, lefts, projected, rights, weighed)))
-    return weighed, traces
+        rights[:] = _solve_systems(projected, lefts, lefts, levels, jitters)
+        gram_rights = problem.apply_gram(rights)
+        traces.append(list(map(objective, problem.initial, lefts, projected, rights, gram_rights)))
+    return gram_rights, traces
 
 
-def _divide(
+def _solve_systems(
     numerators: Sequence[Tensor],
     thins: Sequence[Tensor],
-    weighed: Sequence[Tensor],
-    ladder: Tensor,
-    needed: list[Tensor],
+    others: Sequence[Tensor],
+    levels: Tensor,
+    jitters: list[Tensor],
 ) -> list[Tensor]:
-    """numerator (k, r) · (thinᵀ weighed)⁻¹ for each linear, with the least jitter of `ladder` that will do.
+    """numerator (k, r) · (thinᵀ other)⁻¹ for each layer, with the smallest jitter of `levels` that is enough.
 
-    `ladder` ends in NaN, for when none will. `needed` keeps the largest taken.
+    `levels` ends in NaN, which is taken if none is enough. `jitters` keeps the largest taken so far.
 
-    Systems are scaled to a unit diagonal; a column of `thin` that is zero stays one.
+    Systems are scaled to a unit diagonal. A column of `thin` that is zero gives a zero column.
     """
     quotients = []
-    for i, (numerator, thin, other) in enumerate(zip(numerators, thins, weighed, strict=True)):
+    for i, (numerator, thin, other) in enumerate(zip(numerators, thins, others, strict=True)):
         system = inner(thin, other)
         system = (system + system.T) / 2
         system.diagonal().add_((thin == 0).all(dim=0).to(system.dtype))
-        scale = system.diagonal().rsqrt()  # not finite where the diagonal is not positive, and so is the system
+        scale = system.diagonal().rsqrt()  # not finite where the diagonal is not positive; nor is the scaled system
         system = scale[:, None] * system * scale
         identity = torch.eye(len(system), dtype=system.dtype, device=system.device)
-        candidates = system + ladder[:-1, None, None] * identity
+        candidates = system + levels[:-1, None, None] * identity
         _, infos = ops.cholesky_solve(candidates, candidates.new_ones(*candidates.shape[:-1], 1))
         failures = (infos != 0).long().cumprod(dim=0).sum()
-        chosen = ladder.index_select(0, failures.view(1))
+        chosen = levels.index_select(0, failures.view(1))
         solution, _ = ops.cholesky_solve(system + chosen * identity, scale[:, None] * numerator.to(system.dtype).T)
         quotients.append((scale[:, None] * solution).T.to(numerator.dtype))
-        needed[i] = torch.maximum(needed[i], chosen[0])
+        jitters[i] = torch.maximum(jitters[i], chosen[0])
     return quotients

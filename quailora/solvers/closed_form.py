@@ -1,4 +1,4 @@
-"""The closed form in fp64: needs E in memory, and eigenvectors of an m x m or n x n matrix."""
+"""The optimum in closed form, in fp64: for checks, because it takes all of E and a full eigendecomposition."""
 
 import torch
 
@@ -6,13 +6,13 @@ from quailora.solvers.problem import Problem, Solution, leading, objective
 
 
 def eigh(problem: Problem) -> list[Solution]:
-    """The closed form: A = the top r eigenvectors of S = E H Eᵀ, B = Eᵀ A."""
+    """A = the top r eigenvectors of S = E H Eᵀ, B = Eᵀ A."""
     assert problem.gram is not None
     h, solutions = problem.gram.double(), []
     for i, rank in enumerate(problem.ranks):
         error = problem.errors.dense(i).double()
         rows, columns = error.shape
-        span, core = torch.linalg.qr(error) if rows > columns else (None, error)  # S acts within the span of E
+        span, core = torch.linalg.qr(error) if rows > columns else (None, error)  # the range of S is in that of E
         del error
         s = core @ (h @ core.T)
         s += (core @ core.T).mul_(problem.shift)
@@ -20,7 +20,7 @@ def eigh(problem: Problem) -> list[Solution]:
         vectors = leading(values, vectors, rank)
         left = vectors if span is None else span @ vectors
         right = core.T @ vectors
-        weighed = h @ right + problem.shift * right
-        trace = [objective(problem.initial[i], left, right, right, weighed)]
-        solutions.append(Solution(left, right, right, weighed, trace))
+        gram_right = h @ right + problem.shift * right
+        trace = [objective(problem.initial[i], left, right, right, gram_right)]
+        solutions.append(Solution(left, right, right, gram_right, trace))
     return solutions

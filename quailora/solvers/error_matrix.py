@@ -1,11 +1,11 @@
-"""E = W - Q of the linears that share an input, as a solver sees them: operators on thin matrices.
+"""E = W - Q of the layers that share an input, as a solver sees them: operators that multiply thin matrices.
 
-How an E is held is its *form*, and decides what a product with it costs:
+The *form* in which an E is held decides how many bytes a product reads:
 
-    dense     in fp32, besides W                             4 bytes an element
-    cached    in the dtype of W and in W's memory: W is gone   2, from NF4 with W and Q both bf16, or both fp16;
-                                                             4, the same E as "dense", where W is fp32
-    fused     not at all: every product de-quantizes Q       2.56 from bf16 and blocks of 64
+    dense     fp32, in memory of its own                 4 bytes per element
+    cached    in the dtype of W, overwriting W           2, from NF4 with W and Q both bf16 or both fp16;
+                                                         4, the same E as "dense", if W is fp32
+    fused     not stored: each product dequantizes Q     2.56, from bf16 and blocks of 64
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,41 +18,42 @@ from quailora import ops
 from quailora.ops import reference
 from quailora.ops.reference import Dequantizable, Error
 
-# Rows of E that are in memory at a time where E as a whole is not.
+# Rows of E in memory at a time, in forms that do not hold all of it in fp32.
 _PANEL_ROWS = 1024
 
 _HALVES = (torch.bfloat16, torch.float16)
-_OF_KERNELS = (*_HALVES, torch.float32)  # what W may be in, for kernels
+_KERNEL_DTYPES = (*_HALVES, torch.float32)  # of W
 
 
 def choose_form(weight: Tensor, quantized: Tensor | Dequantizable, products: int, overwrite: bool) -> str:
-    """The form that reads and writes the fewest bytes in so many products; `overwrite`: W is not needed any more.
+    """The form that moves the fewest bytes in this many products. `overwrite`: W is not needed any more.
 
-    Without kernels for the device, or without codes to read, it is "dense"; but an fp32 W that is not needed any more
-    has room for the same values.
+    Without kernels for the device, or without codes for them to read, it is "dense", or "cached" if W is fp32 and may
+    be overwritten with the same values.
     """
-    if weight.dtype not in _OF_KERNELS or not hasattr(quantized, "codes"):
+    if weight.dtype not in _KERNEL_DTYPES or not hasattr(quantized, "codes"):
         return "dense"
     if ops.backends(weight.device)["grouped_error_product"].backend == "reference":
         return "cached" if overwrite and weight.dtype == torch.float32 and weight.is_contiguous() else "dense"
-    # NF4: W and Q are within a factor of two of each other, or Q is 0, so their difference has no more bits than they
-    # have and is exact; but for 1 % of the elements where absmax is quantized too, which costs E 7e-5 of its norm. FP4
-    # and int8 are further from W where it is small: E would lose 20 times as much.
+    # With NF4, W and Q are within a factor of two of each other or Q is 0, so W - Q is exact in their dtype (Sterbenz).
+    # With double quantization 1 % of the elements are not, which costs E 7e-5 of its norm. FP4 and int8 are further off
+    # where W is small: E would lose 20 times as much.
     halves = weight.dtype in _HALVES and weight.dtype == getattr(quantized, "dtype", None)
     exact = halves and getattr(quantized, "quant_type", None) == "nf4"
-    overwrite = overwrite and weight.is_contiguous()  # the transpose of another's memory would be a copy
-    # Without absmax, a fortieth of the whole: it would give up W where next to nothing is gained by that.
+    overwrite = overwrite and weight.is_contiguous()  # kernels write E to contiguous memory only
+    # Scales are left out: they are a fortieth of the bytes, and would tip the balance only where little is gained.
     cached, packed = weight.element_size(), quantized.codes.nbytes / weight.numel()
-    making = 2 * cached + packed
-    return "cached" if overwrite and exact and making + products * cached < products * (cached + packed) else "fused"
+    to_cache = 2 * cached + packed
+    return "cached" if overwrite and exact and to_cache + products * cached < products * (cached + packed) else "fused"
 
 
 class ErrorMatrices:
-    """The E of `weights` (m, n), all of one n, and `quantized`, dense or packed, in the `forms` that they are to have.
+    """E of several layers with the same n: W (m, n) and Q, dense or packed, each E in its form.
 
-    precision: of the products, where none is asked for; see `kernels/precision.py`. The reference gives fp32 always.
+    precision: the default of the products; see `kernels/precision.py`. The reference always computes in fp32.
 
-    `products` counts those made, of all linears: each is one pass over an E, which is what a solve costs on a GPU.
+    `products` counts the products made over all layers. Each is one pass over an E, which is what a solve costs on a
+    GPU.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class ErrorMatrices:
         self.precision = precision
         self.products = 0
         self._errors = [_hold(*each) for each in zip(weights, quantized, forms, strict=True)]
-        # Of these, one launch takes what is of one kind.
+        # One launch multiplies all errors of the same kind.
         self._kinds = [
             (weight.dtype, form, *(getattr(q, name, None) for name in ("quant_type", "blocksize", "dtype")))
             for weight, q, form in zip(weights, quantized, forms, strict=True)
@@ -75,12 +76,12 @@ class ErrorMatrices:
 
     @property
     def coarse(self) -> bool:
-        """Whether products are less precise than what the objective is made of must be."""
+        """Whether the products are not accurate enough to compute the objective from."""
         served = ops.backends(self.device)["grouped_error_product"].backend
         return served != "reference" and self.precision in ("tf32", "bf16")
 
-    def only(self, indices: Sequence[int]) -> "ErrorMatrices":
-        """Those of some of the linears, sharing their memory."""
+    def subset(self, indices: Sequence[int]) -> "ErrorMatrices":
+        """The errors of some of the layers; memory is shared."""
         some = object.__new__(ErrorMatrices)
         some.device, some.precision, some.products = self.device, self.precision, 0
         some.shapes = [self.shapes[i] for i in indices]
@@ -110,9 +111,9 @@ class ErrorMatrices:
         return [found[i] for i in range(len(thins))]
 
     def panels(self, index: int, whole: bool = True) -> Iterator[tuple[slice, Tensor]]:
-        """The E of one linear in fp32, so many rows at a time that little memory is needed; not to be written to.
+        """The E of one layer in fp32, a few rows at a time to save memory. Read only.
 
-        whole: all of it at once where it is in memory as fp32 already; for who makes no copies of what comes.
+        whole: yield all of E at once if it is in memory as fp32 already. Not for callers that copy each panel.
         """
         weight, packed = self._errors[index]
         rows = len(weight)
@@ -125,7 +126,7 @@ class ErrorMatrices:
             yield slice(start, stop), panel
 
     def dense(self, index: int) -> Tensor:
-        """The E of one linear, whole: (m, n) fp32, not to be written to."""
+        """The E of one layer: (m, n) fp32. Read only."""
         weight, packed = self._errors[index]
         if packed is None and weight.dtype == torch.float32:
             return weight
@@ -136,7 +137,7 @@ class ErrorMatrices:
 
 
 def _hold(weight: Tensor, quantized: Any, form: str) -> Error:
-    if weight.dtype not in _OF_KERNELS or not hasattr(quantized, "codes"):  # dense, or says only what it stands for
+    if weight.dtype not in _KERNEL_DTYPES or not hasattr(quantized, "codes"):  # kernels cannot read it
         return reference.error(weight, quantized), None
     if form == "fused":
         return weight.contiguous(), ops.packed(quantized)

@@ -9,30 +9,34 @@ from torch import Tensor
 from quailora import ops
 from quailora.solvers.error_matrix import ErrorMatrices
 
-# Eigenvalues of S below this part of the largest are the square of fp32 rounding. (Rounding itself would be too much:
-# one outlier channel 1000 times the others makes its own eigenvalue 1e6 times theirs.)
-_NO_EIGENVALUE = (16 * torch.finfo(torch.float32).eps) ** 2
+# An eigenvalue of S below this fraction of the largest is taken for rounding: the square of what fp32 rounding leaves.
+# (Rounding itself would be too high a threshold: where one channel is 1000 times as large as the others, the largest
+# eigenvalue is 1e6 times theirs.)
+_ZERO_EIGENVALUE = (16 * torch.finfo(torch.float32).eps) ** 2
 
-# Precise enough for whatever the objective is made of, to 1e-5, and for any product with H: an outlier channel hides
-# the others from what is coarser.
+# The precision of products that enter the objective, accurate to 1e-5, and of every product with H: in anything coarser
+# one outlier channel hides the others.
 FINE = "bf16x3"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a solver is given; lists are by linear. H is damped: H + shift · I, with `shift` apart to spare a copy."""
+    """Linear layers that share an input, as a solver gets them; lists are by layer.
+
+    H is damped: H + shift · I. `shift` stands apart so that H need not be copied.
+    """
 
     errors: ErrorMatrices
-    gram: Tensor | None  # None: H = I
+    gram: Tensor | None  # H (n, n) fp32; None is the identity
     shift: float
-    initial: list[float]  # the damped objective of A Bᵀ = 0
-    error_norm: list[float]
+    initial: list[float]  # the damped objective at A Bᵀ = 0
+    error_norm: list[float]  # ‖E‖_F
     ranks: list[int]
     iterations: int
     seed: int
 
-    def weigh(self, rights: Sequence[Tensor]) -> list[Tensor]:
-        """H P, damped."""
+    def apply_gram(self, rights: Sequence[Tensor]) -> list[Tensor]:
+        """[H P, ...] with the damped H, each (n, k) -> (n, k)."""
         if self.gram is None:
             return list(rights)
         precision = "ieee" if self.errors.precision == "ieee" else FINE
@@ -42,27 +46,27 @@ class Problem:
         return [p.add(right, alpha=self.shift) for p, right in zip(products, rights, strict=True)]
 
     def uncalibrated(self, iterations: int) -> "Problem":
-        """With H = I: min 1/2 ‖E - A Bᵀ‖²_F."""
+        """The same with H = I: minimize 1/2 ‖E - A Bᵀ‖²_F."""
         halves = [norm**2 / 2 for norm in self.error_norm]
         return replace(self, gram=None, shift=0.0, initial=halves, iterations=iterations)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver returns for a linear: the factors as they come, and the products every objective is made of."""
+    """What a solver returns for a layer: unbalanced factors, and the products that the objective is computed from."""
 
     left: Tensor  # A (m, r)
     right: Tensor  # B (n, r)
-    projected: Tensor  # Eᵀ A
-    weighed: Tensor  # H B, damped
-    trace: list[Tensor]
-    jitter: Tensor | None = None  # NaN where none would do
+    projected: Tensor  # Eᵀ A (n, r)
+    gram_right: Tensor  # H B (n, r), damped
+    trace: list[Tensor]  # the damped objective at the start and after each iteration
+    jitter: Tensor | None = None  # what `als` added to its systems; NaN if nothing it tried was enough
 
 
-def objective(initial: float, a: Tensor, projected: Tensor, b: Tensor, weighed: Tensor) -> Tensor:
-    """1/2 tr(R H Rᵀ), R = E - A Bᵀ, given its value for R = E and the products Eᵀ A and H B: r × r algebra."""
-    linear = (projected.double() * weighed.double()).sum()
-    quadratic = (inner(a, a) * inner(b, weighed)).sum()
+def objective(initial: float, a: Tensor, projected: Tensor, b: Tensor, gram_right: Tensor) -> Tensor:
+    """1/2 tr(R H Rᵀ) for R = E - A Bᵀ, from its value `initial` for R = E and the products Eᵀ A and H B."""
+    linear = (projected.double() * gram_right.double()).sum()
+    quadratic = (inner(a, a) * inner(b, gram_right)).sum()
     return initial - linear + quadratic / 2
 
 
@@ -72,6 +76,14 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
 
 
 def leading(values: Tensor, vectors: Tensor, rank: int) -> Tensor:
-    """The eigenvectors of the `rank` largest eigenvalues; zero columns for those whose eigenvalue is only rounding."""
+    """The eigenvectors of the `rank` largest eigenvalues (in ascending order, as `eigh` returns them).
+
+    A column is zero where the eigenvalue is nothing but rounding.
+    """
     values, vectors = values[-rank:], vectors[:, -rank:]
-    return torch.where(values > _NO_EIGENVALUE * values[-1].clamp_min(0), vectors, 0.0)
+    return torch.where(values > _ZERO_EIGENVALUE * values[-1].clamp_min(0), vectors, 0.0)
+
+
+def to_floats(scalars: Sequence[Tensor]) -> list[float]:
+    """The values of scalar tensors. This is where the host waits for the device, and the only place."""
+    return torch.stack([scalar.double() for scalar in scalars]).tolist()

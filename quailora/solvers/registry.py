@@ -1,5 +1,7 @@
-"""The solvers by name. To add one: a file beside this one with a function
-`Problem -> list[Solution]`, and a line here."""
+"""The solvers by name.
+
+To add one, write a file beside this one with a function `Problem -> list[Solution]`, and add a line to `SOLVERS`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +16,13 @@ from quailora.solvers.svd import SVD_DEPTH, svd
 @dataclass(frozen=True)
 class Solver:
     run: Callable[[Problem], list[Solution]]
-    iterations: int | None  # unless told; None: it makes none
-    precision: str  # of products with E, on a GPU: the coarsest that costs no layer 0.01 % of its objective
-    products: Callable[[int], int]  # with E, in so many iterations
+    iterations: int | None  # the default; None: it does not iterate
+    precision: str  # of products with E on a GPU: the coarsest that costs no layer 0.01 % of its objective
+    products: Callable[[int], int]  # the number of products with E, given the number of iterations
 
 
-# Krylov makes its subspace orthonormal at each step, and then tf32 does it no harm. als divides by systems whose
-# condition may be 1e8, which takes what tf32 rounds to many times the objective. By benchmarks/kernels/precision.py.
+# Krylov orthonormalizes at each step, so tf32 does it no harm. als solves systems whose condition number can be 1e8,
+# which amplifies the rounding of tf32 to many times the objective. Measured by benchmarks/kernels/precision.py.
 SOLVERS = {
     "krylov": Solver(krylov, 3, "tf32", lambda depth: 2 * depth + 3),
     "als": Solver(als, 20, FINE, lambda steps: 2 * steps + 2 * SVD_DEPTH + 2),

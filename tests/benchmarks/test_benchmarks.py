@@ -24,8 +24,9 @@ from quailora.calibration.gram import Gram
 from quailora.ops import extension
 from quailora.ops.precision import PRECISIONS
 from quailora.solvers.config import SolverConfig
+from quailora.solvers.inputs import Linear
 from quailora.solvers.registry import SOLVERS
-from quailora.solvers.solve import Linear, solve_group
+from quailora.solvers.solve import solve_group
 from tests.helpers import ROOT, tiny
 from tests.integration import test_training
 from tests.integration.test_fake_cuda import CUDA, Launches, launches, linear  # noqa: F401  a fixture

@@ -26,11 +26,11 @@ from quailora.calibration.hooks import collect
 from quailora.ops import dispatch
 from quailora.ops import triton as triton_backend
 from quailora.quantization.bitsandbytes import EightBit, FourBit, NestedAbsmax
-from quailora.solvers import als, krylov, svd
-from quailora.solvers import solve as solvers
+from quailora.solvers import als, inputs, krylov, solve, svd
 from quailora.solvers.config import SolverConfig
+from quailora.solvers.inputs import Linear
 from quailora.solvers.problem import Problem
-from quailora.solvers.solve import Linear, LoraFactors, solve_group
+from quailora.solvers.solve import LoraFactors, solve_group
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -174,10 +174,10 @@ waits: list[str] = []  # who read
 
 
 def read_nothing(scalars: Sequence[Tensor]) -> list[float]:
-    """What `solvers._read` would find of a sound problem."""
+    """What `to_floats` would read for a sound problem."""
     assert all(scalar.device == CUDA and scalar.dim() == 0 for scalar in scalars)
     waits.append(reader := sys._getframe(1).f_code.co_name)
-    if reader == "_take_stock":
+    if reader == "measure":
         return [1.0, 1.0, 0.0, *[1.0] * (len(scalars) - 3)]
     return [0.0 if reader == "_check_jitter" else 1.0] * len(scalars)
 
@@ -210,7 +210,8 @@ def solved(
     damping: float = 0.0,
     **options: Any,
 ) -> list[LoraFactors]:
-    monkeypatch.setattr(solvers, "_read", read_nothing)
+    for module in (inputs, solve):
+        monkeypatch.setattr(module, "to_floats", read_nothing)
     n = linears[0].weight.shape[1]
     config = SolverConfig(solver, iterations, damping)
     found = solve_group(linears, torch.empty(n, n, device=CUDA), config, **options)
@@ -395,15 +396,15 @@ FAULTS: dict[str, Callable[[Tensor], object]] = {
 def test_what_cannot_be_captured_is_found(
     loop: str, name: str, launches: Launches, guarded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weigh = Problem.weigh
+    apply_gram = Problem.apply_gram
 
     def faulty(problem: Problem, rights: Sequence[Tensor]) -> list[Tensor]:
-        products = weigh(problem, rights)
+        products = apply_gram(problem, rights)
         if guarded[-1:] == [loop] and NoHostTraffic.active:
             FAULTS[name](products[0])
         return products
 
-    monkeypatch.setattr(Problem, "weigh", faulty)
+    monkeypatch.setattr(Problem, "apply_gram", faulty)
     for module in (als, svd):
         monkeypatch.setattr(module, "SVD_DEPTH", 1)
     with pytest.raises(
@@ -417,7 +418,7 @@ def test_the_host_reads_before_and_after(launches: Launches, monkeypatch: pytest
     for solver, middle in (("krylov", []), ("als", ["_check_jitter"])):
         waits.clear()
         solved([linear("nf4", m, 192, torch.bfloat16) for m in (128, 64)], monkeypatch, solver=solver)
-        assert waits == ["_take_stock", *middle, "_finish"]
+        assert waits == ["measure", *middle, "_finish"]
 
 
 def test_a_wait_would_be_seen(launches: Launches) -> None:

@@ -11,7 +11,8 @@ from quailora.doctor import examine
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers import als, krylov
 from quailora.solvers.config import SolverConfig
-from quailora.solvers.solve import Linear, LoraFactors, solve_group
+from quailora.solvers.inputs import Linear
+from quailora.solvers.solve import LoraFactors, solve_group
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,8 @@ from quailora.ops import dispatch
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers import als
 from quailora.solvers.config import SolverConfig
-from quailora.solvers.solve import Linear, solve, solve_group
+from quailora.solvers.inputs import Linear
+from quailora.solvers.solve import solve, solve_group
 from tests.helpers import interpreter
 
 interpreter.install()

@@ -30,7 +30,8 @@ from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops import reference
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers.config import SolverConfig
-from quailora.solvers.solve import Linear, solve_group
+from quailora.solvers.inputs import Linear
+from quailora.solvers.solve import solve_group
 from tests.helpers import tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -152,7 +152,7 @@ def test_error_matrices_are_the_same_in_every_form(form: str) -> None:
     for product, e, left in zip(matrices.transposed_times(lefts), dense, lefts, strict=True):
         torch.testing.assert_close(product, e.T @ left)
     assert matrices.products == 4
-    some = matrices.only([1])
+    some = matrices.subset([1])
     torch.testing.assert_close(some.times(rights[1:]), [dense[1] @ rights[1]])
     assert (some.shapes, some.products, matrices.products) == ([(5, 7)], 1, 4)
     for i, e in enumerate(dense):

@@ -18,8 +18,9 @@ from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers import solve as solvers
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.error_matrix import ErrorMatrices
+from quailora.solvers.inputs import Linear
 from quailora.solvers.registry import SOLVERS
-from quailora.solvers.solve import Linear, LoraFactors, SolverWarning, solve, solve_group
+from quailora.solvers.solve import LoraFactors, SolverWarning, solve, solve_group
 
 CALIBRATED = ["krylov", "als", "eigh"]
 
@@ -201,11 +202,11 @@ def test_krylov_counts_its_products(depth: int, monkeypatch: pytest.MonkeyPatch)
     made: list[ErrorMatrices] = []
 
     def keep(self: ErrorMatrices, indices: Sequence[int]) -> ErrorMatrices:
-        made.append(only(self, indices))
+        made.append(subset(self, indices))
         return made[-1]
 
-    only = ErrorMatrices.only
-    monkeypatch.setattr(ErrorMatrices, "only", keep)
+    subset = ErrorMatrices.subset
+    monkeypatch.setattr(ErrorMatrices, "subset", keep)
     weight, quantized, h = problem(128, 96)
     solve(weight, quantized, h, 8, iterations=depth)
     assert [matrix.products for matrix in made] == [2 * depth + 2]
