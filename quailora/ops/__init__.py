@@ -1,6 +1,6 @@
-"""The accelerated operations: one signature each, served by the fastest backend that runs here.
+"""The accelerated operations: one signature each, served by the fastest backend that runs on the device.
 
-Operations on tensors only; `reference.py` specifies what each computes.
+Tensors only: it must not know solvers, models or quantization libraries. `reference.py` defines what each computes.
 """
 
 from quailora.ops.dispatch import (

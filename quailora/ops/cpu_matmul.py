@@ -1,4 +1,4 @@
-"""bf16 and fp16 products on CPUs for which oneDNN has none, where torch's own are slow: as products in fp32."""
+"""bf16 and fp16 matrix products on CPUs where oneDNN has none and torch's own are slow: computed in fp32 instead."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 _aten = torch.ops.aten
 _BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default  # takes log-sum-exps, in fp32
 
-# What forward and backward passes multiply by -> how many of its results, the first ones, have the factors' dtype.
+# The operations by which forward and backward passes multiply -> how many of their first results have the operands'
+# dtype.
 _PRODUCTS = {
-    # Whole only in inference mode, or within another operation; otherwise torch has taken them apart before.
+    # These arrive whole only in inference mode or within another operation; otherwise torch has decomposed them.
     _aten.linear.default: 1,
     _aten.matmul.default: 1,
     _aten.scaled_dot_product_attention.default: 1,
@@ -25,7 +26,7 @@ _PRODUCTS = {
     _aten.addmm.default: 1,
     _aten.bmm.default: 1,
     _aten.baddbmm.default: 1,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default: 1,  # and log-sum-exps, in fp32
+    _aten._scaled_dot_product_flash_attention_for_cpu.default: 1,  # the log-sum-exps stay in fp32
     _BACKWARD: 3,
 }
 _GEMM_4BIT = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)  # of bitsandbytes 0.50
@@ -34,7 +35,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def slow_dtypes() -> tuple[torch.dtype, ...]:
-    """Those of NAMES in which torch has no fast products on this CPU: oneDNN makes them."""
+    """Those of NAMES for which oneDNN has no products on this CPU."""
     if not torch.backends.mkldnn.is_available():
         return tuple(NAMES)
     supported = {
@@ -45,7 +46,7 @@ def slow_dtypes() -> tuple[torch.dtype, ...]:
 
 
 def obstacle(dtype: torch.dtype) -> Callable[[torch.device], str | None]:
-    """Why torch's own products in `dtype` are not taken on a device; None where they are."""
+    """A function of a device: why torch's own products in `dtype` are not used there; None if they are."""
 
     def on(device: torch.device) -> str | None:
         if device.type != "cpu" or dtype not in slow_dtypes():
@@ -56,15 +57,15 @@ def obstacle(dtype: torch.dtype) -> Callable[[torch.device], str | None]:
 
 
 class Float32Products(TorchDispatchMode):
-    """Within it, products and attention in `dtype` are made in fp32 on a CPU, and their results rounded.
+    """Within it, matrix products and attention in `dtype` run in fp32 on a CPU, and their results are rounded.
 
-    bf16 and fp16 are exact in fp32, so this is what instructions for them do: exact products, sums in fp32, one
-    rounding; but for attention, whose inner results stay in fp32. It takes fp32 copies of factors and result for as
-    long as a product takes. Products that operations make within themselves stay as they are, such as those of fused
-    experts (`_grouped_mm`); but for bitsandbytes' linears of 4 bits.
+    bf16 and fp16 values are exact in fp32, so this computes what bf16 instructions do: exact products, fp32 sums, one
+    rounding at the end. In attention the intermediate results stay in fp32, too. Each product needs fp32 copies of its
+    operands and result while it runs. Products inside other fused operations, such as `_grouped_mm` of fused experts,
+    are left as they are; bitsandbytes' 4-bit linears are not.
     """
 
-    supports_higher_order_operators = True  # they pass
+    supports_higher_order_operators = True  # they pass through
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class Float32Products(TorchDispatchMode):
             with self:
                 return _gemm_4bit(*args, **kwargs)
         if func is not _BACKWARD and any(map(self._is_other, tree_leaves((args, kwargs)))):
-            return func(*args, **kwargs)  # has to say itself that these do not go together
+            return func(*args, **kwargs)  # mixed dtypes: torch's own error
         wide_args, wide_kwargs = tree_map_only(Tensor, self._widened, (args, kwargs))
         results = func(*wide_args, **wide_kwargs)
         if isinstance(results, Tensor):
@@ -106,8 +107,8 @@ def _gemm_4bit(
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
-    """What bitsandbytes' operation of that name does, in operations that can be looked into. Nested, `absmax` is the
-    scale of each 256 of `absmax_8bit`."""
+    """bitsandbytes' operation of that name, in operations that the mode can intercept. With double quantization
+    `absmax` holds one scale for each 256 values of `absmax_8bit`."""
     operations = torch.ops.bitsandbytes
     if absmax_8bit is not None:
         absmax = operations.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset

@@ -377,14 +377,14 @@ def test_a_device_it_was_not_built_for() -> None:
     for device in ("xpu", "meta"):
         assert extension.obstacle(torch.device(device)) == f"it has no code for {device}"
     if torch.version.cuda is None:
-        why = "it was built without cuda; where CUDA_HOME names a toolkit, and on Linux with a C"
+        why = "it was built without cuda: with CUDA_HOME set to a toolkit, on Linux with a C"
         assert str(extension.obstacle(torch.device("cuda"))).startswith(why)
 
 
 def test_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: None)
     extension._load.cache_clear()
-    assert "not built, so that H takes several times as long: on Linux with a C++" in str(extension.obstacle(CPU))
+    assert "not built, so H takes several times as long: on Linux with a C++" in str(extension.obstacle(CPU))
 
     def broken(name: str) -> None:
         raise ImportError("undefined symbol: _ZN3c10")
