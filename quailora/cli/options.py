@@ -36,7 +36,11 @@ CheckpointArgument = Annotated[
     typer.Argument(metavar="CHECKPOINT", help="The full-precision model: a folder, or an id on the Hugging Face hub."),
 ]
 DataOption = Annotated[
-    str, typer.Option(help="A text, JSON or JSONL file, or the name of a data set on the Hugging Face hub.")
+    str,
+    typer.Option(
+        help="A file of text or of records (JSON, JSONL, CSV, TSV, Parquet; also .gz), a folder of such files, or the "
+        "name of a data set on the Hugging Face hub."
+    ),
 ]
 ColumnOption = Annotated[str | None, typer.Option(help="The field of the records to use, where it is not a usual one.")]
 SplitOption = Annotated[str, typer.Option(help="Which split of a data set from the hub.")]

@@ -63,7 +63,7 @@ def build_adapter(
     Args:
         checkpoint: the full-precision model: a folder with safetensors, or an id on the Hugging Face hub.
         lora_config: any LoRA configuration PEFT takes; None is the paper's (r 64, alpha 16, all linear layers).
-        calibration: text file, JSON or JSONL, data set name, strings, records, token tensors, DataLoader: see
+        calibration: file of text or records, data set name, strings, records, token tensors, DataLoader: see
             `quailora.calibration.data.load_calibration`.
         output_dir: the adapter's folder, new or empty: adapter, `report.json`, `report.md`, `quailora.json` and a model
             card.

@@ -144,9 +144,7 @@ _TOKENS_PER_INPUT = 8
 def _notes(stream: StreamedModel, data: Calibration, layers: list[LayerReport]) -> list[str]:
     """What is worth saying once: data that was passed over, or is little; that H took the slow path; and of fused
     expert weights, parameters of three dimensions which bitsandbytes does not quantize."""
-    notes = []
-    if data.empty:
-        notes.append(f"{data.empty} records of {data.source} had no tokens, and were passed over")
+    notes = data.notes()
     if few := [layer for layer in layers if layer.tokens < _TOKENS_PER_INPUT * layer.inputs]:
         least = min(few, key=lambda layer: layer.tokens / layer.inputs)
         notes.append(

@@ -249,7 +249,7 @@ def test_compare_without_an_adapter(checkpoint: Path, data: Calibration) -> None
     assert result.quantized.kl > 0
     with pytest.raises(AdapterError, match="pass `quantization`"):
         compare(checkpoint, None, data)
-    with pytest.raises(CalibrationError, match="batch_size must be at least 1"):
+    with pytest.raises(CalibrationError, match=r"batch_size \(--batch-size\) must be at least 1"):
         compare(checkpoint, None, data, quantization=NF4, batch_size=0)
 
 

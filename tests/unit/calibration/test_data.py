@@ -1,12 +1,12 @@
+import gzip
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,11 +16,19 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
 from quailora.calibration import data as module
-from quailora.calibration.data import SAMPLES, Calibration, load_calibration, text_or_messages
+from quailora.calibration import sources
+from quailora.calibration.data import SAMPLES, Calibration, load_calibration
+from quailora.calibration.records import text_or_messages
 from quailora.errors import CalibrationError
 
 LINES = [f"line {i} of the corpus says that {i * i} is the square of {i} .\n" for i in range(60)]
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`datasets` keeps a copy of every file it loads."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +94,8 @@ def test_of_a_text_of_whole_rows_nothing_was_passed_over(tokenizer: PreTrainedTo
 def test_large_file_is_read_in_pieces_cut_after_newlines(
     tokenizer: PreTrainedTokenizerFast, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PIECE", 100)
-    pieces = list(module._read_pieces(text_file))
+    monkeypatch.setattr(sources, "PIECE", 100)
+    pieces = list(sources.read_text(text_file))
     assert "".join(pieces) == "".join(LINES)
     assert len(pieces) > 10 and all(piece.endswith("\n") for piece in pieces)
     # This tokenizer never joins a newline with what follows, so pieces must give what the whole gives.
@@ -98,7 +106,7 @@ def test_large_file_is_read_in_pieces_cut_after_newlines(
 def test_large_file_is_read_no_further_than_needed(
     tokenizer: PreTrainedTokenizerFast, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PIECE", 100)
+    monkeypatch.setattr(sources, "PIECE", 100)
     # Python decodes ahead by some KB, so what is not UTF-8, and raises when read, stands far behind.
     text_file.write_bytes(text_file.read_bytes() * 50 + b"\xff")
     assert len(load_calibration(text_file, tokenizer, samples=2, sequence_length=8)) == 2
@@ -107,9 +115,9 @@ def test_large_file_is_read_no_further_than_needed(
 
 
 def test_one_endless_line_is_still_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE", 10)
+    monkeypatch.setattr(sources, "PIECE", 10)
     (tmp_path / "line.txt").write_text("x" * 45)
-    assert max(map(len, module._read_pieces(tmp_path / "line.txt"))) == 20
+    assert max(map(len, sources.read_text(tmp_path / "line.txt"))) == 20
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=9), max_size=6), st.integers(1, 7))
@@ -201,6 +209,99 @@ def test_chats_carry_the_special_tokens_of_the_template_alone(tokenizer: PreTrai
     assert (sequence == tokenizer.eos_token_id).sum() == 2 and not (sequence == tokenizer.bos_token_id).any()
 
 
+def chat_of(*messages: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "the square"}, *messages], **fields}
+
+
+def rendered(record: Any, tokenizer: PreTrainedTokenizerFast) -> str:
+    (sequence,) = load_calibration([record], tokenizer).sequences
+    text = tokenizer.decode(sequence)
+    assert isinstance(text, str)
+    return text
+
+
+def test_text_parts_are_joined(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that trims its contents would print the list as Python does."""
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE.replace("m.content", "m.content | trim"))
+    parts = [{"type": "text", "text": "is ", "image": None}, {"type": "text", "text": "4"}]
+    assert rendered(chat_of({"role": "assistant", "content": parts}), tokenizer) == rendered(
+        chat_of({"role": "assistant", "content": "is 4"}), tokenizer
+    )
+    for part, kind in (({"type": "image"}, "'image'"), ("is", "'str'")):
+        with pytest.raises(CalibrationError, match=f"a part of type {kind}; only text"):
+            load_calibration([chat_of({"role": "user", "content": [*parts, part]})], tokenizer)
+    with pytest.raises(CalibrationError, match="content of a chat message is a int"):
+        load_calibration([chat_of({"role": "user", "content": 4})], tokenizer)
+
+
+CALL = {"type": "function", "function": {"name": "square", "arguments": {"x": 2}}}
+
+
+@pytest.mark.parametrize("message", [{"content": None}, {}], ids=["null", "missing"])
+def test_tool_calls_have_no_content(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, message: dict[str, Any]
+) -> None:
+    calls = "{% for c in m.tool_calls %}!{{ c.function.name }}{% endfor %}"
+    template = "{% for m in messages %}{{ m.content | trim }}" + calls + "{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    record = chat_of({"role": "assistant", "tool_calls": [CALL], **message})
+    assert rendered(record, tokenizer) == "the square!square"
+    assert rendered(chat_of({"role": "assistant", "content": None}), tokenizer) == "the square"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_tools_reach_the_template(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    template = "{% for t in tools or [] %}[{{ t.function.keys() | list }}]{% endfor %}{{ messages[0].content }}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    tools: Any = [{"type": "function", "function": {"name": "square", "strict": None}}]  # null as tables have it
+    record = chat_of(tools=json.dumps(tools) if as_json else tools)
+    assert rendered(record, tokenizer) == "[['name']]the square"
+    record["chat"] = record.pop("messages")
+    (sequence,) = load_calibration([record], tokenizer, column="chat").sequences
+    assert tokenizer.decode(sequence) == "[['name']]the square"
+    for without in (None, [], ""):
+        assert rendered(chat_of(tools=without), tokenizer) == "the square"
+    with pytest.raises(CalibrationError, match="'tools' is not JSON"):
+        load_calibration([chat_of(tools="square")], tokenizer)
+    with pytest.raises(CalibrationError, match="'tools' holds a dict"):
+        load_calibration([chat_of(tools=tools[0])], tokenizer)
+
+
+def test_a_rendered_text_gets_no_second_bos(tokenizer: PreTrainedTokenizerFast) -> None:
+    bare, begun = load_calibration(["the square", "<s>the square"], tokenizer).sequences
+    assert bare.tolist() == begun.tolist() and bare[0] == tokenizer.bos_token_id != bare[1]
+
+
+def test_a_record_that_cannot_be_used_stops_no_run(tokenizer: PreTrainedTokenizerFast) -> None:
+    bad = chat_of({"role": "assistant", "content": [{"type": "image"}]})
+    found = load_calibration([LINES[0], bad, bad, *LINES[1:], ""], tokenizer)
+    assert lists(found) == lists(load_calibration(LINES, tokenizer))
+    empty, unusable = found.notes()
+    assert empty == "1 records of list (63 records) had no tokens, and were passed over"
+    assert unusable.startswith("2 records of list (63 records) could not be used")
+    assert unusable.endswith(
+        "the first was record 1: a chat message has a part of type 'image'; only text parts can be used"
+    )
+    assert load_calibration(LINES, tokenizer).notes() == []
+
+
+def test_mostly_unusable_records_are_refused_with_the_first_reason(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(CalibrationError, match=r"record 0: a float.*\(2 of the 3 records tried"):
+        load_calibration([0.5, LINES[0], 3], tokenizer)
+    with pytest.raises(CalibrationError, match=r"gives no tokens.*1 records of .*record 1: a float"):
+        load_calibration(["", 0.5], tokenizer)
+
+    def endless() -> Iterator[Any]:
+        yield LINES[0]
+        while True:
+            yield {"question": "?"}
+
+    with pytest.raises(CalibrationError, match=r"record 1: none of the known fields.*\(102 of the 103 records tried"):
+        load_calibration(endless(), tokenizer)
+
+
 @pytest.mark.parametrize("value", ["the square", [{"role": "user", "content": "the square"}], [5, 6, 7]])
 def test_column_overrides_the_fields(tokenizer: PreTrainedTokenizerFast, value: Any) -> None:
     chosen = load_calibration([{"text": "no", "body": value}], tokenizer, column="body")
@@ -233,21 +334,54 @@ def test_json_records_are_drawn_by_the_seed_without_replacement(
     assert drawn.source == f"{name} (60 records)"
 
 
-def test_jsonl_line_that_begins_with_a_bracket_is_a_chat(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    path = tmp_path / "chats.jsonl"
-    path.write_text('[{"role": "user", "content": "Hi"}]\n[{"role": "user", "content": "Ho"}]\n')
-    assert len(load_calibration(path, tokenizer)) == 2
+@pytest.mark.parametrize(
+    "name", ["r.csv", "r.CSV", "r.tsv", "r.ndjson", "r.JSONL", "r.jsonl.gz", "r.csv.gz", "r.parquet"]
+)
+def test_files_of_records_are_told_by_their_suffix(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str
+) -> None:
+    """They must not be read as text, with commas, quotes and braces among the tokens."""
+    texts = [f'"{line[:-1]}", he\tsaid' for line in LINES]
+    table = datasets.Dataset.from_dict({"number": list(range(60)), "text": texts})
+    path = tmp_path / "r[1].d" / name  # not a pattern
+    path.parent.mkdir()
+    kind = name.lower().split(".")[1]
+    plain = path.with_name(f"plain.{kind}")
+    if kind == "parquet":
+        table.to_parquet(plain)
+    elif kind in ("csv", "tsv"):
+        table.to_csv(plain, sep="\t" if kind == "tsv" else ",")
+    else:
+        table.to_json(plain)
+    path.write_bytes(gzip.compress(plain.read_bytes()) if name.endswith(".gz") else plain.read_bytes())
+    found = load_calibration(path, tokenizer, samples=20, seed=1)
+    assert lists(found) == lists(load_calibration(texts, tokenizer, samples=20, seed=1))
+    assert found.source == f"{name} (60 records)"
+
+
+def test_text_may_be_compressed(tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:
+    path = text_file.with_name("corpus.txt.gz")
+    path.write_bytes(gzip.compress(text_file.read_bytes()))
+    assert lists(load_calibration(path, tokenizer)) == lists(load_calibration(text_file, tokenizer))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CalibrationError, match=r"corpus\.txt\.gz is not UTF-8 text: .*\.parquet"):
+        load_calibration(path, tokenizer)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("r.jsonl", '{"text": "a"}\n{"text": \n', r"r\.jsonl, record 1: Expecting value"),
-        ("r.json", '[{"text": "a"},', r"r\.json: "),
+        ("r.jsonl", '{"text": "a"}\n{"text": \n', r"r\.jsonl cannot be read as json: .*in row 1"),
+        ("r.json", '[{"text": "a"},', r"r\.json cannot be read as json: "),
         ("r.json", '[{"q": 1}]', r"r\.json \(1 records\), record 0: none of the known fields among 'q'"),
+        ("r.jsonl", '["Hi"]\n["Ho"]\n', r"r\.jsonl cannot be read as json: "),
+        ("r.jsonl", "", r"r\.jsonl \(0 records\) gives no tokens"),
+        ("r.csv", "", r"r\.csv cannot be read as csv: .*No columns"),
+        ("r.parquet", "text\nno table\n", r"r\.parquet cannot be read as parquet: .*magic bytes"),
+        ("r.jsonl.gz", "not compressed", r"r\.jsonl\.gz cannot be read as json: "),
     ],
 )
-def test_broken_json_is_named(
+def test_broken_files_are_named(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str, content: str, complaint: str
 ) -> None:
     (tmp_path / name).write_text(content)
@@ -255,16 +389,25 @@ def test_broken_json_is_named(
         load_calibration(tmp_path / name, tokenizer)
 
 
+def test_a_file_may_hold_records_of_several_kinds(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """As columns of one table, each record has null in the fields of the others."""
+    records = [
+        {"text": LINES[0]},
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Say 3.", "response": "3"},
+        {"prompt": "1 + 2 =", "completion": " 3"},
+        {"messages": [{"role": "user", "content": "the square"}]},
+        {"conversations": [{"from": "human", "value": "the square"}]},
+        {"input_ids": [5, 6, 7]},
+    ]
+    path = write_records(tmp_path / "r.jsonl", records, "lines")
+    assert lists(load_calibration(path, tokenizer)) == lists(load_calibration(records, tokenizer))
+
+
 # Data sets
 
 
-@pytest.fixture
-def datasets() -> ModuleType:
-    module: ModuleType = pytest.importorskip("datasets")  # an optional dependency
-    return module
-
-
-def test_dataset_objects(datasets: ModuleType, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_dataset_objects(tokenizer: PreTrainedTokenizerFast) -> None:
     data = datasets.Dataset.from_list([{"text": line} for line in LINES])
     expected = lists(load_calibration(LINES, tokenizer, samples=7, seed=3))
     assert lists(load_calibration(data, tokenizer, samples=7, seed=3)) == expected
@@ -277,7 +420,7 @@ def test_dataset_objects(datasets: ModuleType, tokenizer: PreTrainedTokenizerFas
 
 
 def test_dataset_folder_is_streamed_and_shuffled_by_the_seed(
-    datasets: ModuleType, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     write_records(tmp_path / "train.jsonl", [{"text": line} for line in LINES], "lines")
     first, again, other = (load_calibration(tmp_path, tokenizer, samples=9, seed=seed) for seed in (1, 1, 2))
@@ -288,9 +431,7 @@ def test_dataset_folder_is_streamed_and_shuffled_by_the_seed(
         load_calibration(tmp_path, tokenizer, split="validation")
 
 
-def test_hub_name_and_config_reach_the_hub(
-    datasets: ModuleType, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_name_and_config_reach_the_hub(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
@@ -310,12 +451,6 @@ def test_a_broken_line_in_a_folder_of_data_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": \n')
     with pytest.raises(CalibrationError, match=f"{tmp_path.name}' cannot be read: "):
         load_calibration(tmp_path, samples=2)
-
-
-def test_missing_datasets_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CalibrationError, match=r"'owner/name' takes a package.*quailora\[data\]"):
-        load_calibration("owner/name")
 
 
 # Tokens
@@ -389,8 +524,8 @@ def test_calibration_passes_through() -> None:
         (PADDED, {"vocab_size": 11}, r"tokens \(3, 4\): token id 11 in sequence 2.*vocabulary has 11"),
         (Calibration((torch.tensor([3]),), "mine"), {"vocab_size": 3}, "mine: token id 3"),
         (PADDED - 1, {}, "negative token id -1 in sequence 0"),
-        (PADDED, {"samples": 0}, "samples must be at least 1, got 0"),
-        (PADDED, {"sequence_length": 0}, "sequence_length must be at least 1, got 0"),
+        (PADDED, {"samples": 0}, r"samples \(--samples\) must be at least 1, got 0"),
+        (PADDED, {"sequence_length": 0}, r"sequence_length \(--sequence-length\) must be at least 1, got 0"),
         (["a text"], {}, "record 0: it is text, and there is no tokenizer"),
         (3, {}, "cannot be a int"),
         ("missing.txt", {}, "no file 'missing.txt'"),
@@ -423,9 +558,9 @@ def test_text_that_needs_what_the_tokenizer_lacks(
     plain.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(CalibrationError, match="refuses these messages: roles must alternate"):
         load_calibration(chat, plain)
-    plain.chat_template = "{{ 'said: ' + messages[0]['content'] }}"
+    plain.chat_template = "{{ 3 + messages[0]['content'] }}"
     with pytest.raises(CalibrationError, match=r"record 0: .*refuses these messages: .*str"):
-        load_calibration([{"messages": [{"role": "user", "content": 3}]}], plain)
+        load_calibration(chat, plain)
 
 
 def test_long_texts_give_no_length_warning(
@@ -472,7 +607,7 @@ def test_batches_order_and_padding() -> None:
     assert both.input_ids.tolist() == [[2, 3], [5, 6], [1, 0], [4, 0]]
     assert both.keep is not None
     assert both.keep.tolist() == [[True, True], [True, True], [True, False], [True, False]]
-    with pytest.raises(CalibrationError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(CalibrationError, match=r"batch_size \(--batch-size\) must be at least 1, got 0"):
         calibration.batches(0)
 
 
