@@ -1,13 +1,13 @@
-"""What can be wrong with what a user gave us. The command line prints these in one line; anything else is a bug and
-keeps its traceback."""
+"""The errors for bad input. The command line prints them in one line; any other exception is a bug and keeps its
+traceback."""
 
 
 class QuailoraError(Exception):
-    """A problem with the input, said so that it can be mended: the thing, its value, and the way out."""
+    """Bad input. The message says what is wrong, with its value, and how to fix it."""
 
 
 class CheckpointError(QuailoraError):
-    """The full-precision checkpoint is missing, incomplete, damaged, or does not fit the model."""
+    """The full-precision checkpoint is missing, incomplete or damaged, or does not match the model."""
 
 
 class CalibrationError(QuailoraError):
@@ -15,16 +15,16 @@ class CalibrationError(QuailoraError):
 
 
 class AdapterError(QuailoraError):
-    """The LoRA configuration, or an adapter given to us, asks for something that cannot be right."""
+    """The LoRA configuration or the adapter is invalid."""
 
 
 class MismatchError(AdapterError):
-    """An adapter and a base that do not belong together."""
+    """The adapter was not made for this base."""
 
 
 class SolverError(QuailoraError):
-    """A layer's weights or statistics that no solver can work with."""
+    """A layer's weights or input statistics that no solver can work with, or invalid solver settings."""
 
 
 class BudgetError(QuailoraError):
-    """No plan fits the memory budget; the message names the smallest that would do."""
+    """No plan fits the memory budget; the message names the smallest budget that is enough."""

@@ -1,6 +1,6 @@
-"""How good a model is on held-out tokens: perplexity, and the KL divergence from its full-precision counterpart.
+"""How good a model is on held-out tokens: perplexity, and KL divergence from the full-precision model.
 
-Every sequence scores its tokens 2 to t, each predicted from those before it; padding never counts.
+In a sequence of t tokens, tokens 2 to t are each predicted from those before them. Padding never counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from quailora.pipeline.setup import default_device
 from quailora.quantization.bitsandbytes import NAMES, Quantization
 from quailora.reporting.record import read_record
 
-# How many logits are in fp32 at once: 256 MiB for each of the few tensors that the scores take.
+# Logits that are in fp32 at a time: 256 MiB for each of the few tensors that scoring takes.
 LOGITS_AT_ONCE = 1 << 26
 
 Batches = Iterable[Batch | Tensor]
@@ -49,18 +49,18 @@ class Scores:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What quantization costs, and how much of it an adapter gives back, on `tokens` predicted tokens."""
+    """What quantization costs, and how much of that an adapter recovers, over `tokens` predicted tokens."""
 
     full: Scores
     quantized: Scores
     adapted: Scores | None
     tokens: int
-    start: bool = True  # whether the adapter is as it was before training
+    untrained: bool = True  # whether the adapter is as quailora initialized it
 
     @property
     def gap_closed(self) -> float | None:
-        """See the function `gap_closed`; None without an adapter, too, and of one that has learned other things."""
-        if self.adapted is None or not self.start:
+        """See the function `gap_closed`. None without an adapter, and for a trained one, which learned more."""
+        if self.adapted is None or not self.untrained:
             return None
         return gap_closed(self.full.perplexity, self.quantized.perplexity, self.adapted.perplexity)
 
@@ -80,7 +80,7 @@ class Comparison:
         """Write `to_dict` as JSON.
 
         Raises:
-            QuailoraError: the disk is full, or the file may not be written.
+            QuailoraError: the disk is full, or the file is not writable.
         """
         path = Path(path)
         write_files(path.parent, {path.name: to_json(self.to_dict())})
@@ -106,11 +106,11 @@ class Comparison:
 def perplexity(model: nn.Module, batches: Batches) -> float:
     """e to the mean negative log-likelihood of the predicted tokens.
 
-    model: a transformers causal language model, or a PeftModel over one; put in eval mode meanwhile.
+    model: a transformers causal language model, or a PeftModel over one. It runs in eval mode and is then restored.
     batches: `Calibration.batches(...)`, or (b, t) int64 tensors of tokens without padding.
 
     Raises:
-        CalibrationError: no sequence has two tokens.
+        CalibrationError: no sequence has two tokens or more.
         QuailoraError: the model's logits are not finite.
     """
     tally = _Tally()
@@ -121,7 +121,7 @@ def perplexity(model: nn.Module, batches: Batches) -> float:
 
 
 def kl_divergence(model: nn.Module, reference: nn.Module, batches: Batches) -> float:
-    """The mean of KL(reference || model) over predicted tokens, in nats. Arguments and errors as for `perplexity`.
+    """The mean KL(reference || model) over predicted tokens, in nats. Arguments and errors as for `perplexity`.
 
     Raises:
         MismatchError: the two models have different vocabularies.
@@ -134,9 +134,9 @@ def kl_divergence(model: nn.Module, reference: nn.Module, batches: Batches) -> f
 
 
 def gap_closed(full: float, quantized: float, adapted: float) -> float | None:
-    """The share of what quantization costs in perplexity that an adapter gives back; None where it costs nothing.
+    """The share of quantization's cost in perplexity that an adapter recovers; None if quantization costs nothing.
 
-    It is the gap at the start of training. The gap in QuAILoRA's tables is that after training, and against 8 bits.
+    This is the gap before training. The gap in the QuAILoRA paper's tables is measured after training, against 8 bits.
     """
     return (quantized - adapted) / (quantized - full) if quantized > full else None
 
@@ -153,39 +153,39 @@ def compare(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Score full precision, the quantized base, and that with an adapter, loaded as users of transformers and PEFT do.
+    """Score the full-precision model, the quantized base and the base with an adapter, as users load them.
 
-    The full-precision and the quantized model are on the device together. Each runs every batch once, and again with
-    the adapter the one that it belongs on: the quantized one, but for an adapter that `convert` made. Where products in
-    its dtype are made in fp32 (`ops.half_products`), copies of the head's weight and of its logits in fp32 come on top.
+    Both models are on the device at once. An adapter that `convert` made is scored on the full-precision model, which
+    is what it is for. On a CPU without fast bf16 or fp16 products (`ops.half_products`), fp32 copies of the LM head's
+    weight and logits come on top.
 
     Args:
         checkpoint: the full-precision model: a folder, or an id on the Hugging Face hub.
-        adapter: a folder that PEFT saved; None to score the quantized base alone.
+        adapter: a folder that PEFT saved; None scores the quantized base alone.
         calibration: the held-out tokens.
-        initial: the adapter that training started from, where `adapter` has no record of its base.
-        quantization: of the base; None takes that of the record that came with the adapter.
-        device: None is CUDA if there is one, else the CPU.
-        dtype: what both models are loaded in; None is that of the record, or else of the checkpoint.
-        batch_size: sequences at once. Two (b, t, vocabulary) tensors of logits are held.
-        progress: called with the batches done and the batches in all.
+        initial: the initialized adapter that training started from, if `adapter` has no record of its base.
+        quantization: of the base; None is that of the adapter's record.
+        device: None is CUDA if there is a CUDA device, else the CPU.
+        dtype: of both models; None is that of the record, or else of the checkpoint.
+        batch_size: sequences per batch. Two (b, t, vocabulary) tensors of logits are in memory at once.
+        progress: called after each batch with the number of batches done and their total.
 
     Raises:
         MismatchError: the adapter's record names another checkpoint or quantization.
-        AdapterError: `adapter` is no adapter, or nothing says how the base is quantized.
+        AdapterError: `adapter` is not an adapter, or nothing says how the base is quantized.
         CalibrationError, QuailoraError: as for `perplexity`; or the device is out of memory.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     batches = list(calibration.batches(batch_size))
-    loaded_in, start, converted = source.dtype, False, False
+    loaded_in, untrained, converted = source.dtype, False, False
     if adapter is not None:
         folder = Path(adapter)
         if not (folder / "adapter_config.json").is_file():
-            raise AdapterError(f"{folder} is no adapter: it has no adapter_config.json")
+            raise AdapterError(f"{folder} is not an adapter: it has no adapter_config.json")
         base = base_of(folder, Path(initial) if initial else None)
         converted = base is not None and for_full_precision(base)
-        # Beside the adapter itself a record is only before training.
-        start = read_record(folder) is not None and not converted
+        # Trainers do not copy the record, so an adapter that has one is untrained.
+        untrained = read_record(folder) is not None and not converted
         quantization, loaded_in = loading(base, source, quantization, folder)
     elif quantization is None:
         raise AdapterError("without an adapter nothing says how the base is quantized: pass `quantization`")
@@ -210,28 +210,28 @@ def compare(
     return Comparison(
         of_full.scores("full precision"),
         of_quantized.scores(method),
-        of_adapted.scores(f"{'full precision' if converted else method} + {'QuAILoRA' if start else 'adapter'}")
+        of_adapted.scores(f"{'full precision' if converted else method} + {'QuAILoRA' if untrained else 'adapter'}")
         if adapted is not None
         else None,
         of_full.tokens,
-        start,
+        untrained,
     )
 
 
 _SMALLER = (
-    "it has the full-precision and the quantized model at once. Lower batch_size (--batch-size 1) or the length of "
-    "sequences (--sequence-length), or take the CPU (--device cpu)"
+    "evaluation holds the full-precision and the quantized model at once. Lower batch_size (--batch-size 1) or the "
+    "length of sequences (--sequence-length), or use the CPU (--device cpu)"
 )
 
 
 @dataclass(frozen=True)
 class _Predictions:
-    """A batch, and which of its tokens are predicted from which."""
+    """A batch, and which of its tokens are predicted."""
 
     input_ids: Tensor  # (b, t)
     keep: Tensor  # (b, t)
     row: Tensor  # (p,) the sequence of each predicted token
-    position: Tensor  # (p,) of the token before it, where its logits stand
+    position: Tensor  # (p,) the position before it, whose logits predict it
 
     def logits(self, model: nn.Module) -> Tensor:
         """(b, t, vocabulary), in the model's dtype."""
@@ -252,7 +252,7 @@ def _predictions(batch: Batch | Tensor) -> _Predictions:
 
 @dataclass
 class _Tally:
-    """Sums over predicted tokens, in nats; fp32 within a chunk of tokens, Python's fp64 across them."""
+    """Sums over predicted tokens, in nats: in fp32 within a chunk of tokens, in fp64 across chunks."""
 
     tokens: int = 0
     loss: float = 0.0
@@ -273,8 +273,8 @@ class _Tally:
         """logits, reference: (b, t, vocabulary)."""
         if reference is not None and reference.shape != logits.shape:
             raise MismatchError(
-                f"the models score vocabularies of {logits.shape[-1]} and {reference.shape[-1]} tokens: "
-                "there is no divergence between them"
+                f"the models have vocabularies of {logits.shape[-1]} and {reference.shape[-1]} tokens: the KL "
+                "divergence between them is not defined"
             )
         size = max(1, LOGITS_AT_ONCE // logits.shape[-1])
         for row, position in zip(batch.row.split(size), batch.position.split(size), strict=True):
@@ -288,7 +288,7 @@ class _Tally:
 
     def _mean(self, total: float) -> float:
         if not self.tokens:
-            raise CalibrationError("no token to score: each is predicted from those before it, and no sequence has two")
+            raise CalibrationError("no token to score: that takes sequences of two tokens or more")
         return total / self.tokens
 
 
@@ -303,10 +303,11 @@ def _log_softmax(logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Without gradients and in eval mode; every module is left as it was.
+    """Within it the models are in eval mode and gradients are off. Every module is restored afterwards.
 
-    On a CPU with AVX512-BF16, a Linear4bit in eval mode would repack its weight for good: absmax rounded to bf16, and
-    no gradient through the layer ever after, so that a model scored midway could not be trained on. It is withheld.
+    On a CPU with AVX512-BF16, a Linear4bit in eval mode repacks its weight for good: absmax is rounded to bf16 and the
+    layer passes no gradient any more, so a model evaluated during training could not be trained further. This prevents
+    the repacking.
     """
     modules = [module for model in models for module in model.modules()]
     modes = [module.training for module in modules]
@@ -327,20 +328,20 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Where its input goes."""
-    # Offloaded parameters are on the meta device; accelerate moves the input to where they are wanted.
+    """The device for its input."""
+    # Offloaded parameters are on the meta device; accelerate moves the input to where it is needed.
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def _dtypes(model: nn.Module) -> set[torch.dtype]:
-    """What it may compute in: a quantized linear says so itself."""
+    """The dtypes it may compute in: those of its parameters, and the compute dtypes of quantized layers."""
     of_linears = {getattr(module, "compute_dtype", None) for module in model.modules()}
     of_parameters = {parameter.dtype for parameter in model.parameters()}
     return of_parameters | {dtype for dtype in of_linears if isinstance(dtype, torch.dtype)}
 
 
 def _not_about_casts(entry: logging.LogRecord) -> bool:
-    """Drops what LLM.int8 says of every layer and batch of a model that is not in fp16."""
+    """Drop the warning that LLM.int8 logs for every layer and batch of a model that is not in fp16."""
     return not str(entry.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
@@ -362,9 +363,9 @@ def _load(
 def _with_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
-            # PEFT still calls what transformers has deprecated.
+            # PEFT calls deprecated functions of transformers.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            # It warns where the adapter on disk lacks what its configuration names: half of it would be scored.
+            # An adapter on disk that lacks tensors its configuration names would be scored incomplete.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError, UserWarning) as error:  # no such module, another shape, missing tensors

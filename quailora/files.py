@@ -1,4 +1,4 @@
-"""What is written: folders that appear when all in them is there, and safetensors files larger than the memory."""
+"""Files that are written whole or not at all, folders likewise, and safetensors files larger than memory."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from torch import Tensor
 
 from quailora.errors import AdapterError, QuailoraError
 
-# What safetensors calls the dtypes that an adapter can have.
+# The names that safetensors has for the dtypes an adapter can have.
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its own name only when all in it is written; otherwise nothing is left.
+    """A folder to write to, which takes the name `path` only if everything was written; otherwise nothing is left.
 
     Raises:
-        QuailoraError: the folder has something in it already, or cannot be written (a full disk included).
+        QuailoraError: the folder is not empty, or cannot be written (for example because the disk is full).
     """
     check_new_folder(path)
-    path = path.resolve()  # a link stays, and what it points to is filled
+    path = path.resolve()  # if it is a symbolic link, its target is written
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -47,7 +47,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_new_folder(path: Path) -> None:
-    """Raises QuailoraError where `path` is anything but absent or an empty folder."""
+    """Raises QuailoraError unless `path` is an empty folder or does not exist."""
     if path.is_dir() and any(path.iterdir()):
         raise QuailoraError(f"the output folder {path} is not empty: use what is in it, give another, or remove it")
     if path.exists() and not path.is_dir():
@@ -58,7 +58,7 @@ def check_new_folder(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path, advice: str | None = None) -> Iterator[None]:
-    """Within it, what the operating system refuses is a QuailoraError that names `path` and ends with `advice`."""
+    """Within it, errors of the operating system become QuailoraErrors that name `path` and end with `advice`."""
     advice = advice or f"nothing was left under {path}"
     try:
         yield
@@ -71,13 +71,13 @@ def writing(path: Path, advice: str | None = None) -> Iterator[None]:
 
 
 def _is_out_of_space(error: BaseException) -> bool:
-    # safetensors writes from Rust and reports the operating system's error in words.
+    # safetensors writes from Rust and gives the operating system's error only as text.
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which what was written under it takes once it is on the disk: whole or not."""
+    """A temporary name for a file that replaces `path` once it is on disk, so that `path` is never half written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield partial
@@ -90,7 +90,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new name is on the disk once its folder is. (Windows opens no folders, and keeps names by itself.)"""
+    """Write a new file name to disk, which takes an fsync of its folder. (Windows needs none and allows none.)"""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -101,7 +101,7 @@ def _sync_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when it is written: only its shape and dtype are known before."""
+    """A tensor that is not read until it is written; its shape and dtype are known before."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -113,10 +113,10 @@ class LazyTensor:
 
 
 def write_tensors(path: Path, tensors: dict[str, LazyTensor]) -> None:
-    """A safetensors file, one tensor in memory at a time: the bytes that `safetensors.torch.save_file` would write.
+    """Write a safetensors file with one tensor in memory at a time: the same bytes as `safetensors.torch.save_file`.
 
-    Its format: 8 bytes of length (little-endian), a JSON header padded to 8 bytes, then the data; the widest dtypes
-    stand first, and by name among themselves.
+    The format: 8 bytes of length (little-endian), a JSON header padded to 8 bytes, then the data, sorted by dtype (the
+    widest first) and then by name.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -142,16 +142,16 @@ def write_tensors(path: Path, tensors: dict[str, LazyTensor]) -> None:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, to be read from or written to."""
+    """The memory of a contiguous CPU tensor, for reading or writing."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_files(folder: Path, texts: dict[str, str]) -> None:
-    """Write text files by name into `folder`, made if need be. All are on the disk before the first takes its name: a
-    failure to write one changes none.
+    """Write text files, given by name, into `folder`, which is created if missing. All of them are on disk before the
+    first replaces an old one, so a failure changes none.
 
     Raises:
-        QuailoraError: the disk is full, or the folder may not be written.
+        QuailoraError: the disk is full, or the folder is not writable.
     """
     partial = {folder / name: folder / f".{name}.{os.getpid()}" for name in texts}
     path = folder
@@ -175,12 +175,12 @@ def write_files(folder: Path, texts: dict[str, str]) -> None:
 
 
 def to_json(values: dict[str, Any]) -> str:
-    """Strict JSON, for people too: indented, without NaN."""
+    """Indented JSON without NaN, ending in a newline."""
     return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no file. Raises AdapterError where it holds anything else."""
+    """The object in a JSON file; None if there is no file. Raises AdapterError if it is not a JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

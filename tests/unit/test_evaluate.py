@@ -156,7 +156,7 @@ def test_a_model_is_left_as_it_was(data: Calibration) -> None:
 
 
 def test_no_token_to_score(model: LlamaForCausalLM) -> None:
-    with pytest.raises(CalibrationError, match="no sequence has two"):
+    with pytest.raises(CalibrationError, match="takes sequences of two tokens or more"):
         perplexity(model, Calibration(sequences_of(1, 1), "single tokens").batches(2))
 
 
@@ -314,7 +314,7 @@ def test_scoring_leaves_a_quantized_model_trainable_on_a_cpu(checkpoint: Path, d
 def test_a_comparison_in_every_form(tmp_path: Path) -> None:
     result = Comparison(Scores("full precision", 10, 0), Scores("quantized", 14, 0.3), Scores("adapted", 11, 0.05), 800)
     assert result.gap_closed == 0.75
-    assert replace(result, start=False).gap_closed is None  # what it has learned beside counts too then
+    assert replace(result, untrained=False).gap_closed is None  # what it has learned beside counts too then
     console = Console(record=True, width=80)
     console.print(result.table())
     for text in (console.export_text(), result.to_markdown()):
