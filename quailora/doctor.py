@@ -1,8 +1,7 @@
-"""Every accelerated operation, as it is served on a device, against its specification: what `quailora doctor` prints.
+"""The checks behind `quailora doctor`: every accelerated operation on a device against fp64 on the CPU.
 
-An operation is compared with the same in fp64 on the CPU; in sizes that make short work of it, for it is which code
-runs that matters. Speed, of one larger case each, is for comparison with a copy on the device, which is the most that
-any operation bound by memory could reach.
+The cases are small, because what matters is which code runs. One large case of each operation is timed, to compare its
+speed with that of a copy on the device, which is the most that a memory-bound operation could reach.
 """
 
 import itertools
@@ -23,33 +22,33 @@ from quailora.ops.precision import PRECISIONS, exact_products
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.solvers.solve import solve
 
-# How far from fp64 a product may be, relative to its norm: ten times what its precision loses (kernels/precision.py),
-# for sums are shorter or longer. fp32 itself where the reference serves.
+# The error a product may have against fp64, relative to its norm: ten times what its precision loses
+# (kernels/precision.py), because sums vary in length. The reference always computes in fp32.
 _ALLOWED = {"ieee": 2e-6, "bf16x3": 4e-5, "tf32": 7e-3, "bf16": 2e-2}
 
-# Orthonormal to rounding, and solved to what fp32 gives at the conditions below.
+# Orthonormal up to rounding; solved as accurately as fp32 can at the condition numbers below.
 _ORTHONORMAL, _SOLVED = 1e-5, 1e-3
 
-# Two ways to the same optimum may stop this part of the objective apart.
+# Two solvers that approach the same optimum may differ by this fraction of the objective.
 _OBJECTIVE = 1e-3
 
 _RUNS = 7
 
-# Features of the cases that are timed: larger than the caches of a GPU, so that speeds are those of its memory.
+# Features of the timed cases: larger than the caches of a GPU, so that its memory sets the speed.
 _LARGE = 4096
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one case of an operation."""
+    """The result of one case of an operation."""
 
     operation: str
     backend: str
     case: str
-    error: float  # relative to the norm of what it should be; NaN if it raised
+    error: float  # relative to the norm of the expected result; NaN if it raised
     allowed: float
-    speed: float | None = None  # bytes of operands and results, each once, over seconds; None where not timed
-    raised: str | None = None
+    speed: float | None = None  # bytes of operands and results, counted once, per second; None if not timed
+    raised: str | None = None  # the message of an exception
 
     @property
     def sound(self) -> bool:
@@ -62,20 +61,20 @@ class _Case:
     name: str
     allowed: float
     operands: Sequence[Any]  # tensors and quantized weights, on the CPU
-    run: Callable[..., Sequence[Tensor]]  # takes them as they are on the device; for all but `solve`, packed
-    error: Callable[..., float]  # takes what it gave, on the CPU
+    run: Callable[..., Sequence[Tensor]]  # takes the operands on the device; packed, except for `solve`
+    error: Callable[..., float]  # takes its results on the CPU
     timed: bool = False
 
 
 def copy_speed(device: torch.device, size: int = 2**28) -> float:
-    """Bytes per second, read and written, of a copy on the device of `size` bytes."""
+    """Bytes read and written per second by a copy of `size` bytes on the device."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / _seconds(lambda: target.copy_(source), device)
 
 
 def examine(device: torch.device, *, size: int = 256, timed: bool = False) -> Iterator[Finding]:
-    """Each case of each operation, `size` features wide or a little off that; and if `timed` a large one of each."""
+    """Run each case of each operation, with about `size` features; if `timed`, also one large case of each."""
     for case in itertools.chain(_cases(size), _large_cases(_LARGE) if timed else ()):
         backend = ops.backends(device)[case.operation].backend if case.operation != "solve" else "all of them"
         speed = None
@@ -89,7 +88,7 @@ def examine(device: torch.device, *, size: int = 256, timed: bool = False) -> It
                 if case.timed:
                     touched = sum(each.nbytes for each in (*case.operands, *results))
                     speed = touched / _seconds(partial(case.run, *operands), device)
-        except Exception as raised:  # whatever a compiler, a driver or a launch raises is what there is to find
+        except Exception as raised:  # a compiler, driver or launch may raise anything, and that is the finding
             message = " ".join(str(raised).split())[:300]
             yield Finding(case.operation, backend, case.name, math.nan, case.allowed, None, message)
         else:
@@ -97,7 +96,7 @@ def examine(device: torch.device, *, size: int = 256, timed: bool = False) -> It
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The median of some runs, after one that may compile."""
+    """The median over some runs, after one that may compile."""
 
     def once() -> float:
         start = perf_counter()
@@ -118,16 +117,16 @@ _FORMS = {
 }
 
 
-# What the solvers ask for; the others are for whoever asks for them.
+# The precisions that the solvers use by default.
 _DEFAULTS = ("bf16x3", "tf32")
 
 
 def _cases(size: int) -> Iterator[_Case]:
-    ragged = (size - 3, size + 5)  # nothing divides these
+    ragged = (size - 3, size + 5)  # not multiples of any tile
     for kind in _FORMS:
         for shape, rank in (((size, 2 * size), 64), (ragged, 33)):
             yield from _error_cases(kind, shape, rank, PRECISIONS if kind == "NF4" else _DEFAULTS)
-    # q, k and v: one launch, in which no two are alike.
+    # Like q, k and v: three layers in one launch, with different shapes and ranks.
     heights, ranks = (size, size - 3, 17), (64, 33, 5)
     group = [_Linear.quantized_as("NF4", m, 2 * size, r, seed=r) for m, r in zip(heights, ranks, strict=True)]
     yield from _product_cases(f"3 linears, NF4, {heights} x {2 * size}, r {ranks}", group, _DEFAULTS)
@@ -146,11 +145,11 @@ def _cases(size: int) -> Iterator[_Case]:
         yield _cholesky_case(rank, size)
         yield _orthonormalize_case(rank, 2 * size)
     for solver, overwrite in (("krylov", False), ("als", True)):
-        yield _solve_case(solver, overwrite, min(size, 512))  # the optimum takes an eigen-decomposition on the CPU
+        yield _solve_case(solver, overwrite, min(size, 512))  # its optimum takes an eigendecomposition on the CPU
 
 
 def _large_cases(size: int) -> Iterator[_Case]:
-    """One of each operation, as the default solver has it."""
+    """One of each operation, as the default solver calls it."""
     x = _inputs(1024, size)
     cases = [
         *_error_cases("NF4", (size, 2 * size), 64, ["tf32"]),
@@ -165,7 +164,7 @@ def _large_cases(size: int) -> Iterator[_Case]:
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear of the products: W and its Q, or E and None; E in fp64; and the rank of what it is multiplied by."""
+    """A layer to multiply by: W and its quantized weight, or E and None; E in fp64; the columns of the other factor."""
 
     weight: Tensor
     quantized: Any
@@ -180,7 +179,7 @@ class _Linear:
         return cls(weight, quantized, weight.double() - quantized.dequantize().double(), rank)
 
     def cached(self) -> "_Linear":
-        """With E in the place of W."""
+        """With E stored in the place of W."""
         error = self.exact.to(self.weight.dtype)
         return replace(self, weight=error, quantized=None, exact=error.double())
 
@@ -200,7 +199,7 @@ def _error_cases(kind: str, shape: tuple[int, int], rank: int, precisions: Seque
 
 
 def _product_cases(name: str, linears: Sequence[_Linear], precisions: Sequence[str]) -> Iterator[_Case]:
-    """E P and Eᵀ A of linears that share their input, in one launch."""
+    """E P and Eᵀ A of layers that share their input, in one launch."""
     for operation, product, errors in (
         ("grouped_error_product", ops.grouped_error_product, [linear.exact for linear in linears]),
         ("grouped_error_product_t", ops.grouped_error_product_t, [linear.exact.T for linear in linears]),
@@ -245,7 +244,7 @@ def _gram_case(n: int, dtype: torch.dtype, tokens: int | None = None) -> _Case:
     x = _inputs(tokens or 2 * n, n).to(dtype)
     keep = torch.arange(len(x)) % 3 > 0
     expected = (x[keep].double().T @ x[keep].double()).tril()
-    x[~keep] = math.nan  # padding may hold anything
+    x[~keep] = math.nan  # masked tokens may hold anything
 
     def run(tokens: Tensor, keep: Tensor) -> list[Tensor]:
         h = torch.zeros(n, n, device=tokens.device)
@@ -284,7 +283,7 @@ def _cholesky_case(rank: int, width: int) -> _Case:
 
 def _orthonormalize_case(rank: int, rows: int) -> _Case:
     y = _random(rows, rank, seed=2)
-    y[:, -1] = y[:, 0] - y[:, 1]  # adds nothing
+    y[:, -1] = y[:, 0] - y[:, 1]  # linearly dependent
 
     def error(q: Tensor) -> float:
         q = q.double()[:, q.any(dim=0)]
@@ -306,7 +305,7 @@ def _solve_case(solver: str, overwrite: bool, size: int) -> _Case:
     best = solve(weight, quantized, h, rank, solver="eigh").objective
 
     def run(weight: Tensor, quantized: Any, h: Tensor) -> list[Tensor]:
-        steps = None if solver == "krylov" else 60  # far enough on any H
+        steps = None if solver == "krylov" else 60  # enough to converge on any H
         factors = solve(weight.clone(), quantized, h, rank, solver=solver, iterations=steps, overwrite_weight=overwrite)
         return [factors.A, factors.B]
 
@@ -318,7 +317,7 @@ def _solve_case(solver: str, overwrite: bool, size: int) -> _Case:
 
 
 def _moved(operand: Any, device: torch.device) -> Any:
-    """A tensor on `device`, or a quantized weight with its tensors there."""
+    """A tensor, or a quantized weight with all of its tensors, on `device`."""
     if isinstance(operand, Tensor):
         return operand.to(device)
     parts = {
@@ -330,7 +329,7 @@ def _moved(operand: Any, device: torch.device) -> Any:
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:
-    """‖actual - expected‖ / ‖expected‖; infinite where a value is not finite."""
+    """‖actual - expected‖ / ‖expected‖; infinite if a value is not finite."""
     distance = ((actual.double() - expected).norm() / expected.norm()).item()
     return distance if math.isfinite(distance) else math.inf
 
@@ -340,7 +339,7 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _inputs(tokens: int, features: int) -> Tensor:
-    """Tokens (t, n) with a decaying spectrum and a few large channels, as a layer has."""
+    """Tokens (t, n) with a decaying spectrum and a few outlier channels, like the inputs of a layer."""
     x = _random(tokens, features) * torch.arange(1, features + 1) ** -0.5
     x[:, :: max(8, features // 4)] *= 10
     return x

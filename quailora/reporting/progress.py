@@ -63,10 +63,10 @@ class Progress:
         self._bar.stop()
 
     def blocks(self, indices: Collection[int]) -> Iterator[int]:
-        """The blocks to run, in order; each is counted when the next one is asked for.
+        """Yield the blocks to run, counting each one when the next is asked for.
 
-        Those that were finished before still run forward, for the inputs of the next ones; they count from the start,
-        and their time is not taken for that of the others.
+        Blocks that were finished before are counted from the beginning. They are run forward again to get the inputs of
+        the others, which takes less time, so they do not enter the estimate of the time left.
         """
         total, done = len(self._finished.union(indices)), len(self._finished)
         self._announce(total, done)
@@ -84,7 +84,7 @@ class Progress:
             due = done * _LINES // total > (done - 1) * _LINES // total or now - printed >= _SECONDS_BETWEEN_LINES
             if self._prints_lines and (due or solved == 1):
                 left = f"{about(solving / solved * (total - done))} left, " if done < total else ""
-                _print(f"{done} of {total} blocks in {duration(now - start)}, {left}{self._error()}")
+                _print(f"{done} of {total} blocks, {duration(now - start)} so far, {left}{self._error()}")
                 printed = now
 
     def layer(self, layer: LayerReport) -> None:

@@ -197,8 +197,8 @@ def test_a_resumed_run_shows_the_share_that_its_report_has(
     lines = err.splitlines()
     assert out == "" and len(lines) == 3
     assert lines[0].startswith("QuAILoRA: 2 of 4 blocks are done, about ")
-    assert lines[1].startswith("QuAILoRA: 3 of 4 blocks in ")
-    assert lines[2].startswith("QuAILoRA: 4 of 4 blocks in ")
+    assert lines[1].startswith("QuAILoRA: 3 of 4 blocks, ")
+    assert lines[2].startswith("QuAILoRA: 4 of 4 blocks, ")
     assert lines[2].endswith(f"output error left {report.error_left:.1%}")
 
 
