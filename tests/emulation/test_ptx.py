@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quailora.kernels import cholesky, error_products, gram_product
+from quailora.kernels import cholesky, error_product_configs, error_products, gram_product
 from quailora.kernels.error_products import Codes
 from quailora.kernels.padding import padded
 from quailora.kernels.variants import Variant
@@ -649,7 +649,7 @@ def test_a_group_of_linears(
     kind: str, dtype: torch.dtype, precision: str, transposed: bool, form: str, members: int
 ) -> None:
     """Of every kind, no two alike in height and rank."""
-    case = error_products._Case(kind, dtype, dtype, 16, precision, transposed, form)._served()
+    case = error_product_configs.Case(kind, dtype, dtype, 16, precision, transposed, form).served()
     variant = next(error_products._product_variants("sm_80", case))
     n = {"even": 256, "masked": 192, "masked16": 112, "ragged": 75}[form]
     heights, ranks = (256, 512) if form == "even" else (37, 70, 20), (5, 16, 9)

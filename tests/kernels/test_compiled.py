@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import quailora.kernels
-from quailora.kernels import error_products
+from quailora.kernels import error_product_configs, error_products
 from quailora.kernels.precision import PRECISIONS
 from quailora.kernels.variants import Variant
 from tests.emulation.ptx.sample import product_variant
@@ -77,8 +77,8 @@ def test_every_product_with_e_is_a_shipped_one(
     precision: str,
 ) -> None:  # fmt: skip
     codes = error_products._example(kind, compute)
-    case = error_products._Case.of(dtype, codes, heights, n, rank, transposed, precision)
-    assert case in set(error_products._Case.possible())
+    case = error_product_configs.Case.of(dtype, codes, heights, n, rank, transposed, precision)
+    assert case in set(error_product_configs.Case.possible())
     assert case.rank >= rank and PRECISIONS.index(case.precision) <= PRECISIONS.index(precision)  # the finest is first
     for target in aot.TARGETS:
         for setting in case.settings(target):

@@ -1,13 +1,13 @@
 """Shipped kernels in their compiled form, executed: results, races, and the bytes and instructions that they cost."""
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from quailora.kernels import cholesky, error_products, gram_product
+from quailora.kernels import cholesky, error_product_configs, error_products, gram_product
 from quailora.kernels.error_products import Codes
 from quailora.kernels.precision import PRECISIONS
 from quailora.kernels.variants import Variant
@@ -160,7 +160,8 @@ def test_bytes_of_an_error_product_at_4096(rank: int, precision: str, shape: str
 def test_instructions_of_the_dequantization(precision: str, shape: str) -> None:
     """On sm_90, what the loop of a 4-bit weight has more than that of a dense E in bf16, otherwise the same."""
     dtype = torch.bfloat16
-    cases = (error_products._Case(kind, dtype, dtype, R, precision, shape == "t", "even") for kind in ("4bit", "dense"))
+    case = partial(error_product_configs.Case, rank=R, precision=precision, transposed=shape == "t", form="even")
+    cases = (case(kind, dtype, dtype) for kind in ("4bit", "dense"))
     fused, dense = (next(error_products._product_variants("sm_90", case)) for case in cases)
     assert {name: fused.constexprs[name] for name in ("KEPT", "INNER")} == {
         name: dense.constexprs[name] for name in ("KEPT", "INNER")
@@ -177,7 +178,7 @@ def test_instructions_of_the_dequantization(precision: str, shape: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_error_may_take_the_place_of_the_weight(dtype: torch.dtype, form: str) -> None:
     """To the bit, and no thread reads what another has overwritten: that would be a race."""
-    variant = shipped(error_products, f"error-4bit-{error_products._DTYPES[dtype]}-{form}")
+    variant = shipped(error_products, f"error-4bit-{error_product_configs.DTYPES[dtype]}-{form}")
     m, n = {"even": (32, 256), "masked": (20, 320), "masked16": (20, 304), "ragged": (20, 259)}[form]
     weight = (0.02 * random(m, n)).to(dtype)
     quantized = quantize(weight, Quantization("nf4", blocksize=64, compute_dtype=dtype))

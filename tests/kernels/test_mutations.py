@@ -19,25 +19,25 @@ from quailora.kernels.variants import Variant
 from tests.emulation import ptx
 from tests.emulation.ptx.sample import product_variant
 from tests.emulation.test_ptx import launch_of_a_gram_product, launch_of_a_group
-from tests.helpers import aot
+from tests.helpers import ROOT, aot
 from tests.kernels.test_counts import linear, positive_definite, shipped
 
 TESTS = Path(__file__).resolve().parent
-KERNELS = TESTS.parent / "kernels"
+KERNELS = ROOT / "kernels"
 
 # ---- faults in the source
 
 
 @dataclass(frozen=True)
 class Mutation:
-    file: str  # in kernels/, without .py
-    text: str  # stands in it exactly once
+    files: str  # of one kernel, a pattern in kernels/ without .py
+    text: str  # stands in them exactly once
     replacement: str
-    test: str  # that must fail, as pytest names it, from tests/
+    test: str  # that must fail, as pytest names it, from tests/kernels/
 
 
-FAULTS = {  # file in kernels/ -> file of tests -> the test -> what is wrong, the text, what stands in its place
-    "error_products": {
+FAULTS = {  # files in kernels/ -> file of tests -> the test -> what is wrong, the text, what stands in its place
+    "error_product*": {
         "interpreted/test_solve.py": {
             "test_doctor_finds_nothing_in_groups": [
                 ("doctor: P of the first for all", "_select(linear, thin_0, thin_1, thin_2)", "thin_0"),
@@ -160,7 +160,7 @@ FAULTS = {  # file in kernels/ -> file of tests -> the test -> what is wrong, th
                  'EVEN=n % setting["COLUMNS"] == 0'),
             ],
         },
-        "test_ptx_emulator.py": {
+        "../emulation/test_ptx.py": {
             "test_error_products_keep_within_the_edges[tf32-masked-192-t]": [
                 ("absmax of a column too many", "there[:, None] & (granules < n)[None, :]", "there[:, None]"),
                 ("codes of a column too many", "there[:, None] & (pairs < pairs_per_row)[None, :]", "there[:, None]"),
@@ -200,7 +200,7 @@ FAULTS = {  # file in kernels/ -> file of tests -> the test -> what is wrong, th
                 ("32-bit offsets", "top.to(tl.int64)[:, None] * n", "top[:, None] * n"),
             ],
         },
-        "test_ptx_emulator.py": {
+        "../emulation/test_ptx.py": {
             "test_a_gram_product_keeps_within_the_edges[tf32-75]": [
                 ("a row of H too many", "(top < n)[:, None]", "(top <= n)[:, None]"),
                 ("a column of H too many", "(left < n)[None, :]", "(left <= n)[None, :]"),
@@ -321,7 +321,7 @@ FAULTS = {  # file in kernels/ -> file of tests -> the test -> what is wrong, th
                 ("least pivots beyond the last", "least + rows, mask=rows < r", "least + rows, mask=rows <= r"),
             ],
         },
-        "test_ptx_emulator.py": {
+        "../emulation/test_ptx.py": {
             "test_each_system_has_scratch_of_its_own": [
                 ("scratch of the first system for all", "    lower += system * padded * padded\n", ""),
             ],
@@ -451,7 +451,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
                 "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             }
             process = subprocess.Popen(
-                [sys.executable, "-c", SERVER], env=environment, cwd=TESTS, text=True, bufsize=1,
+                [sys.executable, "-P", "-c", SERVER], env=environment, cwd=TESTS, text=True, bufsize=1,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
             return servers.enter_context(process)
@@ -471,14 +471,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 def faulty_kernels(folder: Path, mutation: Mutation) -> Path:
     """The kernels as links to their files, but for the one with the fault."""
+    texts = {file.name: file.read_text() for file in KERNELS.glob(f"{mutation.files}.py")}
+    found = sum(text.count(mutation.text) for text in texts.values())
+    assert found == 1, f"{mutation.files}.py has {mutation.text!r} {found} times"
     for file in KERNELS.glob("*.py"):
-        (folder / file.name).symlink_to(file)
-    faulty = folder / f"{mutation.file}.py"
-    text = faulty.read_text()
-    found = text.count(mutation.text)
-    assert found == 1, f"{faulty.name} has {found} times {mutation.text!r}"
-    faulty.unlink()
-    faulty.write_text(text.replace(mutation.text, mutation.replacement))
+        if mutation.text in texts.get(file.name, ""):
+            (folder / file.name).write_text(texts[file.name].replace(mutation.text, mutation.replacement))
+        else:
+            (folder / file.name).symlink_to(file)
     return folder
 
 
@@ -498,8 +498,8 @@ def test_a_fault_in_the_source_is_found(name: str, run: Run, tmp_path: Path) -> 
 
 
 def test_a_mutation_that_no_longer_applies_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"error_products.py has 0 times 'no such text'"):
-        faulty_kernels(tmp_path, Mutation("error_products", "no such text", "", ""))
+    with pytest.raises(AssertionError, match=r"gram_product.py has 'no such text' 0 times"):
+        faulty_kernels(tmp_path, Mutation("gram_product", "no such text", "", ""))
 
 
 # ---- barriers and waits, dropped from the compiled kernel

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quailora.kernels import error_products
+from quailora.kernels import error_product_configs, error_products
+from quailora.kernels.error_product_kernels import error_product_kernel
 from quailora.kernels.error_products import (
     Codes,
     error_product,
@@ -59,7 +60,7 @@ def check(weight: Tensor, quantized: QuantizedWeight | None, rank: int, precisio
     error, operand = exact_error(weight, quantized), kernel_operand(weight, quantized)
     m, n = weight.shape
     right, left = random(n, rank, seed=2), random(m, rank, seed=3)
-    served = error_products._Case.of(weight.dtype, operand[1], [m], n, rank, False, precision).precision
+    served = error_product_configs.Case.of(weight.dtype, operand[1], [m], n, rank, False, precision).precision
     assert_product(error_product(*operand, right, precision=precision), error, right, served)
     assert_product(error_product_t(*operand, left, precision=precision), error.T, left, served)
 
@@ -195,7 +196,7 @@ def test_offsets_beyond_two_to_the_31(transposed: bool, kind: str) -> None:
     weight[-1, -16:] = torch.arange(16.0)
     packed = ones_in_nf4(m, n) if kind == "4bit" else None
     expected = torch.arange(16.0) - (3 if packed else 0)
-    case = error_products._Case(kind, torch.bfloat16, torch.bfloat16, r, "ieee", transposed, form="masked")
+    case = error_product_configs.Case(kind, torch.bfloat16, torch.bfloat16, r, "ieee", transposed, form="masked")
     [setting] = case.settings("sm_80")
     constants = case.constants(packed, setting)
     kept, inner = (n, m) if transposed else (m, n)
@@ -210,7 +211,7 @@ def test_offsets_beyond_two_to_the_31(transposed: bool, kind: str) -> None:
     codes, absmax = error_products._packed(weight, packed)
     of_each = [x for x in (weight, codes, absmax, thin) for _ in range(3)]
     with interpreter.only(*last):
-        error_products._error_product_kernel[(last[0] + 1, steps)](
+        error_product_kernel[(last[0] + 1, steps)](
             *of_each, m, 0, 0, error_products._table(packed, partial), partial, n // constants["ALIGNMENT"],
             **constants, **setting,
         )  # fmt: skip
@@ -278,7 +279,7 @@ def test_offsets_of_the_error_beyond_two_to_the_31(kind: str) -> None:
     else:
         packed = Codes(torch.empty(m, n, dtype=torch.int8), torch.full((m,), 3.0))
         packed.codes[-1, -16:] = 127
-    last = tuple(size - 1 for size in error_products._error_grid(m, n))
+    last = tuple(size - 1 for size in error_product_configs.error_grid(m, n))
     with interpreter.only(*last):
         error_products.error(weight, packed, out=weight)
     assert (weight[-1, -16:] == -2.0).all()
@@ -303,7 +304,7 @@ def test_int8_scales_belong_to_rows() -> None:
 def test_masks_are_left_out_of_whole_tiles_only(heights: list[int], n: int, form: str, dense: str) -> None:
     # What a mask that is missing lets in may be multiplied by 0, or not be stored: no product would tell.
     for codes, expected in ((ones_in_nf4(1, 64), form), (None, dense)):
-        case = error_products._Case.of(torch.bfloat16, codes, heights, n, 16, False, "tf32")
+        case = error_product_configs.Case.of(torch.bfloat16, codes, heights, n, 16, False, "tf32")
         assert case.form == expected
 
 
@@ -317,6 +318,6 @@ def test_masks_are_left_out_of_whole_tiles_of_the_error_only(
         def __getitem__(self, grid: object) -> Callable[..., None]:
             return lambda *arguments, **constants: launches.append(constants["EVEN"])
 
-    monkeypatch.setattr(error_products, "_error_kernel", Kernel())
+    monkeypatch.setattr(error_products, "error_kernel", Kernel())
     error_products.error(torch.zeros(48, n), None, stop=rows)
     assert launches == [even]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from quailora.kernels import error_products, gram_product, settings, tuning
+from quailora.kernels import error_product_configs, error_products, gram_product, settings, tuning
 from quailora.kernels.settings import Problem, chosen, timings_file
 from quailora.kernels.tuning import tune
 from tests.helpers import interpreter
@@ -129,5 +129,5 @@ def test_every_problem_runs_with_every_setting(monkeypatch: pytest.MonkeyPatch) 
         "gram_product-k64-bf16x3",
         "gram_product-k128-bf16x3",
     } <= fastest.keys()  # of one linear, and of two or three
-    case = error_products._Case.of(torch.bfloat16, None, [256], 256, 16, False, "ieee")
+    case = error_product_configs.Case.of(torch.bfloat16, None, [256], 256, 16, False, "ieee")
     assert case.problem not in fastest  # no alternatives, so nothing to time
