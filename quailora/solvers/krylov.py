@@ -50,8 +50,10 @@ class _Span:
 def _random(problem: Problem, index: int) -> tuple[Tensor, Tensor]:
     """Gaussian Ω (n, r), and (m, r) for `_replace_zero_columns`; from the CPU, so that all devices get the same."""
     (rows, columns), rank = problem.errors.shapes[index], problem.ranks[index]
-    generator = torch.Generator().manual_seed(problem.seed)
-    omega, spare = (torch.randn(size, rank, generator=generator) for size in (columns, rows))
+    generator = torch.Generator("cpu").manual_seed(problem.seed)
+    omega, spare = (
+        torch.randn(size, rank, generator=generator, dtype=torch.float32, device="cpu") for size in (columns, rows)
+    )
     device = problem.errors.device
     return torch.empty_like(omega, device=device).copy_(omega), torch.empty_like(spare, device=device).copy_(spare)
 

@@ -235,8 +235,8 @@ def _balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _zeros(linear: Linear, error_norm: float) -> LoraFactors:
     rows, columns = linear.weight.shape
     return LoraFactors(
-        A=torch.zeros(rows, linear.rank, device=linear.weight.device),
-        B=torch.zeros(columns, linear.rank, device=linear.weight.device),
+        A=torch.zeros(rows, linear.rank, dtype=torch.float32, device=linear.weight.device),
+        B=torch.zeros(columns, linear.rank, dtype=torch.float32, device=linear.weight.device),
         objective=0.0,
         initial=0.0,
         trace=(0.0,),

@@ -503,3 +503,19 @@ def test_no_warning_on_ordinary_problems() -> None:
         warnings.simplefilter("error")
         for solver in SOLVERS:
             solve(W, Q, H, 4, solver=solver)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_callers_default_dtype_and_device_change_nothing(solver: str) -> None:
+    weight, quantized, h = problem(64, 48)
+    expected = solve(weight, quantized, h, 8, solver=solver)
+    nothing = solve(weight, weight, h, 8, solver=solver)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = solve(weight, quantized, h, 8, solver=solver)
+            assert solve(weight, weight, h, 8, solver=solver).A.dtype == nothing.A.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found.A, expected.A) and torch.equal(found.B, expected.B)
