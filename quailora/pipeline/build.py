@@ -21,7 +21,13 @@ from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
 from quailora.pipeline.resume import Workspace
-from quailora.pipeline.setup import Run, default_device, default_quantization, enumerate_reasons
+from quailora.pipeline.setup import (
+    Run,
+    default_device,
+    default_quantization,
+    enumerate_reasons,
+    without_torch_modes,
+)
 from quailora.quantization.bitsandbytes import Quantization, quantize
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import make_record
@@ -31,7 +37,7 @@ from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 RANK, ALPHA = 64, 16
 
 
-@torch.inference_mode(False)  # tensors made in inference mode can be neither faked nor edited in place later
+@without_torch_modes()
 def build_adapter(
     checkpoint: str | Path | Checkpoint,
     lora_config: LoraConfig | None,

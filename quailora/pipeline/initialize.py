@@ -22,7 +22,7 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel, linear_weight
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
-from quailora.pipeline.setup import Run, default_device, enumerate_reasons
+from quailora.pipeline.setup import Run, default_device, enumerate_reasons, without_torch_modes
 from quailora.quantization.bitsandbytes import (
     Quantization,
     QuantizedWeight,
@@ -36,7 +36,7 @@ from quailora.reporting.report import Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
 
-@torch.inference_mode(False)  # tensors made in inference mode can be neither faked nor edited in place later
+@without_torch_modes()
 def initialize(
     peft_model: PeftModel,
     calibration: Any,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,17 @@ from quailora.quantization.bitsandbytes import Quantization, QuantizedWeight
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import LayerReport, Report
 from quailora.solvers.config import SolverConfig
+
+
+@contextmanager
+def without_torch_modes() -> Iterator[None]:
+    """Within it the caller's inference mode and default device are off: tensors made in inference mode can be neither
+    faked nor edited in place later, and everything here names its device or means the CPU."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 @dataclass(frozen=True, eq=False)
