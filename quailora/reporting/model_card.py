@@ -42,11 +42,11 @@ tags:
 
 # A starting point for QLoRA fine-tuning of {base["checkpoint"]}
 
-This LoRA adapter has not been trained yet. It is initialized so that the quantized base model computes nearly what the
-full-precision model does: for each linear layer, A and B minimize ‖(W - Q - A Bᵀ) X‖, where W is the full-precision
-weight, Q the quantized weight and X the layer's inputs on calibration data (QuAILoRA,
-[arXiv 2410.14713](https://arxiv.org/abs/2410.14713)). {len(report.layers)} linear layers were initialized, and
-{report.error_left:.1%} of their output error on that data is left (geometric mean). `report.md` lists every layer.
+This LoRA adapter has not been trained yet. It is initialized to reduce the error that quantization causes: for each
+linear layer, A and B minimize ‖(W - Q - A Bᵀ) X‖, where W is the full-precision weight, Q the quantized weight and X
+the layer's inputs on calibration data (QuAILoRA, [arXiv 2410.14713](https://arxiv.org/abs/2410.14713)).
+{len(report.layers)} linear layers were initialized, and {report.error_left:.1%} of their output error on that data is
+left (geometric mean). `report.md` lists every layer.
 
 {settings_table(record)}
 
