@@ -19,7 +19,7 @@ class Codes:
 
     @classmethod
     def of(cls, quantized: Any) -> "Codes":
-        """From a weight of `quantized.py`, FourBit or EightBit, whose codes it shares. Nested absmax is decoded."""
+        """From a packed quantized weight, whose codes it shares. Nested absmax is decoded."""
         if quantized.codes.dtype == torch.int8:
             return cls(quantized.codes, quantized.absmax)
         absmax = quantized.absmax if isinstance(quantized.absmax, Tensor) else quantized.absmax.dequantize()

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from quailora.errors import AdapterError, QuailoraError
 
-# The names that safetensors has for the dtypes an adapter can have.
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# The dtypes that an adapter can have, as safetensors names them.
+_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @contextmanager
@@ -49,17 +49,17 @@ def new_folder(path: Path) -> Iterator[Path]:
 def check_new_folder(path: Path) -> None:
     """Raises QuailoraError unless `path` is an empty folder or does not exist."""
     if path.is_dir() and any(path.iterdir()):
-        raise QuailoraError(f"the output folder {path} is not empty: use what is in it, give another, or remove it")
+        raise QuailoraError(f"the output folder {path} is not empty: give another one, or remove it")
     if path.exists() and not path.is_dir():
-        raise QuailoraError(f"{path} is a file: the output is a folder")
+        raise QuailoraError(f"{path} is a file, and the output must be a folder")
     if os.path.ismount(path):
-        raise QuailoraError(f"{path} is a mount point, which no finished folder can replace: give a folder within it")
+        raise QuailoraError(f"{path} is a mount point, which cannot be replaced: give a folder inside it")
 
 
 @contextmanager
 def writing(path: Path, advice: str | None = None) -> Iterator[None]:
     """Within it, errors of the operating system become QuailoraErrors that name `path` and end with `advice`."""
-    advice = advice or f"nothing was left under {path}"
+    advice = advice or f"nothing was written to {path}"
     try:
         yield
     except Exception as error:
@@ -124,7 +124,7 @@ def write_tensors(path: Path, tensors: dict[str, LazyTensor]) -> None:
     for name, tensor in ordered:
         stop = start + tensor.nbytes
         header[name] = {
-            "dtype": DTYPES[tensor.dtype],
+            "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, stop],
         }
@@ -170,7 +170,7 @@ def write_files(folder: Path, texts: dict[str, str]) -> None:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
         raise QuailoraError(
-            f"{path} cannot be written: {error.strerror or error}; make room there or give another folder"
+            f"{path} cannot be written: {error.strerror or error}; free some space there, or give another folder"
         ) from error
 
 

@@ -297,10 +297,10 @@ def build(checkpoint: Path, output: Path) -> None:
 def test_an_output_folder_with_something_in_it_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    with pytest.raises(QuailoraError, match=r"out is not empty: use what is in it, give another"):
+    with pytest.raises(QuailoraError, match=r"out is not empty: give another one"):
         build(tmp_path / "not even read", tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
-    with pytest.raises(QuailoraError, match=r"mine is a file: the output is a folder"):
+    with pytest.raises(QuailoraError, match=r"mine is a file, and the output must be a folder"):
         build(tmp_path / "not even read", tmp_path / "out" / "mine")
 
 
@@ -316,7 +316,7 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path: Path) -> None:
 
 def test_a_mount_point_is_refused_before_the_work_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.os.path, "ismount", lambda path: path == tmp_path / "volume")
-    with pytest.raises(QuailoraError, match=r"volume is a mount point, .* give a folder within it"):
+    with pytest.raises(QuailoraError, match=r"volume is a mount point, .* give a folder inside it"):
         files.check_new_folder(tmp_path / "volume")
 
 

@@ -57,7 +57,7 @@ def rehearsed_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def products_of_torch(slow_halves: Callable[..., None]) -> None:
-    """On whatever CPU, without fp32 copies of factors: see half.py."""
+    """On whatever CPU, without fp32 copies of factors: see `quailora.ops.cpu_matmul`."""
     slow_halves()
 
 

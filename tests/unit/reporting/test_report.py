@@ -88,7 +88,7 @@ def test_a_full_disk_leaves_the_old_files_whole(number: int, tmp_path: Path, mon
 
     monkeypatch.setattr(os, "fsync", fail_on_fsync(number))
     file = ("report.json", "report.md", RECORD)[number - 1]
-    with pytest.raises(QuailoraError, match=f"{file} cannot be written: No space left on device; make room"):
+    with pytest.raises(QuailoraError, match=f"{file} cannot be written: No space left on device; free some space"):
         newer.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
