@@ -19,7 +19,7 @@ from torch import Tensor
 from quailora import ops
 from quailora.ops import cpu_matmul, reference
 from quailora.ops.precision import PRECISIONS, exact_products
-from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.quantization.registry import bases
 from quailora.solvers.solve import solve
 
 # The error a product may have against fp64, relative to its norm: ten times what its precision loses
@@ -109,13 +109,8 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return median(once() for _ in range(_RUNS))
 
 
-_FORMS = {
-    "NF4": (torch.bfloat16, Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)),
-    "FP4": (torch.float16, Quantization("fp4", double=False, blocksize=64, compute_dtype=torch.float16)),
-    "NF4, fp32": (torch.float32, Quantization("nf4", double=False, blocksize=64, compute_dtype=torch.float32)),
-    "LLM.int8": (torch.bfloat16, Quantization("int8")),
-}
-
+# Name -> dtype of W, and the base to quantize it by.
+_EXAMPLES = {name: example for base in bases() for name, example in base.kernel_examples().items()}
 
 # The precisions that the solvers use by default.
 _DEFAULTS = ("bf16x3", "tf32")
@@ -123,7 +118,7 @@ _DEFAULTS = ("bf16x3", "tf32")
 
 def _cases(size: int) -> Iterator[_Case]:
     ragged = (size - 3, size + 5)  # not multiples of any tile
-    for kind in _FORMS:
+    for kind in _EXAMPLES:
         for shape, rank in (((size, 2 * size), 64), (ragged, 33)):
             yield from _error_cases(kind, shape, rank, PRECISIONS if kind == "NF4" else _DEFAULTS)
     # Like q, k and v: three layers in one launch, with different shapes and ranks.
@@ -173,9 +168,9 @@ class _Linear:
 
     @classmethod
     def quantized_as(cls, kind: str, m: int, n: int, rank: int, seed: int = 0) -> "_Linear":
-        dtype, form = _FORMS[kind]
+        dtype, form = _EXAMPLES[kind]
         weight = _random(m, n, seed=seed).mul_(0.02).to(dtype)
-        quantized = quantize(weight, form)
+        quantized = form.quantize(weight)
         return cls(weight, quantized, weight.double() - quantized.dequantize().double(), rank)
 
     def cached(self) -> "_Linear":
@@ -297,9 +292,9 @@ def _orthonormalize_case(rank: int, rows: int) -> _Case:
 
 
 def _solve_case(solver: str, overwrite: bool, size: int) -> _Case:
-    x, (dtype, form) = _inputs(4 * size, size), _FORMS["NF4"]
+    x, (dtype, form) = _inputs(4 * size, size), _EXAMPLES["NF4"]
     h, weight = x.T @ x, _random(size, size).mul_(0.02).to(dtype)
-    quantized = quantize(weight, form)
+    quantized = form.quantize(weight)
     error = weight.double() - quantized.dequantize().double()
     rank = min(32, size // 2)
     best = solve(weight, quantized, h, rank, solver="eigh").objective

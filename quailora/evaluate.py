@@ -5,7 +5,6 @@ In a sequence of t tokens, tokens 2 to t are each predicted from those before th
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +28,7 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import no_progress_bar
 from quailora.pipeline.loop import memory_errors
 from quailora.pipeline.setup import default_device
-from quailora.quantization.bitsandbytes import NAMES, Quantization
+from quailora.quantization.registry import evaluating, from_config
 from quailora.reporting.record import read_record
 
 # Logits that are in fp32 at a time: 256 MiB for each of the few tensors that scoring takes.
@@ -191,7 +190,7 @@ def compare(
         raise AdapterError("without an adapter nothing says how the base is quantized: pass `quantization`")
     where = default_device(device)
     dtype = dtype or loaded_in
-    method = NAMES[Quantization.from_config(quantization).method]
+    method = from_config(quantization).name
     of_full, of_quantized, of_adapted = _Tally(), _Tally(), _Tally()
     with memory_errors(where, _SMALLER):
         full = _load(source, where, dtype)
@@ -303,25 +302,14 @@ def _log_softmax(logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Within it the models are in eval mode and gradients are off. Every module is restored afterwards.
-
-    On a CPU with AVX512-BF16, a Linear4bit in eval mode repacks its weight for good: absmax is rounded to bf16 and the
-    layer passes no gradient any more, so a model evaluated during training could not be trained further. This prevents
-    the repacking.
-    """
+    """Within it the models are in eval mode and gradients are off. Every module is restored afterwards."""
     modules = [module for model in models for module in model.modules()]
     modes = [module.training for module in modules]
-    repacking = [module for module in modules if getattr(module, "support_avx512bf16_for_cpu", False)]
     with ExitStack() as undo, torch.no_grad():
         for module, mode in zip(modules, modes, strict=True):
             undo.callback(setattr, module, "training", mode)
             module.training = False
-        for module in repacking:
-            undo.callback(setattr, module, "support_avx512bf16_for_cpu", True)
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        log = logging.getLogger("bitsandbytes.autograd._functions")
-        log.addFilter(_not_about_casts)
-        undo.callback(log.removeFilter, _not_about_casts)
+        undo.enter_context(evaluating(modules))
         for model in models:
             undo.enter_context(ops.half_products(_device(model), _dtypes(model)))
         yield
@@ -338,11 +326,6 @@ def _dtypes(model: nn.Module) -> set[torch.dtype]:
     of_linears = {getattr(module, "compute_dtype", None) for module in model.modules()}
     of_parameters = {parameter.dtype for parameter in model.parameters()}
     return of_parameters | {dtype for dtype in of_linears if isinstance(dtype, torch.dtype)}
-
-
-def _not_about_casts(entry: logging.LogRecord) -> bool:
-    """Drop the warning that LLM.int8 logs for every layer and batch of a model that is not in fp16."""
-    return not str(entry.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
 def _load(

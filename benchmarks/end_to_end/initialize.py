@@ -42,8 +42,9 @@ from quailora.memory.planner import describe_bytes
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel, linear_weight
 from quailora.pipeline.build import ALPHA, RANK
-from quailora.pipeline.setup import default_batch_size, default_device, default_quantization
-from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.pipeline.setup import default_batch_size, default_device
+from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.quantization.registry import config_for
 from quailora.solvers import krylov
 from quailora.solvers import solve as solvers
 from quailora.solvers.registry import SOLVERS
@@ -150,11 +151,11 @@ def check(checkpoint: Checkpoint, model: Any, config: LoraConfig, data: Calibrat
         model.base_model(first.sequences[0][None].to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
-    form = Quantization.from_config(default_quantization(checkpoint.dtype))
+    form = BitsAndBytes.from_config(config_for("nf4", checkpoint.dtype))
     for layer, row in layers.items():
         weight = linear_weight(layer)
         a, b = (tensors[f"base_model.model.{row.name}.lora_{part}.weight"].to(weight.device).double() for part in "AB")
-        error = weight.double() - quantize(weight, form).dequantize().double()
+        error = weight.double() - form.quantize(weight).dequantize().double()
         for residual, reported in (
             (error, row.output_error),
             (error - config.lora_alpha / config.r * b @ a, row.output_error_after),

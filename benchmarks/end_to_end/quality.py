@@ -24,8 +24,8 @@ from benchmarks.common.smollm2 import fetch
 from quailora.calibration.data import Calibration, read_calibration
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.pipeline.build import ALPHA
-from quailora.pipeline.setup import default_quantization
-from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.quantization.registry import config_for
 from quailora.solvers.config import DEFAULT_DAMPING
 
 SOLVERS = ("krylov", "als", "svd")
@@ -52,10 +52,10 @@ def perplexity(
 
 def excess_over_optimum(checkpoint: Checkpoint, calibration: Calibration, rank: int) -> dict[str, float]:
     """Mean over all linears of (objective of a solver / objective of the closed form in fp64) - 1, undamped."""
-    form = Quantization.from_config(default_quantization(checkpoint.dtype))
+    form = BitsAndBytes.from_config(config_for("nf4", checkpoint.dtype))
     excess: dict[str, list[float]] = {"krylov": [], "als": []}
     for weight, gram in gather(checkpoint, calibration).values():
-        q, h = quantize(weight, form).dequantize(), gram.matrix()
+        q, h = form.quantize(weight).dequantize(), gram.matrix()
         error = weight.double() - q.double()
 
         def left(factors: quailora.LoraFactors, error: torch.Tensor = error, h: torch.Tensor = h) -> float:
@@ -81,7 +81,7 @@ def main() -> None:
     checkpoint = Checkpoint(arguments.model or fetch())
     calibration = read_calibration(checkpoint, arguments.calibrate, samples=64, sequence_length=512)
     text = read_calibration(checkpoint, arguments.measure, samples=16, sequence_length=512)
-    nf4 = default_quantization(checkpoint.dtype)
+    nf4 = config_for("nf4", checkpoint.dtype)
     fp4 = BitsAndBytesConfig(**(nf4.to_diff_dict() | {"bnb_4bit_quant_type": "fp4", "load_in_4bit": True}))
     results: dict[str, float] = {}
 

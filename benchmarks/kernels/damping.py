@@ -18,8 +18,8 @@ from benchmarks.common.layers import gather
 from benchmarks.common.smollm2 import fetch
 from quailora.calibration.data import Calibration, read_calibration
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.pipeline.setup import default_quantization
-from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.quantization.registry import config_for
 
 DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
 
@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     checkpoint = Checkpoint(arguments.model or fetch())
-    form = Quantization.from_config(default_quantization(checkpoint.dtype))
+    form = BitsAndBytes.from_config(config_for("nf4", checkpoint.dtype))
     most = max(arguments.samples)
     text = read_calibration(
         checkpoint, arguments.text, samples=most + arguments.measure, sequence_length=arguments.length
@@ -48,7 +48,7 @@ def main() -> None:
         layers = gather(checkpoint, Calibration(text.sequences[:samples], text.source))
         for damping in DAMPINGS:
             for name, (weight, gram) in layers.items():
-                q = quantize(weight, form)
+                q = form.quantize(weight)
                 factors = quailora.solve(weight, q, gram, min(arguments.rank, *weight.shape), damping=damping)
                 dense.get_parameter(f"{name}.weight").data = (q.dequantize().float() + factors.A @ factors.B.T).to(
                     weight.dtype

@@ -33,8 +33,8 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.ops import reference
 from quailora.ops.dispatch import Service
 from quailora.ops.precision import PRECISIONS
-from quailora.pipeline.setup import default_quantization
-from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.quantization.registry import config_for
 from quailora.solvers.registry import SOLVERS
 
 # Solver -> the precisions of E and of H, from the finest on: the first is what the others are compared with.
@@ -119,13 +119,13 @@ def _at(chosen: str, operation: Any, h: Tensor, rights: Sequence[Tensor], *, pre
     return operation(h, rights, precision=chosen)
 
 
-def study(layers: Mapping[str, tuple[Tensor, Gram]], form: Quantization, rank: int) -> list[dict[str, Any]]:
+def study(layers: Mapping[str, tuple[Tensor, Gram]], form: BitsAndBytes, rank: int) -> list[dict[str, Any]]:
     """The rows of the table, of all `layers` together."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
     for number, (name, (weight, gram)) in enumerate(layers.items(), 1):
         weight, h = weight.to(device), gram.matrix().to(device)
-        found.append(objectives(weight, quantize(weight, form).dequantize(), h, min(rank, *weight.shape)))
+        found.append(objectives(weight, form.quantize(weight).dequantize(), h, min(rank, *weight.shape)))
         print(f"{number}/{len(layers)} {name}", flush=True)
     return summary(found)
 
@@ -187,7 +187,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     checkpoint = Checkpoint(arguments.model or fetch())
-    form = Quantization.from_config(default_quantization(checkpoint.dtype))
+    form = BitsAndBytes.from_config(config_for("nf4", checkpoint.dtype))
     calibration = read_calibration(
         checkpoint, arguments.calibrate, samples=arguments.samples, sequence_length=arguments.length
     )

@@ -37,7 +37,8 @@ import quailora
 from benchmarks.common.timing import alternate, copy_rate, describe, keep, require
 from quailora import ops
 from quailora.ops.precision import exact_products
-from quailora.quantization.bitsandbytes import Quantization, QuantizedWeight, quantize
+from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.quantization.protocol import QuantizedWeight
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.error_matrix import ErrorMatrices, choose_form
 from quailora.solvers.inputs import Linear
@@ -46,7 +47,7 @@ from quailora.solvers.registry import SOLVERS
 from quailora.solvers.solve import solve_group
 
 COMPARED = ("krylov", "als")
-NF4 = Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
+NF4 = BitsAndBytes("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
 
 
 # ---- Shapes
@@ -337,7 +338,7 @@ class Case:
         inputs = normal(min(4096, 4 * group.columns), group.columns) * falling(group.columns, 0.75)
         gram = inputs.T @ inputs
         weights = [original.clone() for original in originals]
-        return cls(group, rank, originals, weights, [quantize(each, NF4) for each in originals], gram)
+        return cls(group, rank, originals, weights, [NF4.quantize(each) for each in originals], gram)
 
     @property
     def ranks(self) -> list[int]:

@@ -34,10 +34,10 @@ import quailora
 from quailora.calibration.data import Calibration
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import no_progress_bar
-from quailora.pipeline.setup import default_quantization
+from quailora.quantization.registry import config_for
 
 DTYPE = torch.bfloat16  # whatever the checkpoint's: training is in bf16
-BASES = {"nf4": default_quantization(DTYPE), "int8": BitsAndBytesConfig(load_in_8bit=True), "bf16": None}
+BASES = {"nf4": config_for("nf4", DTYPE), "int8": BitsAndBytesConfig(load_in_8bit=True), "bf16": None}
 SOLVERS = {"quailora": "krylov", "als": "als", "closed-form": "eigh", "svd": "svd"}
 MINUS = "minus"  # the frozen adapter that subtracts the product of `random` from the base
 

@@ -3,7 +3,7 @@ base."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,9 @@ from quailora.adapters.lora import quantized_skeleton
 from quailora.errors import AdapterError, MismatchError
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel, linear_weight
-from quailora.quantization.bitsandbytes import (
-    Quantization,
-    QuantizedLinear,
-    is_quantized,
-    quantization_of,
-    quantize,
-    read,
-)
+from quailora.quantization.registry import from_config, from_dict, from_module, is_quantized, read
+from quailora.quantization.verify import NEAREST, digest, verify
 from quailora.reporting.record import RECORD, read_record
-
-# By how much of ‖W - Q‖ the loaded Q may be off: more than an absmax rounded to bf16 makes, as bitsandbytes has it on
-# some CPUs, and less than the codes that change where weights are off by little more than rounding.
-_OFF = 0.05
 
 
 def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None:
@@ -76,8 +66,8 @@ def loading(
             f"has other weights (fingerprint {checkpoint.fingerprint}): the factors undo the quantization error of "
             "that checkpoint only"
         )
-    recorded = Quantization.from_dict(base["quantization"])
-    if config is not None and (differences := recorded.differences(Quantization.from_config(config))):
+    recorded = from_dict(base["quantization"])
+    if config is not None and (differences := recorded.differences(from_config(config))):
         raise MismatchError(
             f"{adapter} was made for a base in {recorded.describe()}; asked for is another: "
             f"{'; '.join(differences)}. On another base its factors do harm"
@@ -99,8 +89,9 @@ def check_base(
     """Make sure that a loaded model is the base that an adapter was made for: one line before training.
 
     Whatever loads an adapter puts it on any base there is. On another than its own it does harm, and nothing fails.
-    Compared are which linears are quantized, how each of them is, and the values of the first and the last with what
-    the checkpoint's weight gives.
+    Compared are which linears are quantized, how each of them is, and the digests of their codes and scales with those
+    in the record. Where some differ, or none are recorded, the first and the last of them are compared with what
+    quantizing the checkpoint's weight gives.
 
     Args:
         model: as transformers has loaded it, or a PeftModel over it; not yet sharded by a trainer.
@@ -118,7 +109,7 @@ def check_base(
     if base is None:
         raise AdapterError(f"{folder} has no {RECORD}: name the adapter that training started from, as initial")
     plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    held: dict[str, QuantizedLinear] = {
+    held: dict[str, Any] = {
         name.removesuffix(".base_layer"): module for name, module in plain.named_modules() if is_quantized(module)
     }
     if for_full_precision(base):
@@ -128,7 +119,7 @@ def check_base(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint or plain.name_or_path, revision=base["revision"])
     config, dtype = loading(base, checkpoint, None, folder)
-    form = Quantization.from_config(config)
+    form = from_config(config)
     expected = [name for name, m in quantized_skeleton(checkpoint, config, dtype).named_modules() if is_quantized(m)]
     if odd := sorted(held.keys() ^ set(expected)):
         was, now = ("in full precision", "quantized") if odd[0] in held else ("quantized", "in full precision")
@@ -137,21 +128,39 @@ def check_base(
             f"(and {len(odd) - 1} more such linears)"
         )
     for name, linear in held.items():
-        if differences := replace(form, skip_modules=None).differences(quantization_of(linear)):
+        if differences := form.differences(from_module(linear), layers=False):
             raise MismatchError(
                 f"{folder} was made for a base in {form.describe()}, and {name} of the model is in another: "
                 f"{'; '.join(differences)}"
             )
+    digests = base.get("digests", {})
+    suspects = [name for name, known in digests.items() if digest(read(held[name])) != known] if digests else expected
+    if not suspects:
+        return
     stream = StreamedModel(checkpoint, torch.device("cpu"), dtype)
-    for name in dict.fromkeys((expected[0], expected[-1])):
+    for name in dict.fromkeys((suspects[0], suspects[-1])):
+        quantized = read(held[name])
         with stream.resident(f"{name}."):
-            weight = linear_weight(stream.model.get_submodule(name))
-            weight = weight.to(held[name].weight.device)
-        q = quantize(weight, form).dequantize().float()
-        off = float((read(held[name]).dequantize() - q).norm() / (weight - q).norm())
-        if off > _OFF:
-            raise MismatchError(
-                f"{name} of the model is not the quantized weight of {checkpoint.name}: it is off by {off:.0%} of what "
-                "quantization costs. Was another checkpoint loaded, or the same in another dtype than "
-                f"{base['dtype']}?"
+            weight = linear_weight(stream.model.get_submodule(name)).to(device_of(held[name]))
+            verify(
+                name,
+                quantized,
+                form,
+                lambda weight=weight: weight,  # type: ignore[misc]
+                checkpoint.name,
+                recorded=digests.get(name),
+                rounding=base.get("rounding", NEAREST),
+                advice=f". Was another checkpoint loaded, or the same in another dtype than {base['dtype']}?",
             )
+
+
+def device_of(linear: nn.Module) -> torch.device:
+    """Where the weight of a quantized linear is."""
+    return next(chain(linear.parameters(), linear.buffers())).device
+
+
+def recorded_base(model: nn.Module) -> dict[str, Any] | None:
+    """The record of the base in the folder that a model was loaded from, where it was saved quantized with one."""
+    folder = Path(getattr(model, "name_or_path", ""))
+    record = read_record(folder) if folder.is_dir() else None
+    return record["base"] if record else None

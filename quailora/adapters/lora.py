@@ -26,7 +26,7 @@ from quailora.errors import AdapterError
 from quailora.files import LazyTensor, write_tensors
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel, skeleton
-from quailora.quantization.bitsandbytes import QuantizedLinear, is_quantized
+from quailora.quantization.registry import is_quantized
 from quailora.solvers.solve import LoraFactors
 
 
@@ -44,9 +44,9 @@ class Target:
     scaling: float
 
     @property
-    def base(self) -> QuantizedLinear:
+    def base(self) -> Any:
         """The quantized linear itself."""
-        return self.layer.get_base_layer()  # type: ignore[return-value]
+        return self.layer.get_base_layer()
 
     def assign(self, factors: LoraFactors, seed: int = 0) -> None:
         """Put the factors in place: scaling * lora_B.weight @ lora_A.weight = A Bᵀ, whatever alpha is, with both sides
@@ -68,7 +68,7 @@ class Target:
 
 
 def quantized_skeleton(checkpoint: Checkpoint, config: BitsAndBytesConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model as transformers would quantize it, with no weights: which linears are 4-bit or 8-bit, and how.
+    """The base model as transformers would quantize it, with no weights: which linears are quantized, and how.
 
     Raises:
         AdapterError: transformers quantizes no linear of this model.
@@ -145,10 +145,10 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, BaseTunerLayer) or not isinstance(layer, LoraLayer) or adapter not in layer.r:
             continue
-        base = layer.get_base_layer()
+        base: Any = layer.get_base_layer()
         if isinstance(layer, ParamWrapper):
             left[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = (
-                "fused expert weights (3-D): bitsandbytes keeps them in full precision"
+                "fused expert weights (3-D): the base keeps them in full precision"
             )
         elif adapter in layer.lora_variant:
             raise AdapterError(

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from quailora.adapters.base_record import base_of, for_full_precision, loading
 from quailora.adapters.lora import adapted_skeleton, put, quantized_skeleton, unfilled
@@ -27,7 +26,8 @@ from quailora.files import check_new_folder, new_folder, to_json, write_files
 from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.setup import default_device
-from quailora.quantization.bitsandbytes import Quantization, is_quantized, quantize
+from quailora.quantization.protocol import QuantizedBase
+from quailora.quantization.registry import base_for, from_config, is_quantized
 from quailora.reporting.record import RECORD, lora_record, read_record
 
 WEIGHTS = "adapter_model.safetensors"
@@ -74,7 +74,7 @@ def merge(
             "merge_and_unload is right for it, on the full-precision model"
         )
     config, load_dtype = loading(made_for, source, quantization, folder)
-    form, dtype = Quantization.from_config(config), dtype or source.dtype
+    form, dtype = from_config(config), dtype or source.dtype
     base = quantized_skeleton(source, config, load_dtype)
     trained = _Adapter(folder)
     if tokens := next((key for key in trained.tensors if ".token_adapter." in key), None):
@@ -123,7 +123,7 @@ def merge(
 
 
 def _merged(
-    model: nn.Module, name: str, tensor: Tensor, form: Quantization, dtype: torch.dtype, device: torch.device
+    model: nn.Module, name: str, tensor: Tensor, form: QuantizedBase, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The weight that the quantized base with its adapter multiplies with, for one parameter of the plain model,
     oriented as stored."""
@@ -140,10 +140,10 @@ def _merged(
     if leaf != "weight":
         return tensor
     quantized = is_quantized(base)
-    transposed = quantized and issubclass(base.source_cls, Conv1D)
+    transposed = quantized and base_for(base).transposed(base)
     if quantized:
         weight = tensor.to(device, dtype)
-        weight = quantize(weight.T.contiguous() if transposed else weight, form).dequantize().float()
+        weight = form.quantize(weight.T.contiguous() if transposed else weight).dequantize().float()
     elif layer is not None:
         weight = tensor.to(device, torch.float32)
     else:

@@ -20,6 +20,7 @@ from quailora.cli.init import init
 from quailora.cli.merge import merge
 from quailora.cli.plan import plan
 from quailora.errors import QuailoraError
+from quailora.quantization.registry import LIBRARIES
 
 app = typer.Typer(
     add_completion=False,
@@ -50,8 +51,9 @@ def main() -> None:
     traceback."""
     # One progress bar and our own words are what a person should see, not the libraries' remarks on our use of them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which only commands do
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(bitsandbytes|peft|transformers|torch)\b")
+    for library in LIBRARIES:
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)}|peft|transformers|torch)\b")
     try:
         app()
     except QuailoraError as error:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 import quailora
 from quailora.errors import QuailoraError
+from quailora.quantization.registry import LIBRARIES
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def doctor(
     if tune:
         _tune(gpus)
     typer.echo(f"quailora {quailora.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    typer.echo(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")))
+    typer.echo(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", *LIBRARIES)))
     unsound = [operation for device in devices for operation in _examined(device, every)]
     if unsound:
         raise QuailoraError(

@@ -17,7 +17,6 @@ from quailora.cli.options import (
     DataOption,
     DeviceOption,
     LengthOption,
-    Quant,
     QuantOption,
     RemoteOption,
     RevisionOption,
@@ -25,6 +24,7 @@ from quailora.cli.options import (
     check_quantization_options,
     quantization_config,
 )
+from quailora.quantization.registry import Format
 
 
 def evaluate(
@@ -59,7 +59,7 @@ def evaluate(
     from quailora.pipeline import setup
 
     if adapter is None:
-        quant = quant or Quant.nf4
+        quant = quant or Format.nf4
     check_quantization_options(quant, double_quant, compute_dtype)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     quantization = None if quant is None else quantization_config(quant, double_quant, compute_dtype, source.dtype)

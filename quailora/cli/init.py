@@ -22,7 +22,6 @@ from quailora.cli.options import (
     LengthOption,
     LoadedOption,
     MemoryOption,
-    Quant,
     QuantOption,
     RemoteOption,
     RevisionOption,
@@ -31,6 +30,7 @@ from quailora.cli.options import (
     quantization_config,
     torch_dtype,
 )
+from quailora.quantization.registry import Format
 
 
 def init(
@@ -103,7 +103,7 @@ def init(
             config,
             data,
             output,
-            quantization=quantization_config(quant or Quant.nf4, double_quant, compute_dtype, loaded_as),
+            quantization=quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as),
             dtype=loaded_as,
             solver=solver,
             iterations=iterations,

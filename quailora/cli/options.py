@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quailora.errors import QuailoraError
+from quailora.quantization.registry import Format
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig
-
-
-class Quant(StrEnum):
-    """How the base is quantized."""
-
-    nf4 = "nf4"
-    fp4 = "fp4"
-    int8 = "int8"
 
 
 class Dtype(StrEnum):
@@ -52,7 +44,7 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="Where to compute, such as cuda:0 or cpu. Default: CUDA if there is one.")
 ]
 QuantOption = Annotated[
-    Quant | None, typer.Option(help="How the base is quantized. Default: nf4, or what the adapter was made for.")
+    Format | None, typer.Option(help="How the base is quantized. Default: nf4, or what the adapter was made for.")
 ]
 DoubleOption = Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Double quantization (4 bits).")]
 CheckedDoubleOption = Annotated[
@@ -97,25 +89,16 @@ def parse_target_modules(text: str) -> str | list[str]:
     return names if plain and text != "all-linear" else text
 
 
-def check_quantization_options(quant: Quant | None, double: bool | None, compute: Dtype | None) -> None:
+def check_quantization_options(quant: Format | None, double: bool | None, compute: Dtype | None) -> None:
     if quant is None and (double is not None or compute is not None):
         given = "--compute-dtype" if double is None else "--double-quant" if double else "--no-double-quant"
         raise QuailoraError(f"{given} says how --quant quantizes the base: give that too, or leave both to the record")
 
 
-def quantization_config(
-    quant: Quant, double: bool | None, compute: Dtype | None, dtype: torch.dtype
-) -> BitsAndBytesConfig:
-    from transformers import BitsAndBytesConfig
+def quantization_config(quant: Format, double: bool | None, compute: Dtype | None, dtype: torch.dtype) -> Any:
+    from quailora.quantization.registry import config_for
 
-    from quailora.pipeline.setup import default_quantization
-
-    if quant is Quant.int8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    config = default_quantization(torch_dtype(compute) or dtype)
-    config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant = quant.value, double is not False
-    config.bnb_4bit_compute_dtype = torch_dtype(compute) or config.bnb_4bit_compute_dtype
-    return config
+    return config_for(quant, dtype, double=double is not False, compute=torch_dtype(compute))
 
 
 def torch_dtype(dtype: Dtype | None) -> torch.dtype | None:

@@ -15,7 +15,6 @@ from quailora.cli.options import (
     LengthOption,
     LoadedOption,
     MemoryOption,
-    Quant,
     QuantOption,
     RemoteOption,
     RevisionOption,
@@ -23,6 +22,7 @@ from quailora.cli.options import (
     quantization_config,
     torch_dtype,
 )
+from quailora.quantization.registry import Format
 
 
 def plan(
@@ -65,7 +65,7 @@ def plan(
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.modeling.streamed_model import StreamedModel
     from quailora.pipeline import setup
-    from quailora.quantization.bitsandbytes import Quantization
+    from quailora.quantization.registry import from_config
     from quailora.solvers.config import SolverConfig
 
     settings = SolverConfig(solver, iterations)
@@ -77,7 +77,7 @@ def plan(
     place = torch.device("cuda") if absent else setup.default_device(device)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, headers_only=True)
     loaded_as = torch_dtype(dtype) or source.dtype
-    quantization = quantization_config(quant or Quant.nf4, double_quant, compute_dtype, loaded_as)
+    quantization = quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)
     config = LoraConfig(r=rank, target_modules=parse_target_modules(target_modules), task_type="CAUSAL_LM")
     base = adapters.quantized_skeleton(source, quantization, loaded_as)
     targets, _ = adapters.find_targets(adapters.adapted_skeleton(base, config, source))
@@ -85,7 +85,7 @@ def plan(
     found = budget.make_plan(
         StreamedModel(source, torch.device("cpu") if absent else place, loaded_as),
         {target.name: target.rank for target in targets},
-        Quantization.from_config(quantization),
+        from_config(quantization),
         settings,
         samples=samples,
         sequence_length=sequence_length or min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH),

@@ -16,7 +16,7 @@ from quailora.memory.allocator import freed_at_once
 from quailora.memory.planner import Plan, free_memory, make_plan, parse_bytes
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
-from quailora.quantization.bitsandbytes import Quantization
+from quailora.quantization.protocol import QuantizedBase
 from quailora.solvers.config import SolverConfig
 
 # How many times the planned peak a heap with gaps comes to: 1.6 were measured. With more room than that, time is saved.
@@ -49,7 +49,7 @@ class Meter:
         self,
         stream: StreamedModel,
         targets: Sequence[Target],
-        form: Quantization,
+        form: QuantizedBase,
         settings: SolverConfig,
         data: Calibration,
         processes: Processes,

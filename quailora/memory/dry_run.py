@@ -31,7 +31,7 @@ from quailora.errors import CheckpointError
 from quailora.modeling.streamed_model import Block, StreamedModel
 from quailora.ops.precision import exact_products
 from quailora.ops.reference import _PANEL
-from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.quantization.protocol import QuantizedBase
 from quailora.solvers.error_matrix import ErrorMatrices, choose_form
 from quailora.solvers.problem import Problem
 from quailora.solvers.registry import SOLVERS
@@ -389,7 +389,7 @@ class Weight:
 
 def solve(
     weights: Sequence[Weight],
-    form: Quantization,
+    form: QuantizedBase,
     solver: str,
     iterations: int | None,
     *,
@@ -403,7 +403,7 @@ def solve(
     overwrite: W is not needed any more. products: the backend of `ops.grouped_error_product`; kernels never have E in
     memory, and what they allocate is at most what the reference does.
     """
-    _warm_up()
+    _warm_up(form)
     method = SOLVERS[solver]
     steps = (method.iterations or 0) if iterations is None else iterations
     n, copies = weights[0].inputs, sum(w.outputs * w.inputs * w.dtype.itemsize for w in weights if w.transposed)
@@ -411,7 +411,7 @@ def solve(
         dense = [torch.empty(w.outputs, n, dtype=w.dtype) for w in weights]
         h = torch.empty(n, n)
         with Footprint(device, answer=True) as footprint:
-            quantized = [quantize(w, form) for w in dense]
+            quantized = [form.quantize(w) for w in dense]
             if products == "reference":
                 forms = [choose_form(w, q, 0, overwrite) for w, q in zip(dense, quantized, strict=True)]
                 errors = ErrorMatrices(dense, quantized, forms)
@@ -449,6 +449,6 @@ class _Unformed(ErrorMatrices):
         yield slice(0, min(rows, 1024)), torch.empty(min(rows, 1024), columns)
 
 
-def _warm_up() -> None:
-    """bitsandbytes keeps its tables from their first use on, which must not be by fake tensors."""
-    quantize(torch.zeros(1, 64), Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16))
+def _warm_up(form: QuantizedBase) -> None:
+    """A library keeps its tables from their first use on, which must not be by fake tensors."""
+    form.quantize(torch.zeros(1, 64))

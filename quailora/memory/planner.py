@@ -29,7 +29,7 @@ from quailora.errors import BudgetError, QuailoraError
 from quailora.memory import dry_run as rehearsal
 from quailora.memory.dry_run import BlockRun, Input, ModelRun, Weight
 from quailora.modeling.streamed_model import STAGING_BYTES, Block, StreamedModel, linear_weight
-from quailora.quantization.bitsandbytes import Quantization
+from quailora.quantization.protocol import QuantizedBase
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.registry import SOLVERS
 
@@ -209,7 +209,7 @@ def _duration(seconds: float) -> str:
 def make_plan(
     stream: StreamedModel,
     targets: Mapping[str, int],
-    form: Quantization,
+    form: QuantizedBase,
     settings: SolverConfig,
     *,
     samples: int,
@@ -309,7 +309,7 @@ class _Facts:
 
     stream: StreamedModel
     targets: dict[str, int]
-    form: Quantization
+    form: QuantizedBase
     settings: SolverConfig
     samples: int
     length: int

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import bitsandbytes  # noqa: F401  its operations
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -29,7 +27,9 @@ _PRODUCTS = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default: 1,  # the log-sum-exps stay in fp32
     _BACKWARD: 3,
 }
-_GEMM_4BIT = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)  # of bitsandbytes 0.50
+# Operations that multiply within themselves, such as a library's quantized linear -> the same in torch's operations.
+# Whoever knows the library adds them; the input is their first argument.
+DECOMPOSED: dict[Any, Callable[..., Tensor]] = {}
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -62,7 +62,7 @@ class Float32Products(TorchDispatchMode):
     bf16 and fp16 values are exact in fp32, so this computes what bf16 instructions do: exact products, fp32 sums, one
     rounding at the end. In attention the intermediate results stay in fp32, too. Each product needs fp32 copies of its
     operands and result while it runs. Products inside other fused operations, such as `_grouped_mm` of fused experts,
-    are left as they are; bitsandbytes' 4-bit linears are not.
+    are left as they are; those in `DECOMPOSED` are not.
     """
 
     supports_higher_order_operators = True  # they pass through
@@ -73,12 +73,12 @@ class Float32Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        packed = getattr(func, "overloadpacket", None) is _GEMM_4BIT is not None
-        if not (packed or func in _PRODUCTS) or args[0].dtype is not self.dtype or args[0].device.type != "cpu":
+        decomposed = DECOMPOSED.get(getattr(func, "overloadpacket", None))
+        if not (decomposed or func in _PRODUCTS) or args[0].dtype is not self.dtype or args[0].device.type != "cpu":
             return func(*args, **kwargs)
-        if packed:
+        if decomposed:
             with self:
-                return _gemm_4bit(*args, **kwargs)
+                return decomposed(*args, **kwargs)
         if func is not _BACKWARD and any(map(self._is_other, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)  # mixed dtypes: torch's own error
         wide_args, wide_kwargs = tree_map_only(Tensor, self._widened, (args, kwargs))
@@ -93,23 +93,3 @@ class Float32Products(TorchDispatchMode):
 
     def _is_other(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not self.dtype
-
-
-def _gemm_4bit(
-    x: Tensor,
-    codes: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    kind: str,
-    bias: Tensor | None = None,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
-) -> Tensor:
-    """bitsandbytes' operation of that name, in operations that the mode can intercept. With double quantization
-    `absmax` holds one scale for each 256 values of `absmax_8bit`."""
-    operations = torch.ops.bitsandbytes
-    if absmax_8bit is not None:
-        absmax = operations.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
-    return linear(x, operations.dequantize_4bit(codes, absmax, blocksize, kind, shape, x.dtype), bias)

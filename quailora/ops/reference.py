@@ -28,9 +28,10 @@ class Dequantizable(Protocol):
 
 
 class Packed(Dequantizable, Protocol):
-    """A quantized weight whose codes a kernel can read."""
+    """A quantized weight whose codes the fused kernels read: what its property `packed` gives."""
 
     codes: Tensor
+    exact_difference: bool  # whether W - Q, in 16 bits, is exact where both are
 
 
 # E = W - Q of one layer as products take it: W and its `packed` quantized weight, or E itself and None.

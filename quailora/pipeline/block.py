@@ -83,7 +83,7 @@ class DeployedLinear:
     B: Tensor
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x Qᵀ + bias + (x B) Aᵀ for x (..., n), with the casts of bitsandbytes' linears and of PEFT's LoRA layers."""
+        """x Qᵀ + bias + (x B) Aᵀ for x (..., n), with the casts of a quantized linear and of PEFT's LoRA layers."""
         base = multiply(x.to(self.Q.dtype), self.Q, None if bias is None else bias.to(self.Q.dtype)).to(x.dtype)
         return (base + x.to(self.B.dtype) @ self.B @ self.A.T).to(x.dtype)
 

@@ -21,14 +21,8 @@ from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
 from quailora.pipeline.resume import Workspace
-from quailora.pipeline.setup import (
-    Run,
-    default_device,
-    default_quantization,
-    enumerate_reasons,
-    without_torch_modes,
-)
-from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.pipeline.setup import Run, default_device, enumerate_reasons, without_torch_modes
+from quailora.quantization.registry import Format, config_for, from_config
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import make_record
 from quailora.reporting.report import Report
@@ -112,8 +106,8 @@ def build_adapter(
         r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     adapters.check_config(config)
-    quantization = quantization or default_quantization(dtype)
-    form = Quantization.from_config(quantization)
+    quantization = quantization or config_for(Format.nf4, dtype)
+    form = from_config(quantization)
 
     with freed_at_once():  # a skeleton has each parameter on the CPU for a moment, and the gaps would add up
         base = adapters.quantized_skeleton(source, quantization, dtype)
@@ -153,7 +147,7 @@ def build_adapter(
             workspace.choose(batch_size=plan.batch_size)
         run.solve(
             plan,
-            lambda target, weight: quantize(weight, form),
+            lambda target, weight: form.quantize(weight),
             finish,
             folder=output.resolve().parent,
             finished=finished,

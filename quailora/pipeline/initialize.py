@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from quailora.adapters import lora as adapters
+from quailora.adapters.base_record import device_of, recorded_base
 from quailora.adapters.lora import Target
 from quailora.calibration.data import SAMPLES, read_calibration
 from quailora.errors import AdapterError, MismatchError
@@ -23,14 +23,9 @@ from quailora.modeling.streamed_model import StreamedModel, linear_weight
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
 from quailora.pipeline.setup import Run, default_device, enumerate_reasons, without_torch_modes
-from quailora.quantization.bitsandbytes import (
-    Quantization,
-    QuantizedWeight,
-    quantization_of,
-    quantize,
-    read,
-    to_device,
-)
+from quailora.quantization.protocol import QuantizedWeight
+from quailora.quantization.registry import from_module, read
+from quailora.quantization.verify import NEAREST, RELATED, verify
 from quailora.reporting.record import make_record
 from quailora.reporting.report import Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
@@ -93,7 +88,7 @@ def initialize(
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     base_config: Any = peft_model.get_base_model().config
     dtype = base_config.dtype or source.dtype
-    meter = Meter(default_device(device or targets[0].base.weight.device), memory_budget, host_memory_budget)
+    meter = Meter(default_device(device or device_of(targets[0].base)), memory_budget, host_memory_budget)
     with freed_at_once():
         stream = StreamedModel(source, meter.device, dtype)
     _check_shapes(peft_model, targets, stream)
@@ -107,12 +102,24 @@ def initialize(
         split=split,
         column=column,
     )
-    form = quantization_of(targets[0].base)
+    form = from_module(targets[0].base, getattr(base_config, "quantization_config", None))
+    known = recorded_base(peft_model.get_base_model()) or {}
+    rounding = known.get("rounding", NEAREST)
     run = Run(stream, targets, left, data, form, solver_config, meter, Processes())
 
     def quantized_weight(target: Target, weight: Tensor) -> QuantizedWeight:
-        quantized = to_device(read(target.base), weight.device)  # a base may be spread over several devices
-        _check_belongs(target, weight, quantized)
+        quantized = read(target.base).to(weight.device)  # a base may be spread over several devices
+        verify(
+            target.name,
+            quantized,
+            from_module(target.base),
+            lambda: weight,
+            source.name,
+            recorded=known.get("digests", {}).get(target.name),
+            rounding=rounding,
+            tolerance=RELATED,
+            advice=f"; {_GIVE_THE_SAME}",
+        )
         return quantized
 
     plan = run.plan(batch_size, timed=progress)
@@ -125,9 +132,7 @@ def initialize(
             folder=Path(folder),
             progress=progress,
         )
-    whole = getattr(base_config, "quantization_config", None)
-    skipped = Quantization.from_config(whole).skip_modules if isinstance(whole, BitsAndBytesConfig) else None
-    record = make_record(source, dtype, replace(form, skip_modules=skipped), solver_config, data, config)
+    record = make_record(source, dtype, form, solver_config, data, config, rounding)
     report = run.report(plan, [each.row for each in found], record)
     for each in found:
         each.target.assign(each.factors, seed)
@@ -153,15 +158,3 @@ def _check_shapes(model: PeftModel, targets: list[Target], stream: StreamedModel
             raise MismatchError(
                 f"{target.name} is {held} in the loaded base and {shape} in {stream.checkpoint.name}: {_GIVE_THE_SAME}"
             )
-
-
-def _check_belongs(target: Target, weight: Tensor, quantized: QuantizedWeight) -> None:
-    """The codes of the loaded base are those of the checkpoint's own weight, but for ties that devices round apart. A
-    fine-tune of the same model, and a base model against its instruct version, differ in many."""
-    expected = quantize(weight, quantization_of(target.base)).codes
-    same = float((expected == quantized.codes).float().mean())
-    if same < 0.99:
-        raise MismatchError(
-            f"the loaded base is not a quantization of this checkpoint: {same:.1%} of the codes of {target.name} are "
-            f"those of its weight; {_GIVE_THE_SAME}"
-        )

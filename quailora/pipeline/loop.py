@@ -30,7 +30,8 @@ from quailora.memory.planner import Plan
 from quailora.modeling.streamed_model import Block, StreamedModel, linear_weight
 from quailora.pipeline.block import BlockRun
 from quailora.pipeline.distributed import Processes
-from quailora.quantization.bitsandbytes import QuantizedWeight
+from quailora.quantization.protocol import QuantizedWeight
+from quailora.quantization.verify import digest
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import LayerReport
 from quailora.solvers.config import SolverConfig
@@ -196,8 +197,8 @@ class Loop:
             factors = [replace(found, A=found.A.cpu(), B=found.B.cpu()) for found in factors]
         seconds = (perf_counter() - start) / sum(weight.numel() for weight in weights)
         return [
-            (target.name, found, _row(target, found, gram.tokens, seconds * weight.numel()))
-            for target, weight, found in zip(targets, weights, factors, strict=True)
+            (target.name, found, _row(target, found, gram.tokens, seconds * weight.numel(), digest(q)))
+            for target, weight, q, found in zip(targets, weights, quantized, factors, strict=True)
         ]
 
 
@@ -205,7 +206,7 @@ def _prefix(block: Block) -> str:
     return f"{block.name}."
 
 
-def _row(target: Target, factors: LoraFactors, tokens: int, seconds: float) -> LayerReport:
+def _row(target: Target, factors: LoraFactors, tokens: int, seconds: float, digest: str) -> LayerReport:
     return LayerReport(
         name=target.name,
         outputs=len(factors.A),
@@ -218,6 +219,7 @@ def _row(target: Target, factors: LoraFactors, tokens: int, seconds: float) -> L
         output_error_after=math.sqrt(2 * factors.objective / tokens),
         jitter=factors.jitter,
         seconds=seconds,
+        digest=digest,
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BitsAndBytesConfig
 
 from quailora import ops
 from quailora.adapters.lora import Target
@@ -21,7 +20,7 @@ from quailora.memory.planner import TOKENS_PER_BATCH, Plan
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Loop, Solved, Stages
-from quailora.quantization.bitsandbytes import Quantization, QuantizedWeight
+from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import LayerReport, Report
 from quailora.solvers.config import SolverConfig
@@ -51,7 +50,7 @@ class Run:
     targets: list[Target]
     left: dict[str, str]
     data: Calibration
-    form: Quantization
+    form: QuantizedBase
     solver: SolverConfig
     meter: Meter
     processes: Processes
@@ -103,16 +102,9 @@ class Run:
     def report(self, plan: Plan, layers: list[LayerReport], record: dict[str, Any], *notes: str) -> Report:
         """What was done. Raises AdapterError where no targeted linear received a token."""
         left = self.left | _unreached(self.targets, layers, self.stream)
+        base = record["base"] | {"digests": {row.name: row.digest for row in layers}}
         every = [*_notes(self.stream, self.data, layers), *notes]
-        return Report(layers, left, every, record, self.stages.seconds, self.meter.figures(plan))
-
-
-def default_quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The paper's: NF4 with double quantization; computing in the dtype of the checkpoint, bf16 where that is fp32."""
-    compute = torch.bfloat16 if dtype == torch.float32 else dtype
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
+        return Report(layers, left, every, record | {"base": base}, self.stages.seconds, self.meter.figures(plan))
 
 
 def default_device(device: str | torch.device | None) -> torch.device:
@@ -154,7 +146,7 @@ _TOKENS_PER_INPUT = 8
 
 def _notes(stream: StreamedModel, data: Calibration, layers: list[LayerReport]) -> list[str]:
     """What is worth saying once: data that was passed over, or is little; that H took the slow path; and of fused
-    expert weights, parameters of three dimensions which bitsandbytes does not quantize."""
+    expert weights, parameters of three dimensions which no base quantizes."""
     notes = data.notes()
     if few := [layer for layer in layers if layer.tokens < _TOKENS_PER_INPUT * layer.inputs]:
         least = min(few, key=lambda layer: layer.tokens / layer.inputs)
@@ -174,8 +166,8 @@ def _notes(stream: StreamedModel, data: Calibration, layers: list[LayerReport]) 
     if fused:
         name, shape = fused[0]
         notes.append(
-            f"{len(fused)} fused expert weights (the first is {name}, {shape}) stay in full precision when "
-            "bitsandbytes loads this model: there is no error of theirs to undo, and they are left alone"
+            f"{len(fused)} fused expert weights (the first is {name}, {shape}) stay in full precision in the quantized "
+            "base: there is no error of theirs to undo, and they are left alone"
         )
     return notes
 

@@ -1,36 +1,45 @@
-"""The quantized weight of a linear layer: NF4, FP4 (plain or nested absmax) and LLM.int8, as bitsandbytes holds it.
+"""The bitsandbytes base: NF4 and FP4 (plain or nested absmax) and LLM.int8.
 
-`quantize` makes one from a full-precision weight, as transformers does while it loads a model; `read` takes one out
-of a loaded layer. Either way `dequantize()` is Q, the weight that the deployed forward pass multiplies with.
-`Quantization` is the record of how: it goes beside an adapter, which is right on that base only.
-
-m and n are a layer's outputs and inputs; b is the number of elements that share one absmax.
+m and n are a linear's outputs and inputs; b is the number of elements that share one absmax.
 """
 
 import copy
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeGuard, TypeVar
 
 import bitsandbytes as bnb
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from quailora.errors import AdapterError, CheckpointError
+from quailora.ops import cpu_matmul
+from quailora.quantization.protocol import QuantizedBase
 
-NAMES = {"nf4": "NF4", "fp4": "FP4", "int8": "LLM.int8"}
+_LABELS = {"nf4": "NF4", "fp4": "FP4", "int8": "LLM.int8"}
 # What bitsandbytes quantizes from, and what it computes in.
-FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # What bitsandbytes.functional.quantize_4bit accepts.
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
+_LAYERS = "unquantized layers"
+
+BitsAndBytesLinear = bnb.nn.Linear4bit | bnb.nn.Linear8bitLt
+
 
 @dataclass(frozen=True)
-class Quantization:
-    """How the weights of a base are quantized.
+class BitsAndBytes(QuantizedBase):
+    """How bitsandbytes quantizes a base.
 
     Raises AdapterError, on construction, for a method, block size or dtype that bitsandbytes does not have.
     """
+
+    library = "bitsandbytes"
+    formats = tuple(_LABELS)
 
     method: str  # "nf4", "fp4" or "int8"
     double: bool = False  # double quantization: absmax is itself held in 8 bits
@@ -41,23 +50,28 @@ class Quantization:
     skip_modules: tuple[str, ...] | None = None  # layers left unquantized; None for transformers' choice
 
     def __post_init__(self) -> None:
-        if self.method not in NAMES:
-            raise AdapterError(f"quantization method {self.method!r} is not known; take one of {', '.join(NAMES)}")
+        if self.method not in _LABELS:
+            raise AdapterError(f"quantization method {self.method!r} is not known; take one of {', '.join(_LABELS)}")
         if self.method == "int8":
             if self.double or self.blocksize is not None or self.compute_dtype is not None:
                 raise AdapterError(f"int8 has one absmax to a row, so no double, blocksize or compute_dtype: {self}")
             return
         if self.blocksize not in BLOCKSIZES:
             raise AdapterError(f"block size {self.blocksize} is not one that bitsandbytes has: {BLOCKSIZES}")
-        if self.compute_dtype not in FLOATS:
+        if self.compute_dtype not in _FLOATS:
             raise AdapterError(f"compute dtype {self.compute_dtype} is not one of float32, float16 and bfloat16")
 
     @classmethod
-    def from_config(cls, config: object) -> "Quantization":
-        """The record of a transformers BitsAndBytesConfig; the block size is what the installed bitsandbytes gives.
+    def matches(cls, thing: object) -> TypeGuard[BitsAndBytesConfig | BitsAndBytesLinear]:
+        """Whether it is a BitsAndBytesConfig, or a linear of bitsandbytes, its weight loaded or not."""
+        return isinstance(thing, BitsAndBytesConfig | BitsAndBytesLinear)
 
-        Its llm_int8_enable_fp32_cpu_offload is left out: what that leaves unquantized depends on a device map.
-        Raises AdapterError for any other configuration, and for llm_int8_has_fp16_weight.
+    @classmethod
+    def from_config(cls, config: object) -> "BitsAndBytes":
+        """From a BitsAndBytesConfig; the block size is the one that the installed bitsandbytes uses.
+
+        llm_int8_enable_fp32_cpu_offload is ignored: what it leaves unquantized depends on a device map.
+        Raises AdapterError for any other config, and for llm_int8_has_fp16_weight.
         """
         method = config.quantization_method() if isinstance(config, BitsAndBytesConfig) else None
         if not isinstance(config, BitsAndBytesConfig) or method is None:
@@ -79,8 +93,19 @@ class Quantization:
             skip_modules=skip,
         )
 
+    @classmethod
+    def config_for(cls, name: str, dtype: torch.dtype, *, double: bool, compute: torch.dtype | None) -> Any:
+        if name == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=name,
+            bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=compute or (torch.bfloat16 if dtype == torch.float32 else dtype),
+        )
+
     def to_config(self) -> BitsAndBytesConfig:
-        """The BitsAndBytesConfig that quantizes so. Raises AdapterError for a block size, which it cannot set."""
+        """The BitsAndBytesConfig that quantizes so. Raises AdapterError for a block size it has no setting for."""
         skip = None if self.skip_modules is None else list(self.skip_modules)
         if self.method == "int8":
             outliers = {} if self.threshold is None else {"llm_int8_threshold": self.threshold}
@@ -101,62 +126,201 @@ class Quantization:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; dtypes by their names in torch."""
-        values = asdict(self)
+        values: dict[str, Any] = {"library": self.library, **asdict(self)}
         for name in ("compute_dtype", "storage"):
             values[name] = values[name] and str(values[name]).removeprefix("torch.")
         values["skip_modules"] = None if self.skip_modules is None else list(self.skip_modules)
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Quantization":
-        """The inverse of `to_dict`. Raises AdapterError for what is no such record."""
+    def from_dict(cls, values: dict[str, Any]) -> "BitsAndBytes":
+        """The inverse of `to_dict`. Raises AdapterError for anything else."""
+        values = {name: value for name, value in values.items() if name != "library"}
         known = {field.name for field in fields(cls)}
         if "method" not in values or not set(values) <= known:
-            raise AdapterError(f"not a record of a quantization: its keys are {sorted(values)}, ours {sorted(known)}")
-        values = dict(values)
+            raise AdapterError(
+                f"not a record of a {cls.library} base: it has the keys {sorted(values)}, expected {sorted(known)}"
+            )
         for name in ("compute_dtype", "storage"):
             if values.get(name) is not None:
                 dtype = getattr(torch, str(values[name]), None)
                 if not isinstance(dtype, torch.dtype):
-                    raise AdapterError(f"{name} {values[name]!r} in the record of a quantization is no dtype of torch")
+                    raise AdapterError(f"{name} {values[name]!r} in the record of a base is not a dtype of torch")
                 values[name] = dtype
         if values.get("skip_modules") is not None:
             values["skip_modules"] = tuple(values["skip_modules"])
         return cls(**values)
 
+    @classmethod
+    def from_module(cls, module: nn.Module, config: object = None) -> "BitsAndBytes":
+        """From one loaded linear; `skip_modules` is that of `config`, None without one.
+
+        A Linear4bit built without a compute dtype computes in that of its first input; until then this is taken to be
+        the dtype of the weight it was made from.
+        Raises AdapterError for any other module, or one whose weight is not quantized yet or not in memory.
+        """
+        if not isinstance(module, BitsAndBytesLinear):
+            raise AdapterError(
+                f"{type(module).__name__} is not a Linear4bit or Linear8bitLt of bitsandbytes, so it has no quantized "
+                "weight; a PEFT layer has it in base_layer"
+            )
+        layer = f"{type(module).__name__}({module.in_features}, {module.out_features})"
+        if module.weight.is_meta:
+            raise AdapterError(f"the weight of {layer} is on the meta device: load the model without offloading it")
+        skip = cls.from_config(config).skip_modules if isinstance(config, BitsAndBytesConfig) else None
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            if module.state.has_fp16_weights:
+                raise AdapterError(f"{layer} keeps its weight in 16 bits: build it with has_fp16_weights=False")
+            if _int8_absmax(module) is None:
+                raise AdapterError(f"the weight of {layer} is not quantized yet: move it to its device first")
+            return cls("int8", threshold=module.state.threshold, skip_modules=skip)
+        state = _quant_state(module)
+        if state is None:
+            raise AdapterError(f"the weight of {layer} is not quantized yet: move it to its device first")
+        repacked = _is_repacked(state)
+        return cls(
+            state.quant_type,
+            double=state.original_nested if repacked else state.nested,
+            blocksize=state.blocksize,
+            compute_dtype=module.compute_dtype or (state.original_dtype if repacked else state.dtype),
+            storage=getattr(state, "original_storage_type", torch.uint8) if repacked else module.weight.dtype,
+            skip_modules=skip,
+        )
+
+    @property
+    def name(self) -> str:
+        return _LABELS[self.method]
+
+    @property
+    def tags(self) -> list[str]:
+        return [self.library, self.method]
+
     def describe(self) -> str:
         """One line, such as "NF4, double quantization, blocks of 64, compute bf16"."""
-        words = [NAMES[self.method]]
+        words = [self.name]
         if self.double:
             words.append("double quantization")
         if self.blocksize is not None:
             words.append(f"blocks of {self.blocksize}")
         if self.compute_dtype is not None:
-            words.append(f"compute {FLOATS[self.compute_dtype]}")
+            words.append(f"compute {_FLOATS[self.compute_dtype]}")
         if self.threshold:
             words.append(f"outliers from {self.threshold:g}")
         return ", ".join(words)
 
-    def differences(self, other: "Quantization") -> list[str]:
-        """What gives `other` another Q, or Q to other layers: a phrase each, self's value first; empty if nothing does.
-
-        `storage` and `threshold` are not compared: they change neither. One layer's record (`quantization_of`) has no
-        `skip_modules`: compare it with `dataclasses.replace(record, skip_modules=None)`.
-        """
+    def differences(self, other: QuantizedBase, *, layers: bool = True) -> list[str]:
+        """What gives `other` a different Q, as the protocol has it. `storage` and `threshold` do not change Q."""
+        if not isinstance(other, BitsAndBytes):
+            return [f"method {self.name} against {other.name}"]
         mine, theirs = self._facts(), other._facts()
+        if not layers:
+            del mine[_LAYERS]
         shared = [name for name in mine if name in theirs]
         return [f"{name} {mine[name]} against {theirs[name]}" for name in shared if mine[name] != theirs[name]]
 
     def _facts(self) -> dict[str, str]:
         facts = {
-            "method": NAMES[self.method],
-            "unquantized layers": "by default" if self.skip_modules is None else ", ".join(self.skip_modules) or "none",
+            "method": self.name,
+            _LAYERS: "by default" if self.skip_modules is None else ", ".join(self.skip_modules) or "none",
         }
         if self.compute_dtype is not None:
             facts["absmax"] = "in 8 bits (double quantization)" if self.double else "in fp32"
             facts["block size"] = str(self.blocksize)
-            facts["compute dtype"] = FLOATS[self.compute_dtype]
+            facts["compute dtype"] = _FLOATS[self.compute_dtype]
         return facts
+
+    @classmethod
+    def read(cls, module: nn.Module) -> "FourBit | EightBit":
+        """The quantized weight of a loaded linear, which is left as it is; they share memory.
+
+        A CPU with AVX512-BF16 repacks a 4-bit weight at its first forward pass in eval mode. From then on its absmax is
+        no longer nested and is rounded to bf16; it is read back so.
+        Raises AdapterError as `from_module` does.
+        """
+        base = cls.from_module(module)
+        weight: Any = module.weight
+        if base.method == "int8":
+            return EightBit(weight.data, _int8_absmax(module))
+        codes, state = weight.data, _quant_state(module)
+        if _is_repacked(state):
+            absmax = state.absmax.T.reshape(-1).float()  # (n / b, m) to (m n / b,)
+            state = copy.copy(state)
+            state.original_nested = False  # or the inverse would quantize the rounded absmax once more
+            codes, state = bnb.functional._convert_weight_packed_for_cpu_inverse(codes, state)
+            state.absmax = absmax
+        return base._four_bit(codes, state)
+
+    def quantize(self, weight: Tensor) -> "FourBit | EightBit":
+        """Quantize W to exactly the bits that transformers' from_pretrained gives it under the same config.
+
+        weight: (m, n), outputs by inputs (a Conv1D weight transposed), in the dtype that the model is loaded in and on
+        the device it is quantized on: bitsandbytes' kernels of different devices may round ties differently.
+        Raises CheckpointError for a weight that bitsandbytes cannot quantize.
+        """
+        if weight.ndim != 2 or weight.dtype not in _FLOATS or weight.is_meta:
+            raise CheckpointError(
+                f"cannot quantize a weight of shape {tuple(weight.shape)} and {weight.dtype} on {weight.device}:"
+                " it must be a matrix of float32, float16 or bfloat16, in memory"
+            )
+        weight = weight.detach().contiguous()
+        if self.method == "int8":
+            codes, absmax, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+            return EightBit(codes, absmax)
+        codes, state = bnb.functional.quantize_4bit(
+            weight, blocksize=self.blocksize, compress_statistics=self.double, quant_type=self.method
+        )
+        return self._four_bit(codes, state)
+
+    def _four_bit(self, codes: Tensor, state: Any) -> "FourBit":
+        """From codes in any storage dtype and a bitsandbytes QuantState."""
+        assert self.compute_dtype is not None  # as for every 4-bit method
+        absmax: Tensor | NestedAbsmax = state.absmax
+        if state.nested:
+            nested = state.state2
+            absmax = NestedAbsmax(state.absmax, nested.code, nested.absmax, state.offset, nested.blocksize)
+        return FourBit(
+            codes.reshape(-1).view(torch.uint8),
+            absmax,
+            state.blocksize,
+            state.quant_type,
+            tuple(state.shape),
+            self.compute_dtype,
+        )
+
+    @classmethod
+    def kernel_examples(cls) -> dict[str, tuple[torch.dtype, QuantizedBase]]:
+        def four_bit(method: str, double: bool, dtype: torch.dtype) -> tuple[torch.dtype, QuantizedBase]:
+            return dtype, cls(method, double=double, blocksize=64, compute_dtype=dtype)
+
+        return {
+            "NF4": four_bit("nf4", True, torch.bfloat16),
+            "FP4": four_bit("fp4", False, torch.float16),
+            "NF4, fp32": four_bit("nf4", False, torch.float32),
+            "LLM.int8": (torch.bfloat16, cls("int8")),
+        }
+
+    @staticmethod
+    def transposed(module: nn.Module) -> bool:
+        source: Any = getattr(module, "source_cls", nn.Linear)  # transformers keeps the class that it replaced
+        return issubclass(source, Conv1D)
+
+    @staticmethod
+    @contextmanager
+    def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Without repacking and without a warning for every layer and batch.
+
+        On a CPU with AVX512-BF16, a Linear4bit in eval mode would repack its weight for good: absmax rounded to bf16,
+        and no gradient through the layer ever after, so that a model scored midway could not be trained on.
+        """
+        repacking: list[Any] = [m for m in modules if getattr(m, "support_avx512bf16_for_cpu", False)]
+        with ExitStack() as undo:
+            for module in repacking:
+                undo.callback(setattr, module, "support_avx512bf16_for_cpu", True)
+                module.support_avx512bf16_for_cpu = False
+            log = logging.getLogger("bitsandbytes.autograd._functions")
+            log.addFilter(_not_about_casts)
+            undo.callback(log.removeFilter, _not_about_casts)
+            yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +343,9 @@ class NestedAbsmax:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.codes, self.table, self.absmax, self.offset))
+
+    def to(self, device: torch.device) -> "NestedAbsmax":
+        return _to_device(self, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,6 +381,24 @@ class FourBit:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.absmax.nbytes
 
+    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [self.codes], [self.absmax.dequantize() if isinstance(self.absmax, NestedAbsmax) else self.absmax]
+
+    def to(self, device: torch.device) -> "FourBit":
+        return _to_device(self, device)
+
+    @property
+    def packed(self) -> "FourBit":
+        """Itself: the fused kernels read its codes."""
+        return self
+
+    @property
+    def exact_difference(self) -> bool:
+        """Whether W - Q is exact in the 16 bits of W and Q. With NF4 they are within a factor of two of each other or Q
+        is 0, so it is (Sterbenz); with double quantization 1 % of the elements are not, which costs E 7e-5 of its norm.
+        FP4 and int8 are further off where W is small: E would lose 20 times as much."""
+        return self.quant_type == "nf4"
+
 
 @dataclass(frozen=True, eq=False)
 class EightBit:
@@ -237,132 +422,38 @@ class EightBit:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.absmax.nbytes
 
+    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [self.codes], [self.absmax]
 
-QuantizedWeight = FourBit | EightBit
+    def to(self, device: torch.device) -> "EightBit":
+        return _to_device(self, device)
+
+    @property
+    def packed(self) -> "EightBit":
+        """Itself: the fused kernels read its codes."""
+        return self
+
+    @property
+    def exact_difference(self) -> bool:
+        """See `FourBit.exact_difference`."""
+        return False
 
 
 _Parts = TypeVar("_Parts", bound=FourBit | EightBit | NestedAbsmax)
 
 
-def to_device(quantized: _Parts, device: torch.device) -> _Parts:
-    """The same with its tensors on `device`; those that are there already are shared."""
-    parts = {field.name: getattr(quantized, field.name) for field in fields(quantized)}
+def _to_device(parts: _Parts, device: torch.device) -> _Parts:
     moved: dict[str, Any] = {
-        name: to_device(part, device) if isinstance(part, NestedAbsmax) else part.to(device)
-        for name, part in parts.items()
-        if isinstance(part, NestedAbsmax | Tensor)
+        field.name: part.to(device)
+        for field in fields(parts)
+        if isinstance(part := getattr(parts, field.name), NestedAbsmax | Tensor)
     }
-    return replace(quantized, **moved)
-
-
-QuantizedLinear = bnb.nn.Linear4bit | bnb.nn.Linear8bitLt
-
-
-def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
-    """Quantize a weight to the very bits that transformers' from_pretrained gives it under the same configuration.
-
-    weight: (m, n), outputs by inputs (a Conv1D weight transposed), in the dtype that the model is loaded in and on the
-    device it is quantized on: bitsandbytes' kernels of different devices may round ties apart.
-    Raises CheckpointError for a weight that bitsandbytes cannot quantize.
-    """
-    if weight.ndim != 2 or weight.dtype not in FLOATS or weight.is_meta:
-        raise CheckpointError(
-            f"cannot quantize a weight of shape {tuple(weight.shape)} and {weight.dtype} on {weight.device}:"
-            " it must be a matrix of float32, float16 or bfloat16, in memory"
-        )
-    weight = weight.detach().contiguous()
-    if quantization.method == "int8":
-        codes, absmax, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
-        return EightBit(codes, absmax)
-    codes, state = bnb.functional.quantize_4bit(
-        weight,
-        blocksize=quantization.blocksize,
-        compress_statistics=quantization.double,
-        quant_type=quantization.method,
-    )
-    return _four_bit(codes, state, quantization)
-
-
-def is_quantized(module: object) -> TypeGuard[QuantizedLinear]:
-    """Whether a module is a linear layer of bitsandbytes, its weight loaded or not."""
-    return isinstance(module, QuantizedLinear)
-
-
-def read(module: torch.nn.Module) -> QuantizedWeight:
-    """The quantized weight of a loaded bitsandbytes layer, which it shares memory with and leaves as it is.
-
-    A CPU with AVX512-BF16 repacks a 4-bit layer at its first forward pass in eval mode, and from then on its absmax is
-    neither nested nor more precise than bf16: so it is in what this returns.
-    Raises AdapterError for a module that is no such layer, or whose weight is not quantized yet, or not in memory.
-    """
-    record = quantization_of(module)
-    weight: Any = module.weight
-    if record.method == "int8":
-        return EightBit(weight.data, _int8_absmax(module))
-    codes, state = weight.data, _quant_state(module)
-    if _is_repacked(state):
-        absmax = state.absmax.T.reshape(-1).float()  # (n / b, m) to (m n / b,)
-        state = copy.copy(state)
-        state.original_nested = False  # or the inverse would quantize the rounded absmax once more
-        codes, state = bnb.functional._convert_weight_packed_for_cpu_inverse(codes, state)
-        state.absmax = absmax
-    return _four_bit(codes, state, record)
-
-
-def quantization_of(module: torch.nn.Module) -> Quantization:
-    """How a loaded bitsandbytes layer is quantized; `skip_modules`, which no layer knows, is None.
-
-    A Linear4bit built without a compute dtype computes in that of its first input; until then this is taken to be the
-    dtype of the weight it was made from.
-    Raises AdapterError as `read` does.
-    """
-    if not is_quantized(module):
-        raise AdapterError(
-            f"{type(module).__name__} is no bitsandbytes Linear4bit or Linear8bitLt, so it has no quantized weight;"
-            " a PEFT layer has it in its base_layer"
-        )
-    layer = f"{type(module).__name__}({module.in_features}, {module.out_features})"
-    if module.weight.is_meta:
-        raise AdapterError(f"the weight of {layer} is on the meta device: load the model without offloading it")
-    if isinstance(module, bnb.nn.Linear8bitLt):
-        if module.state.has_fp16_weights:
-            raise AdapterError(f"{layer} keeps its weight in 16 bits: build it with has_fp16_weights=False")
-        if _int8_absmax(module) is None:
-            raise AdapterError(f"the weight of {layer} is not quantized yet: move it to its device first")
-        return Quantization("int8", threshold=module.state.threshold)
-    state = _quant_state(module)
-    if state is None:
-        raise AdapterError(f"the weight of {layer} is not quantized yet: move it to its device first")
-    repacked = _is_repacked(state)
-    return Quantization(
-        state.quant_type,
-        double=state.original_nested if repacked else state.nested,
-        blocksize=state.blocksize,
-        compute_dtype=module.compute_dtype or (state.original_dtype if repacked else state.dtype),
-        storage=getattr(state, "original_storage_type", torch.uint8) if repacked else module.weight.dtype,
-    )
+    return replace(parts, **moved)
 
 
 def _default_blocksize() -> int:
     # Neither transformers nor Linear4bit has a setting for it.
     return bnb.nn.Params4bit().blocksize
-
-
-def _four_bit(codes: Tensor, state: Any, quantization: Quantization) -> FourBit:
-    """From codes in any storage dtype and a bitsandbytes QuantState."""
-    assert quantization.compute_dtype is not None  # as every 4-bit Quantization has
-    absmax: Tensor | NestedAbsmax = state.absmax
-    if state.nested:
-        nested = state.state2
-        absmax = NestedAbsmax(state.absmax, nested.code, nested.absmax, state.offset, nested.blocksize)
-    return FourBit(
-        codes.reshape(-1).view(torch.uint8),
-        absmax,
-        state.blocksize,
-        state.quant_type,
-        tuple(state.shape),
-        quantization.compute_dtype,
-    )
 
 
 def _quant_state(module: Any) -> Any:
@@ -379,3 +470,33 @@ def _int8_absmax(module: Any) -> Any:
     # The first forward pass moves it from the weight to the layer's state.
     absmax = getattr(module.weight, "SCB", None)
     return module.state.SCB if absmax is None else absmax
+
+
+def _not_about_casts(entry: logging.LogRecord) -> bool:
+    """Drop the warning that LLM.int8 logs for every layer and batch of a model that is not in fp16."""
+    return not str(entry.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
+def _gemm_4bit(
+    x: Tensor,
+    codes: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    kind: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """bitsandbytes' operation of that name, in operations that the mode can intercept. With double quantization
+    `absmax` holds one scale for each 256 values of `absmax_8bit`."""
+    operations = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        absmax = operations.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
+    weight = operations.dequantize_4bit(codes, absmax, blocksize, kind, shape, x.dtype)
+    return nn.functional.linear(x, weight, bias)
+
+
+if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # since bitsandbytes 0.50
+    cpu_matmul.DECOMPOSED[torch.ops.bitsandbytes.gemm_4bit] = _gemm_4bit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from quailora.quantization.bitsandbytes import Quantization
+from quailora.quantization.registry import from_dict
 from quailora.reporting.record import settings_table
 from quailora.reporting.report import Report
 
@@ -17,15 +17,11 @@ def model_card(record: dict[str, Any], report: Report, folder: str = "path/to/th
     folder: the adapter's folder as the code example names it.
 
     Raises:
-        AdapterError: no BitsAndBytesConfig gives the recorded quantization, so no code could load the base.
+        AdapterError: no config of transformers gives the recorded quantization, so no code could load the base.
     """
     base = record["base"]
-    quantization = Quantization.from_dict(base["quantization"])
-    arguments = {
-        name: value
-        for name, value in quantization.to_config().to_diff_dict().items()
-        if not name.startswith("_") and name != "quant_method"
-    }
+    quantization = from_dict(base["quantization"])
+    config_class, config = quantization.code()
     revision = f"    revision={base['revision']!r},\n" if base["revision"] else ""
     return f"""---
 library_name: peft
@@ -36,8 +32,7 @@ tags:
 - quailora
 - qlora
 - lora
-- bitsandbytes
-- {quantization.method}
+{chr(10).join(f"- {tag}" for tag in quantization.tags)}
 ---
 
 # A starting point for QLoRA fine-tuning of {base["checkpoint"]}
@@ -56,10 +51,9 @@ Load the base quantized exactly as here:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, {config_class}
 
-quantization = BitsAndBytesConfig(
-{"".join(f"    {name}={value!r},{chr(10)}" for name, value in arguments.items())})
+quantization = {config}
 model = AutoModelForCausalLM.from_pretrained(
     {base["checkpoint"]!r},
 {revision}    dtype={base["dtype"]!r},

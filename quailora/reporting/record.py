@@ -16,7 +16,9 @@ from quailora.calibration.data import Calibration
 from quailora.errors import AdapterError
 from quailora.files import read_json
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.quantization.bitsandbytes import Quantization
+from quailora.quantization.protocol import QuantizedBase
+from quailora.quantization.registry import LIBRARIES, from_dict
+from quailora.quantization.verify import CALIBRATED, NEAREST
 from quailora.reporting import markdown
 from quailora.solvers.config import SolverConfig
 
@@ -28,12 +30,17 @@ BASE = ("checkpoint", "revision", "fingerprint", "dtype", "quantization")  # the
 def make_record(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
-    quantization: Quantization,
+    quantization: QuantizedBase,
     solver: SolverConfig,
     data: Calibration,
     config: LoraConfig,
+    rounding: str = NEAREST,
 ) -> dict[str, Any]:
-    """The record as plain JSON. `dtype` is what the weights of the base are loaded as before they are quantized."""
+    """The record as plain JSON.
+
+    dtype: what the weights of the base are loaded as before they are quantized.
+    rounding: how the codes of the base were chosen; see `quantization.verify`.
+    """
     return {
         "quailora": quailora.__version__,
         "base": {
@@ -42,6 +49,7 @@ def make_record(
             "fingerprint": checkpoint.fingerprint,
             "dtype": str(dtype).removeprefix("torch."),
             "quantization": quantization.to_dict(),
+            "rounding": rounding if quantization.nearest else CALIBRATED,
         },
         "solver": asdict(solver),
         "calibration": {
@@ -54,7 +62,7 @@ def make_record(
         },
         "lora": lora_record(config),
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        | {name: version(name) for name in ("torch", "transformers", "peft", *LIBRARIES)},
     }
 
 
@@ -87,7 +95,7 @@ def settings_table(record: dict[str, Any]) -> str:
     iterations = "" if solver["iterations"] is None else f", {solver['iterations']} iterations"
     rows = {
         "base": f"{base['checkpoint']}{revision}, loaded in {base['dtype']}, fingerprint `{base['fingerprint']}`",
-        "quantization": Quantization.from_dict(base["quantization"]).describe(),
+        "quantization": from_dict(base["quantization"]).describe(),
         "LoRA": markdown.pairs(lora),
         "solver": f"{solver['name']}{iterations}, damping {solver['damping']:g}, seed {solver['seed']}",
         "calibration data": f"{calibration['source']}: {calibration['tokens']} tokens in {calibration['samples']} "

@@ -34,6 +34,7 @@ class LayerReport:
     output_error_after: float
     jitter: float  # what als added to a singular system, relative to its diagonal; usually 0
     seconds: float  # to quantize and solve
+    digest: str = ""  # of the codes and scales of Q; see `quantization.verify`
 
     @property
     def kind(self) -> str:

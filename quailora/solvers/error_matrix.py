@@ -31,20 +31,17 @@ def choose_form(weight: Tensor, quantized: Tensor | Dequantizable, products: int
     Without kernels for the device, or without codes for them to read, it is "dense", or "cached" if W is fp32 and may
     be overwritten with the same values.
     """
-    if weight.dtype not in _KERNEL_DTYPES or not hasattr(quantized, "codes"):
+    packed = getattr(quantized, "packed", None)
+    if weight.dtype not in _KERNEL_DTYPES or packed is None:
         return "dense"
     if ops.backends(weight.device)["grouped_error_product"].backend == "reference":
         return "cached" if overwrite and weight.dtype == torch.float32 and weight.is_contiguous() else "dense"
-    # With NF4, W and Q are within a factor of two of each other or Q is 0, so W - Q is exact in their dtype (Sterbenz).
-    # With double quantization 1 % of the elements are not, which costs E 7e-5 of its norm. FP4 and int8 are further off
-    # where W is small: E would lose 20 times as much.
-    halves = weight.dtype in _HALVES and weight.dtype == getattr(quantized, "dtype", None)
-    exact = halves and getattr(quantized, "quant_type", None) == "nf4"
+    exact = weight.dtype in _HALVES and weight.dtype == getattr(quantized, "dtype", None) and packed.exact_difference
     overwrite = overwrite and weight.is_contiguous()  # kernels write E to contiguous memory only
     # Scales are left out: they are a fortieth of the bytes, and would tip the balance only where little is gained.
-    cached, packed = weight.element_size(), quantized.codes.nbytes / weight.numel()
-    to_cache = 2 * cached + packed
-    return "cached" if overwrite and exact and to_cache + products * cached < products * (cached + packed) else "fused"
+    cached, codes = weight.element_size(), packed.codes.nbytes / weight.numel()
+    to_cache = 2 * cached + codes
+    return "cached" if overwrite and exact and to_cache + products * cached < products * (cached + codes) else "fused"
 
 
 class ErrorMatrices:
@@ -137,8 +134,9 @@ class ErrorMatrices:
 
 
 def _hold(weight: Tensor, quantized: Any, form: str) -> Error:
-    if weight.dtype not in _KERNEL_DTYPES or not hasattr(quantized, "codes"):  # kernels cannot read it
+    packed = getattr(quantized, "packed", None)
+    if weight.dtype not in _KERNEL_DTYPES or packed is None:  # kernels cannot read it
         return reference.error(weight, quantized), None
     if form == "fused":
-        return weight.contiguous(), ops.packed(quantized)
-    return ops.error(weight, ops.packed(quantized), out=weight if form == "cached" else None), None
+        return weight.contiguous(), ops.packed(packed)
+    return ops.error(weight, ops.packed(packed), out=weight if form == "cached" else None), None

@@ -16,7 +16,7 @@ from quailora.kernels.error_products import Codes
 from quailora.kernels.padding import padded
 from quailora.kernels.variants import Variant
 from quailora.ops import reference
-from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.quantization.bitsandbytes import BitsAndBytes
 from tests.emulation import ptx
 from tests.emulation.ptx.sample import product_variant
 from tests.helpers.rounding import assert_product
@@ -654,10 +654,10 @@ def test_a_group_of_linears(
     n = {"even": 256, "masked": 192, "masked16": 112, "ragged": 75}[form]
     heights, ranks = (256, 512) if form == "even" else (37, 70, 20), (5, 16, 9)
     how = (
-        Quantization("int8") if kind == "int8" else Quantization("nf4", double=True, blocksize=64, compute_dtype=dtype)
+        BitsAndBytes("int8") if kind == "int8" else BitsAndBytes("nf4", double=True, blocksize=64, compute_dtype=dtype)
     )
     weights = [(0.02 * random(m, n, seed=m)).to(dtype) for m in heights[:members]]
-    quantized = [None if kind == "dense" else quantize(weight, how) for weight in weights]
+    quantized = [None if kind == "dense" else how.quantize(weight) for weight in weights]
     launch_of_a_group(variant, weights, quantized, ranks[:members])()
 
 

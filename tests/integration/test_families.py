@@ -18,7 +18,7 @@ from quailora.calibration.data import Calibration
 from quailora.calibration.hooks import collect
 from quailora.errors import AdapterError, CheckpointError
 from quailora.modeling.streamed_model import linear_weight
-from quailora.quantization.bitsandbytes import is_quantized, read
+from quailora.quantization.registry import is_quantized, read
 from quailora.reporting.report import Report
 from tests.helpers import tiny
 

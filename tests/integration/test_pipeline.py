@@ -34,7 +34,7 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops.dispatch import Service
 from quailora.ops.precision import exact_products
-from quailora.quantization.bitsandbytes import is_quantized, read
+from quailora.quantization.registry import is_quantized, read
 from quailora.reporting.report import Report
 from tests.helpers import tiny
 
@@ -310,7 +310,7 @@ def test_a_relative_of_the_base_is_refused_and_the_model_left_as_it_was(tmp_path
     related.save_pretrained(tmp_path / "related")
     model = get_peft_model(load_base(folder, four_bits()), lora())
     before = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
-    with pytest.raises(MismatchError, match="of the codes of"):
+    with pytest.raises(MismatchError, match="is not the quantized weight of"):
         quailora.initialize(model, DATA, checkpoint=tmp_path / "related", progress=False)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 

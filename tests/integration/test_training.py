@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTok
 from trl import SFTConfig, SFTTrainer
 
 import quailora
-from quailora.quantization.bitsandbytes import is_quantized, read
+from quailora.quantization.registry import is_quantized, read
 from tests.helpers import tiny
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -12,7 +12,8 @@ from quailora.kernels.error_products import Codes
 from quailora.kernels.precision import PRECISIONS
 from quailora.kernels.variants import Variant
 from quailora.ops import reference
-from quailora.quantization.bitsandbytes import Quantization, QuantizedWeight, quantize
+from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.quantization.protocol import QuantizedWeight
 from tests.emulation import ptx
 from tests.helpers import aot
 from tests.helpers.rounding import assert_product
@@ -36,7 +37,7 @@ def _variants(kernels: object, target: str) -> dict[str, Variant]:
 
 def linear(m: int, n: int) -> tuple[Tensor, QuantizedWeight]:
     weight = (0.02 * random(m, n)).bfloat16()
-    return weight, quantize(weight, Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16))
+    return weight, BitsAndBytes("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16).quantize(weight)
 
 
 # ---- E P and Eᵀ A
@@ -181,7 +182,7 @@ def test_the_error_may_take_the_place_of_the_weight(dtype: torch.dtype, form: st
     variant = shipped(error_products, f"error-4bit-{error_product_configs.DTYPES[dtype]}-{form}")
     m, n = {"even": (32, 256), "masked": (20, 320), "masked16": (20, 304), "ragged": (20, 259)}[form]
     weight = (0.02 * random(m, n)).to(dtype)
-    quantized = quantize(weight, Quantization("nf4", blocksize=64, compute_dtype=dtype))
+    quantized = BitsAndBytes("nf4", blocksize=64, compute_dtype=dtype).quantize(weight)
     expected, codes = reference.error(weight, quantized).to(dtype), Codes.of(quantized)
     pointers = {"weight": weight, "codes": codes.codes, "absmax": codes.absmax, "table": codes.table, "out": weight}
     sizes = {"start": 0, "stop": m, "units": n // variant.constexprs["ALIGNMENT"]}

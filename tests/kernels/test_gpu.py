@@ -8,7 +8,7 @@ import torch
 
 from quailora import ops
 from quailora.doctor import examine
-from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.solvers import als, krylov
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.inputs import Linear
@@ -17,7 +17,7 @@ from quailora.solvers.solve import LoraFactors, solve_group
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda", 0)
-NF4 = Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
+NF4 = BitsAndBytes("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def solved(solver: str, iterations: int | None = None, **options: Any) -> list[L
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2 * n, n, generator=g) * torch.arange(1, n + 1) ** -0.5
     weights = [torch.randn(m, n, generator=g).mul(0.02).bfloat16().to(CUDA) for m in heights]
-    linears = [Linear(weight, quantize(weight, NF4), 64) for weight in weights]
+    linears = [Linear(weight, NF4.quantize(weight), 64) for weight in weights]
     config = SolverConfig(solver, iterations, damping=0.0)
     return solve_group(linears, (x.T @ x).to(CUDA), config, **options)
 
@@ -96,7 +96,7 @@ def test_the_iteration_is_captured_in_a_graph(solver: str, monkeypatch: pytest.M
 def test_fused_products_need_no_room_for_the_error() -> None:
     m, n, r = 8192, 4096, 16
     weight = torch.randn(m, n, device=CUDA, dtype=torch.bfloat16)
-    packed, right = ops.packed(quantize(weight, NF4)), torch.randn(n, r, device=CUDA)
+    packed, right = ops.packed(NF4.quantize(weight)), torch.randn(n, r, device=CUDA)
     ops.grouped_error_product([(weight, packed)], [right], precision="tf32")  # compiles
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

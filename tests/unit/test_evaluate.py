@@ -23,7 +23,7 @@ from quailora.errors import AdapterError, CalibrationError, MismatchError, Quail
 from quailora.evaluate import Comparison, Scores, compare, gap_closed, kl_divergence, perplexity
 from quailora.files import to_json
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.quantization.bitsandbytes import Quantization
+from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.reporting.record import RECORD
 
 VOCABULARY = 160
@@ -276,7 +276,7 @@ def test_compare_refuses_what_does_not_belong_together(
     source = Checkpoint(checkpoint)
     base = {"checkpoint": "x", "revision": None, "fingerprint": source.fingerprint, "dtype": "float32"}
     record: dict[str, Any] = {name: {} for name in ("calibration", "lora", "solver", "versions")}
-    record["base"] = base | {"quantization": Quantization.from_config(NF4).to_dict()}
+    record["base"] = base | {"quantization": BitsAndBytes.from_config(NF4).to_dict()}
     (recorded / RECORD).write_text(to_json(record))
 
     assert compare(source, recorded, data, device="cpu") == compare(

@@ -20,7 +20,8 @@ from quailora.kernels.error_products import (
 )
 from quailora.kernels.precision import PRECISIONS
 from quailora.ops import reference
-from quailora.quantization.bitsandbytes import EightBit, FourBit, Quantization, QuantizedWeight, quantize
+from quailora.quantization.bitsandbytes import BitsAndBytes, EightBit, FourBit
+from quailora.quantization.protocol import QuantizedWeight
 from tests.helpers import interpreter
 from tests.helpers.rounding import assert_product
 
@@ -43,9 +44,9 @@ def linear(
     if method == "dense":
         return weight, None
     if method == "int8":
-        return weight, quantize(weight, Quantization("int8"))
-    record = Quantization(method, double=double, blocksize=blocksize, compute_dtype=compute or dtype)
-    return weight, quantize(weight, record)
+        return weight, BitsAndBytes("int8").quantize(weight)
+    record = BitsAndBytes(method, double=double, blocksize=blocksize, compute_dtype=compute or dtype)
+    return weight, record.quantize(weight)
 
 
 def kernel_operand(weight: Tensor, quantized: QuantizedWeight | None) -> tuple[Tensor, Codes | None]:

@@ -10,7 +10,7 @@ import torch
 from quailora import doctor
 from quailora.doctor import examine
 from quailora.ops import dispatch
-from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.solvers import als
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.inputs import Linear
@@ -58,7 +58,7 @@ def test_the_trace_ends_with_the_objective(solver: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(als, "SVD_DEPTH", 1)
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(100, 48, generator=g), torch.randn(40, 48, generator=g).mul(0.02).bfloat16()
-    quantized = quantize(weight, Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16))
+    quantized = BitsAndBytes("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16).quantize(weight)
     found = solve(weight, quantized, x.T @ x, 16, solver=solver, iterations=1, precision="bf16")
     assert found.trace[-1] == pytest.approx(found.objective, rel=1e-9)  # the same sums
 
@@ -73,9 +73,9 @@ def test_kernels_reach_what_the_reference_reaches(
     g = torch.Generator().manual_seed(0)
     x = torch.randn(100, 48, generator=g) * torch.arange(1, 49) ** -0.5
     x[:, ::24] *= 100
-    h, form = x.T @ x, Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
+    h, form = x.T @ x, BitsAndBytes("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
     weights = [torch.randn(m, 48, generator=g).mul(0.02).bfloat16() for m in (40, 17)]
-    linears = [Linear(w, quantize(w, form), r) for w, r in zip(weights, (16, 5), strict=True)]
+    linears = [Linear(w, form.quantize(w), r) for w, r in zip(weights, (16, 5), strict=True)]
     copies = [replace(linear, weight=linear.weight.clone()) for linear in linears]
     by_kernels = solve_group(copies, h, SolverConfig(solver, steps, damping=1e-4), overwrite_weights=overwrite)
     monkeypatch.undo()
@@ -98,7 +98,7 @@ def test_kernels_reach_what_the_reference_reaches(
 def test_weights_of_dtypes_that_kernels_do_not_read(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(100, 48, generator=g), torch.randn(40, 48, generator=g).to(dtype)
-    quantized = quantize(weight.float(), Quantization("nf4", blocksize=64, compute_dtype=torch.float32))
+    quantized = BitsAndBytes("nf4", blocksize=64, compute_dtype=torch.float32).quantize(weight.float())
     found = solve(weight, quantized, x.T @ x, 16, overwrite_weight=True)
     expected = solve(weight.float(), quantized.dequantize(), x.T @ x, 16)
     assert found.objective == pytest.approx(expected.objective, rel=1e-5)

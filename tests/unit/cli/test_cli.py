@@ -23,8 +23,8 @@ from quailora.cli import doctor, options
 from quailora.errors import CheckpointError, QuailoraError
 from quailora.ops import dispatch
 from quailora.pipeline import build as pipeline
-from quailora.pipeline import setup
 from quailora.pipeline.resume import Workspace
+from quailora.quantization.registry import config_for
 from tests.helpers import tiny
 
 QUAILORA = Path(sys.executable).parent / "quailora"
@@ -136,7 +136,7 @@ def test_options_reach_build_adapter(
     config, quantization, keywords = call()
     assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (64, 16, False, 0)
     assert (config.target_modules, config.task_type) == ("all-linear", "CAUSAL_LM")
-    assert quantization.to_diff_dict() == setup.default_quantization(torch.float32).to_diff_dict()
+    assert quantization.to_diff_dict() == config_for("nf4", torch.float32).to_diff_dict()
     assert keywords == {
         "solver": "krylov",
         "iterations": None,

@@ -28,15 +28,15 @@ from quailora.memory.planner import BudgetError, Plan, describe_bytes, free_memo
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops import reference
-from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.inputs import Linear
 from quailora.solvers.solve import solve_group
 from tests.helpers import tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-NF4 = Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
-INT8 = Quantization("int8")
+NF4 = BitsAndBytes("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
+INT8 = BitsAndBytes("int8")
 KRYLOV = SolverConfig("krylov")
 GB, MIB, GIB = 10**9, 2**20, 2**30
 
@@ -444,7 +444,7 @@ def few(solver: str) -> int | None:
 
 @pytest.mark.parametrize(("solver", "group", "dtype", "form", "overwrite"), list(solve_cases()))
 def test_quantizing_and_solving(
-    solver: str, group: str, dtype: torch.dtype, form: Quantization, overwrite: bool
+    solver: str, group: str, dtype: torch.dtype, form: BitsAndBytes, overwrite: bool
 ) -> None:
     heights, n, rank = GROUPS[group]
     generator = torch.Generator().manual_seed(0)
@@ -452,7 +452,7 @@ def test_quantizing_and_solving(
     x = torch.randn(2 * n, n, generator=generator)
     gram = x.T @ x
     with Footprint() as footprint:
-        quantized = [quantize(weight, form) for weight in weights]
+        quantized = [form.quantize(weight) for weight in weights]
         linears = [Linear(*each, rank) for each in zip(weights, quantized, strict=True)]
         solve_group(linears, gram, SolverConfig(solver, few(solver)), overwrite_weights=overwrite)
     shapes = [Weight(m, n, rank, dtype) for m in heights]
@@ -473,7 +473,7 @@ def test_an_fp32_weight_makes_room_for_its_error() -> None:
 def test_the_rehearsal_leaves_bitsandbytes_as_it_was() -> None:
     rehearsal.solve([Weight(128, 128, 8, torch.float32)], NF4, "krylov", 1, overwrite=False)
     weight = torch.randn(64, 64)
-    assert quantize(weight, NF4).dequantize().isfinite().all()
+    assert NF4.quantize(weight).dequantize().isfinite().all()
 
 
 # ---- a GPU, by the sizes seen under FakeTensorMode

@@ -25,23 +25,13 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from quailora.errors import AdapterError, CheckpointError
-from quailora.quantization.bitsandbytes import (
-    BLOCKSIZES,
-    EightBit,
-    FourBit,
-    NestedAbsmax,
-    Quantization,
-    QuantizedWeight,
-    is_quantized,
-    quantization_of,
-    quantize,
-    read,
-    to_device,
-)
+from quailora.quantization.bitsandbytes import BLOCKSIZES, BitsAndBytes, EightBit, FourBit, NestedAbsmax
+from quailora.quantization.protocol import QuantizedWeight
+from quailora.quantization.registry import from_module, is_quantized, read
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-NF4 = Quantization("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16, storage=torch.uint8)
-INT8 = Quantization("int8", threshold=6.0)
+NF4 = BitsAndBytes("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16, storage=torch.uint8)
+INT8 = BitsAndBytes("int8", threshold=6.0)
 # bitsandbytes repacks a 4-bit weight where the CPU has AVX512-BF16, so only there can it be tested.
 repacks = pytest.mark.skipif(not has_avx512bf16(), reason="no AVX512-BF16 on this CPU")
 
@@ -124,7 +114,7 @@ def decoded(weight: FourBit) -> Tensor:
     return (get_4bit_type(weight.quant_type, "cpu")[codes] * spread).to(weight.dtype).view(weight.shape)
 
 
-def linear4bit(weight: Tensor, record: Quantization, compute_dtype: torch.dtype | None) -> Any:
+def linear4bit(weight: Tensor, record: BitsAndBytes, compute_dtype: torch.dtype | None) -> Any:
     """As bitsandbytes makes one, in training mode."""
     m, n = weight.shape
     layer: Any = bnb.nn.Linear4bit(
@@ -157,10 +147,10 @@ def test_four_bits_are_those_that_transformers_loads(checkpoint: Path, method: s
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=dtype,
     )
-    record = Quantization.from_config(config)
+    record = BitsAndBytes.from_config(config)
     for name, module in linears(load(checkpoint, quantization_config=config)).items():
         weight = full_precision(checkpoint, name, module)
-        made, state = quantize(weight, record), module.weight.quant_state
+        made, state = record.quantize(weight), module.weight.quant_state
 
         assert isinstance(made, FourBit)
         assert made.shape == (module.out_features, module.in_features)
@@ -173,21 +163,21 @@ def test_four_bits_are_those_that_transformers_loads(checkpoint: Path, method: s
         assert torch.equal(q, dequantize_4bit(module.weight.data, state))
         assert torch.equal(q, decoded(made))
         assert_same(read(module), made)
-        assert quantization_of(module) == record
+        assert from_module(module) == record
 
 
 def test_int8_is_what_transformers_loads(checkpoint: Path) -> None:
     config = BitsAndBytesConfig(load_in_8bit=True)
     model = load(checkpoint, quantization_config=config)
     for name, module in linears(model).items():
-        made = quantize(full_precision(checkpoint, name, module), INT8)
+        made = INT8.quantize(full_precision(checkpoint, name, module))
 
         assert isinstance(made, EightBit)
         assert torch.equal(made.codes, module.weight.data)
         assert torch.equal(made.absmax, module.weight.SCB)
         assert made.shape == (module.out_features, module.in_features)
         assert_same(read(module), made)
-        assert quantization_of(module) == Quantization.from_config(config) == INT8
+        assert from_module(module) == BitsAndBytes.from_config(config) == INT8
         module(torch.ones(1, module.in_features))  # moves the absmax to module.state
         assert module.weight.SCB is None
         assert_same(read(module), made)
@@ -197,23 +187,23 @@ def test_weight_is_quantized_from_the_dtype_the_model_is_loaded_in(llama: Path) 
     for name, module in linears(load(llama, quantization_config=NF4.to_config(), dtype=torch.bfloat16)).items():
         weight = full_precision(llama, name, module)
         assert weight.dtype == torch.float32
-        assert_same(read(module), quantize(weight.bfloat16(), NF4))
+        assert_same(read(module), NF4.quantize(weight.bfloat16()))
 
 
 @pytest.mark.parametrize("record", [NF4, dataclasses.replace(NF4, double=False), INT8], ids=["double", "plain", "int8"])
-def test_read_of_a_checkpoint_saved_quantized(llama: Path, tmp_path: Path, record: Quantization) -> None:
+def test_read_of_a_checkpoint_saved_quantized(llama: Path, tmp_path: Path, record: BitsAndBytes) -> None:
     load(llama, quantization_config=record.to_config()).save_pretrained(tmp_path)
     for name, module in linears(load(tmp_path)).items():
-        assert_same(read(module), quantize(full_precision(llama, name, module), record))
-        assert quantization_of(module) == record
+        assert_same(read(module), record.quantize(full_precision(llama, name, module)))
+        assert from_module(module) == record
 
 
 def test_storage_dtype_changes_no_bit(llama: Path) -> None:
     record = dataclasses.replace(NF4, storage=torch.bfloat16)
     for name, module in linears(load(llama, quantization_config=record.to_config())).items():
         assert module.weight.dtype == torch.bfloat16
-        assert_same(read(module), quantize(full_precision(llama, name, module), NF4))
-        assert quantization_of(module) == record
+        assert_same(read(module), NF4.quantize(full_precision(llama, name, module)))
+        assert from_module(module) == record
     assert not NF4.differences(record)
 
 
@@ -259,7 +249,7 @@ def test_read_of_a_layer_repacked_in_eval_mode(
 ) -> None:
     record = dataclasses.replace(NF4, method=method, double=double, compute_dtype=compute_dtype, storage=storage)
     weight = random_weight(64, 128, dtype)
-    made = quantize(weight, record)
+    made = record.quantize(weight)
     assert isinstance(made, FourBit)
     plain = made.absmax.dequantize() if isinstance(made.absmax, NestedAbsmax) else made.absmax
     layer = linear4bit(weight, record, compute_dtype).eval()
@@ -273,7 +263,7 @@ def test_read_of_a_layer_repacked_in_eval_mode(
 
     # The codes are all there; of absmax bitsandbytes keeps bf16. That of a bf16 weight is one of its elements: exact.
     assert_same(again, dataclasses.replace(made, absmax=plain.bfloat16().float()))
-    assert quantization_of(layer) == record
+    assert from_module(layer) == record
     if dtype == torch.bfloat16 and not double:
         assert torch.equal(again.dequantize(), made.dequantize())
     # Here the forward pass multiplies with table * absmax where both factors, and the product, are rounded to bf16:
@@ -297,7 +287,7 @@ def test_forward_pass_multiplies_with_q_of_int8(training: bool) -> None:
 def test_shapes_that_blocks_do_not_divide(shape: tuple[int, int], method: str, double: bool) -> None:
     record = dataclasses.replace(NF4, method=method, double=double, compute_dtype=torch.float32)
     weight = random_weight(*shape, torch.float32)
-    made = quantize(weight, record)
+    made = record.quantize(weight)
     assert isinstance(made, FourBit)
     assert torch.equal(made.dequantize(), decoded(made))
     assert_same(read(linear4bit(weight, record, torch.float32)), made)
@@ -311,7 +301,7 @@ def test_shapes_that_blocks_do_not_divide(shape: tuple[int, int], method: str, d
 @pytest.mark.parametrize("blocksize", [32, 128, 256])
 def test_other_block_sizes(blocksize: int) -> None:
     weight = random_weight(64, 192, torch.bfloat16)
-    made = quantize(weight, dataclasses.replace(NF4, double=False, blocksize=blocksize))
+    made = dataclasses.replace(NF4, double=False, blocksize=blocksize).quantize(weight)
     assert isinstance(made, FourBit) and isinstance(made.absmax, Tensor)
     assert torch.equal(made.absmax, weight.view(-1, blocksize).abs().amax(1).float())
     assert torch.equal(made.dequantize(), decoded(made))
@@ -340,16 +330,16 @@ def test_decoding_by_hand() -> None:
 
 def test_bytes_held() -> None:
     weight, blocks = random_weight(64, 128, torch.bfloat16), 64 * 128 // 64
-    assert quantize(weight, dataclasses.replace(NF4, double=False)).nbytes == 64 * 128 // 2 + 4 * blocks
-    assert quantize(weight, NF4).nbytes == 64 * 128 // 2 + blocks + 4 * (256 + 1 + 1)
-    assert quantize(weight, INT8).nbytes == 64 * 128 + 4 * 64
+    assert dataclasses.replace(NF4, double=False).quantize(weight).nbytes == 64 * 128 // 2 + 4 * blocks
+    assert NF4.quantize(weight).nbytes == 64 * 128 // 2 + blocks + 4 * (256 + 1 + 1)
+    assert INT8.quantize(weight).nbytes == 64 * 128 + 4 * 64
 
 
 @pytest.mark.parametrize("record", [INT8, NF4, dataclasses.replace(NF4, double=False)], ids=["int8", "nested", "plain"])
-def test_all_of_it_goes_to_another_device(record: Quantization) -> None:
-    quantized = quantize(random_weight(64, 128, torch.bfloat16), record)
-    assert {part.device.type for part in tensors_of(to_device(quantized, torch.device("meta")))} == {"meta"}
-    stayed = to_device(quantized, torch.device("cpu"))
+def test_all_of_it_goes_to_another_device(record: BitsAndBytes) -> None:
+    quantized = record.quantize(random_weight(64, 128, torch.bfloat16))
+    assert {part.device.type for part in tensors_of(quantized.to(torch.device("meta")))} == {"meta"}
+    stayed = quantized.to(torch.device("cpu"))
     assert all(before is after for before, after in zip(tensors_of(quantized), tensors_of(stayed), strict=True))
 
 
@@ -365,19 +355,19 @@ def test_nothing_is_said_on_the_way(caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings(), caplog.at_level(logging.INFO):
         warnings.simplefilter("error")
         for layer in layers:
-            record = quantization_of(layer)
-            assert torch.equal(quantize(weight, record).dequantize(), read(layer).dequantize())
+            record = from_module(layer)
+            assert torch.equal(record.quantize(weight).dequantize(), read(layer).dequantize())
     assert not caplog.records
 
 
 @pytest.mark.parametrize(
     "record",
     [NF4, INT8, dataclasses.replace(NF4, method="fp4", double=False, skip_modules=("lm_head", "q_proj"))],
-    ids=Quantization.describe,
+    ids=BitsAndBytes.describe,
 )
-def test_record_survives_json_and_config(record: Quantization) -> None:
-    assert Quantization.from_dict(json.loads(json.dumps(record.to_dict()))) == record
-    assert Quantization.from_config(record.to_config()) == record
+def test_record_survives_json_and_config(record: BitsAndBytes) -> None:
+    assert BitsAndBytes.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert BitsAndBytes.from_config(record.to_config()) == record
     assert not record.differences(record)
 
 
@@ -389,7 +379,7 @@ def test_description() -> None:
 def test_differences_are_named() -> None:
     assert NF4.differences(dataclasses.replace(NF4, method="fp4")) == ["method NF4 against FP4"]
     assert NF4.differences(INT8) == ["method NF4 against LLM.int8"]
-    other = Quantization("nf4", blocksize=128, compute_dtype=torch.float32, skip_modules=("q_proj",))
+    other = BitsAndBytes("nf4", blocksize=128, compute_dtype=torch.float32, skip_modules=("q_proj",))
     assert NF4.differences(other) == [
         "unquantized layers by default against q_proj",
         "absmax in 8 bits (double quantization) against in fp32",
@@ -413,7 +403,7 @@ def test_differences_are_named() -> None:
 )
 def test_configurations_that_are_refused(config: object, said: str) -> None:
     with pytest.raises(AdapterError, match=said):
-        Quantization.from_config(config)
+        BitsAndBytes.from_config(config)
 
 
 @pytest.mark.parametrize(
@@ -430,7 +420,7 @@ def test_configurations_that_are_refused(config: object, said: str) -> None:
 )
 def test_records_that_are_refused(values: dict[str, object], said: str) -> None:
     with pytest.raises(AdapterError, match=said):
-        Quantization.from_dict(values)
+        BitsAndBytes.from_dict(values)
 
 
 def test_config_cannot_ask_for_a_block_size() -> None:
@@ -455,4 +445,4 @@ def test_modules_that_are_refused() -> None:
     assert is_quantized(on_meta) and not is_quantized(nn.Linear(64, 32))
     for unfit in (weight.double(), weight[0], weight.to("meta"), weight.to(torch.float8_e4m3fn)):
         with pytest.raises(CheckpointError, match="cannot quantize"):
-            quantize(unfit, NF4)
+            NF4.quantize(unfit)

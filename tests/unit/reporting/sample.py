@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import BitsAndBytesConfig
 
-from quailora.quantization.bitsandbytes import Quantization
+from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.reporting.report import LayerReport, Report
 
 CONFIG = BitsAndBytesConfig(
@@ -20,7 +20,7 @@ def make_record(config: BitsAndBytesConfig = CONFIG, **base: Any) -> dict[str, A
             "revision": None,
             "fingerprint": "0123abcd",
             "dtype": "bfloat16",
-            "quantization": Quantization.from_config(config).to_dict(),
+            "quantization": BitsAndBytes.from_config(config).to_dict(),
         }
         | base,
         "solver": {"name": "krylov", "iterations": None, "damping": 0.01, "seed": 0},

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from transformers import BitsAndBytesConfig
 
-from quailora.quantization.bitsandbytes import Quantization
+from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.reporting.model_card import model_card
 from tests.unit.reporting.sample import CONFIG, make_record, make_report
 
@@ -37,7 +37,7 @@ def test_the_model_card_loads_the_base_as_recorded(config: BitsAndBytesConfig, r
         if isinstance(node, ast.Call)
     }
     arguments = {k.arg: ast.literal_eval(k.value) for k in calls["BitsAndBytesConfig"][1] if k.arg}
-    assert BitsAndBytesConfig(**arguments).to_dict() == Quantization.from_config(config).to_config().to_dict()
+    assert BitsAndBytesConfig(**arguments).to_dict() == BitsAndBytes.from_config(config).to_config().to_dict()
     positional, keywords = calls["AutoModelForCausalLM.from_pretrained"]
     assert positional == ["someone/model: small"]
     constants = {k.arg: k.value.value for k in keywords if isinstance(k.value, ast.Constant)}

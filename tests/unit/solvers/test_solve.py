@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quailora.calibration.gram import Gram
 from quailora.errors import CalibrationError, QuailoraError, SolverError
-from quailora.quantization.bitsandbytes import Quantization, quantize
+from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.solvers import solve as solvers
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.error_matrix import ErrorMatrices
@@ -448,9 +448,9 @@ def test_a_group_is_solved_as_its_linears_alone(solver: str) -> None:
 @pytest.mark.parametrize("shape", [(1, 64), (64, 32), (32, 128)])
 def test_packed_codes_of_another_shape_are_refused(shape: tuple[int, int]) -> None:
     weight = torch.randn(32, 64)
-    for form in (Quantization("nf4", blocksize=64, compute_dtype=torch.float32), Quantization("int8")):
+    for form in (BitsAndBytes("nf4", blocksize=64, compute_dtype=torch.float32), BitsAndBytes("int8")):
         with pytest.raises(SolverError, match=rf"\(32, 64\), got \({shape[0]}, {shape[1]}\)"):
-            solve(weight, quantize(torch.randn(shape), form), torch.eye(64), 4)
+            solve(weight, form.quantize(torch.randn(shape)), torch.eye(64), 4)
 
 
 @pytest.mark.parametrize("damping", [1e4, 1e8])
@@ -465,7 +465,7 @@ def test_the_objective_is_undamped_however_large_the_damping(solver: str, dampin
 @pytest.mark.parametrize("culprit", ["weight", "quantized"])
 def test_the_culprit_is_named_though_e_may_stand_where_w_was(culprit: str, overwrite: bool) -> None:
     weight = W.float().clone()
-    quantized = quantize(weight, Quantization("nf4", blocksize=64, compute_dtype=torch.float32))
+    quantized = BitsAndBytes("nf4", blocksize=64, compute_dtype=torch.float32).quantize(weight)
     (weight.view(-1) if culprit == "weight" else quantized.absmax)[3] = math.nan
     with pytest.raises(SolverError, match=f"{culprit} holds values that are not finite"):
         solve(weight, quantized, H, 4, overwrite_weight=overwrite)

@@ -1,0 +1,149 @@
+"""What a quantized base is: how its weights are quantized, and the quantized weight of one linear.
+
+To add a base, write a file beside this one with a subclass of `QuantizedBase`, and list it in `registry.py`.
+
+m and n are a linear's outputs and inputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from quailora.errors import AdapterError
+
+
+class QuantizedWeight(Protocol):
+    """The quantized weight of one linear. One with a `packed` property is read by the fused kernels (`ops.packed`)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+
+    def dequantize(self) -> Tensor:
+        """Q (m, n), floating point: the weight that the deployed forward pass multiplies with."""
+
+    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The codes, and the scales with whatever else is in floating point. Both are hashed to recognize a base."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`, sharing the tensors that are there already."""
+
+
+class QuantizedBase(ABC):
+    """How the weights of a base are quantized. Immutable, compared by value, and kept as JSON beside an adapter.
+
+    Its linears are modules with `in_features` and `out_features`.
+    """
+
+    library: ClassVar[str]  # the distribution whose modules these are, which also names the base in records
+    formats: ClassVar[tuple[str, ...]] = ()  # the `registry.Format`s that `config_for` makes
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, thing: object) -> bool:
+        """Whether a quantization config of transformers, or a module, is of this kind; a module loaded or not."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: object) -> Self:
+        """From a quantization config of transformers. Raises AdapterError for one that is not supported."""
+
+    @abstractmethod
+    def to_config(self) -> Any:
+        """The quantization config of transformers that quantizes so. Raises AdapterError where there is none."""
+
+    @classmethod
+    @abstractmethod
+    def from_module(cls, module: nn.Module, config: object = None) -> Self:
+        """From one loaded linear; `config` is that of the model, for settings that no single linear knows.
+
+        Raises AdapterError for a module of another kind, or whose weight is not in memory or not quantized yet.
+        """
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; `library` among them."""
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`, Raises AdapterError for anything else."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The format in one word, such as "NF4"."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Name and settings in one line."""
+
+    @abstractmethod
+    def differences(self, other: QuantizedBase, *, layers: bool = True) -> list[str]:
+        """What gives `other` a different Q: a phrase each, self's value first; empty if nothing does.
+
+        layers: whether to compare which layers are quantized too; False where either is `from_module`, without config.
+        """
+
+    @classmethod
+    @abstractmethod
+    def read(cls, module: nn.Module) -> QuantizedWeight:
+        """The quantized weight of a loaded linear, sharing its memory. Raises AdapterError as `from_module` does."""
+
+    @property
+    def nearest(self) -> bool:
+        """Whether Q follows from W alone, by rounding, so that `quantize` gives it. False: calibration chose it."""
+        return True
+
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """The quantized weight of W (m, n), in the dtype the base is loaded in. Only where `nearest`.
+
+        Raises CheckpointError for a weight that cannot be quantized.
+        """
+        raise AdapterError(f"the codes of {self.describe()} do not follow from the weights alone: load the base itself")
+
+    @classmethod
+    def config_for(cls, name: str, dtype: torch.dtype, *, double: bool, compute: torch.dtype | None) -> Any:
+        """See `registry.config_for`; `name` is one of `formats`."""
+        raise NotImplementedError
+
+    @classmethod
+    def kernel_examples(cls) -> dict[str, tuple[torch.dtype, QuantizedBase]]:
+        """Name -> (dtype of W, base), for `quailora doctor` to run the fused kernels on; none without such kernels."""
+        return {}
+
+    @staticmethod
+    def transposed(module: nn.Module) -> bool:
+        """Whether the checkpoint stores the weight of this linear as (n, m), as GPT-2's Conv1D does."""
+        return False
+
+    @staticmethod
+    def evaluating(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        """What the library needs around a model's evaluation, to leave it trainable and to keep quiet."""
+        return nullcontext()
+
+    @property
+    def tags(self) -> list[str]:
+        """For a model card."""
+        return [self.library, self.name.lower()]
+
+    def code(self) -> tuple[str, str]:
+        """(class of transformers to import, expression that makes the config), for a model card."""
+        config = self.to_config()
+        values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else config.to_dict()
+        arguments = "".join(
+            f"    {name}={value!r},\n"
+            for name, value in values.items()
+            if not name.startswith("_") and name != "quant_method"
+        )
+        return type(config).__name__, f"{type(config).__name__}(\n{arguments})"
