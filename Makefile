@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check clean
+.PHONY: help install demo test test-all check docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -29,10 +29,13 @@ test-all: $(INSTALLED) ## every test, the slow ones too
 	$(PYTEST) --ignore tests/kernels/test_compiled.py
 	$(PYTEST) --dist worksteal tests/kernels/test_compiled.py  # an hour of single tests, which no process is to have alone
 
-check: $(INSTALLED) ## ruff and mypy
+check: $(INSTALLED) docs ## ruff, mypy and the documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(INSTALLED) ## build the documentation into build/site; any warning is an error
+	$(BIN)/zensical build --strict
 
 clean: ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info quailora/_C.* .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The plots of docs/results.md, as SVG, drawn from the recorded runs by `results.py`."""
+"""The plots of the documentation, as SVG, drawn from the recorded runs by `results.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from benchmarks.common import tables
 from benchmarks.common.tables import best_rate, failed, one, select
@@ -16,6 +17,44 @@ from benchmarks.common.tables import best_rate, failed, one, select
 COLORS = {"zero": "#888888", "quailora": "#0b6e4f", "random": "#c1666b", "bf16": "#222222", "svd": "#3a6ea5"}
 # The same bytes on every machine, and text that stays text.
 STYLE: dict[Any, Any] = {"svg.hashsalt": "quailora", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
+
+
+def overview(results: Path) -> Figure | None:
+    """The idea, W ≈ Q + A Bᵀ, and what it gains in perplexity before training: the README's picture."""
+    records = tables.read(results, "initial")
+    wanted = {"full precision": ("bf16", "zero"), "NF4": ("nf4", "zero"), "NF4 + QuAILoRA": ("nf4", "quailora")}
+    bars = {}
+    for name, (base, kind) in wanted.items():
+        record = one(records, base=base, initialization=kind, rank=tables.BY_LAYER["rank"])
+        if record is None or failed(record):
+            return None
+        bars[name] = record["before"]["perplexity"]
+    figure = _figure(8.6, 2.2)
+    idea, axes = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    idea.set(xlim=(0, 11.8), ylim=(-1.6, 3.6), aspect="equal")
+    idea.axis("off")
+    for left, bottom, width, height, color, letter in (
+        (0, 0, 3, 3, COLORS["bf16"], "W"),
+        (4, 0, 3, 3, COLORS["zero"], "Q"),
+        (8, 0, 0.55, 3, COLORS["quailora"], "A"),
+        (8.75, 2.45, 3, 0.55, COLORS["quailora"], "Bᵀ"),
+    ):
+        idea.add_patch(Rectangle((left, bottom), width, height, color=color, alpha=0.9, linewidth=0))
+        middle = (left + width / 2, bottom + height / 2)
+        idea.annotate(letter, middle, color="white", ha="center", va="center", size=11)
+    idea.annotate("≈", (3.5, 1.5), ha="center", va="center", size=14)
+    idea.annotate("+", (7.5, 1.5), ha="center", va="center", size=14)
+    for x, label in ((1.5, "full precision"), (5.5, "4 bits, frozen"), (9.9, "LoRA, trained")):
+        idea.annotate(label, (x, -0.35), ha="center", va="top", size=8)
+    idea.annotate("so that W X ≈ (Q + A Bᵀ) X on real inputs X", (5.9, -1.5), ha="center", va="bottom", size=9)
+    axes.barh(list(bars), list(bars.values()), color=(COLORS["bf16"], COLORS["zero"], COLORS["quailora"]), height=0.6)
+    for row, value in enumerate(bars.values()):
+        axes.annotate(f"{value:.1f}", (value, row), xytext=(4, 0), textcoords="offset points", va="center")
+    axes.invert_yaxis()
+    axes.set(xlabel="perplexity before training", xlim=(0, 1.12 * max(bars.values())))
+    axes.spines["right"].set_visible(False)
+    axes.tick_params(left=False)
+    return figure
 
 
 def errors(results: Path) -> Figure | None:
@@ -108,6 +147,7 @@ def tokens(results: Path) -> Figure | None:
 
 
 PLOTS: dict[str, Callable[[Path], Figure | None]] = {
+    "overview": overview,
     "errors": errors,
     "rank": ranks,
     "convergence": convergence,

@@ -1,8 +1,9 @@
-"""What the documentation says can be done: its code runs, its commands parse, its links lead somewhere."""
+"""The documentation: its code runs, its commands parse, its links lead somewhere."""
 
 import re
 import shlex
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ import yaml
 
 import quailora
 from quailora.cli.app import app
+from quailora.solvers.registry import SOLVERS
 from tests.helpers import ROOT, tiny
 from tests.integration import test_training
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the checkpoint that the code is written for
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(rf"^```{language}\b[^\n]*\n(.*?)^```$", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [block for block in found if not block.startswith("--8<--")]  # the site includes a tested example there
 
 
 def calls(program: str) -> Iterator[list[str]]:
@@ -36,7 +39,7 @@ def calls(program: str) -> Iterator[list[str]]:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to run the code in: a tiny model stands in for the checkpoint, sixteen texts for every data set."""
+    """A folder to run the code in, with a tiny model for the checkpoint; every data set is sixteen texts."""
 
     def load_dataset(*_: Any, streaming: bool = False, **__: Any) -> datasets.Dataset | datasets.IterableDataset:
         texts = datasets.Dataset.from_dict({"text": test_training.TEXTS})
@@ -47,15 +50,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # As many key as query heads: no side of a weight is below the rank of the examples, 64.
     checkpoint = tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16, num_key_value_heads=4)
     test_training.tokenizer().save_pretrained(checkpoint)
-    # What `make demo` leaves.
-    demo = tmp_path / "build" / "demo"
-    demo.mkdir(parents=True)
-    (demo / "measure.txt").write_text("\n".join(test_training.TEXTS))
-    quailora.build_adapter(checkpoint, test_training.LORA, test_training.TEXTS, demo / "adapter", progress=False)
     return checkpoint
 
 
-@pytest.mark.parametrize("document", [ROOT / "README.md", ROOT / "docs" / "using.md"], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", ROOT / "docs" / "getting-started.md"], ids=lambda each: each.name
+)
 def test_the_code_runs_from_top_to_bottom(document: Path, workplace: Path) -> None:
     code = "".join(blocks(document, "python"))
     assert EXAMPLE in code
@@ -63,7 +63,38 @@ def test_the_code_runs_from_top_to_bottom(document: Path, workplace: Path) -> No
 
 
 def test_no_other_document_has_code() -> None:
-    assert {document.name for document in DOCUMENTS if blocks(document, "python")} == {"README.md", "using.md"}
+    found = {document.name for document in DOCUMENTS if blocks(document, "python")}
+    assert found == {"README.md", "getting-started.md", "adding-a-solver.md"}
+
+
+def test_the_example_of_a_solver_solves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SOLVERS, "sketch", SOLVERS["eigh"])  # the page replaces it; afterwards it is removed
+    (code,) = blocks(ROOT / "docs" / "extending" / "adding-a-solver.md", "python")
+    exec(compile(code, "adding-a-solver.md", "exec"), {})
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(96, 128), torch.randn(500, 128) * torch.arange(1, 129) ** -0.5
+    solve = partial(quailora.solve, weight, (4 * weight).round() / 4, inputs.T @ inputs, 16)
+    assert solve().objective < solve(solver="sketch").objective < solve(solver="svd").objective
+
+
+def test_examples_that_the_site_includes_exist() -> None:
+    included = [
+        (document, file)
+        for document in DOCUMENTS
+        for file in re.findall(r'^--8<-- "(.*)"$', document.read_text(), flags=re.MULTILINE)
+    ]
+    assert included
+    assert all((ROOT / file).is_file() for _, file in included)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    def pages(entries: Any) -> Iterator[str]:
+        for value in entries.values() if isinstance(entries, dict) else entries:
+            yield from [value] if isinstance(value, str) else pages(value)
+
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    documents = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert sorted(pages(navigation)) == sorted(documents)
 
 
 def test_every_command_parses() -> None:
