@@ -272,7 +272,7 @@ def _renamed(run: BlockRun, block: Block) -> BlockRun:
 
 @dataclass
 class _Inputs:
-    """What `activations.Collector` is in a run, on shapes."""
+    """What `hooks.Collector` is in a run, on shapes."""
 
     footprint: Footprint
     backend: str  # that adds up H
@@ -283,7 +283,7 @@ class _Inputs:
     def receive(self, name: str, x: Tensor, hold: bool, with_grams: bool) -> None:
         if not any(name in names for _, names in self.found.values()):
             for seen, edits, leader in self.held:
-                if _same(seen, x) and x._version == edits:
+                if seen is x and x._version == edits:
                     self.found[leader][1].append(name)
                     return
             self.found[name] = x.shape[-1], [name]
@@ -364,13 +364,6 @@ def _unseen(block: Block, targets: Collection[str], tokens: int) -> BlockRun:
         flops=2 * tokens * sum(p.numel() for p in block.module.parameters()),
         exact=False,
     )
-
-
-def _same(seen: Tensor, x: Tensor) -> bool:
-    """Whether both are the same numbers in memory: `activations._same`, for tensors without addresses."""
-    same_view = seen.shape == x.shape and seen.stride() == x.stride() and seen.dtype == x.dtype
-    same_place = seen.untyped_storage()._cdata == x.untyped_storage()._cdata
-    return same_view and same_place and seen.storage_offset() == x.storage_offset()
 
 
 # ---- quantizing and solving

@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 import quailora
 from quailora.calibration.data import Calibration
-from quailora.calibration.hooks import collect
 from quailora.errors import AdapterError, CheckpointError
 from quailora.modeling.streamed_model import linear_weight
 from quailora.quantization.registry import is_quantized, read
@@ -153,31 +152,6 @@ def test_a_decoder_that_is_no_chain_of_its_blocks_is_refused(tmp_path: Path, mon
     monkeypatch.setattr(LlamaModel, "forward", twice)
     with pytest.raises(CheckpointError, match="one at a time"):
         build(folder, tiny.sequences(), tmp_path / "adapter")
-
-
-def test_an_input_that_was_changed_in_place_is_another_input() -> None:
-    first, second = nn.Linear(4, 2), nn.Linear(4, 2)
-    x = torch.ones(3, 4)
-    with collect({"first": first, "second": second}) as collector, collector.batch(None), torch.no_grad():
-        first(x)
-        second(x.mul_(3))
-    assert collector.grams["first"] is not collector.grams["second"]
-    assert torch.equal(collector.grams["second"].matrix(), 9 * collector.grams["first"].matrix())
-
-
-def test_experts_that_no_token_chose_share_nothing() -> None:
-    """All empty tensors are alike, at one address."""
-    experts = {name: nn.Linear(4, 2) for name in ("first", "second", "third")}
-    x = torch.ones(3, 4)
-    with collect(experts) as collector, torch.no_grad():
-        with collector.batch(None):
-            for expert in experts.values():
-                expert(x[:0])
-        for name, factor in (("first", 1), ("second", 3)):
-            with collector.batch(None):
-                experts[name](factor * x)
-    assert collector.grams.keys() == {"first", "second"}
-    assert torch.equal(collector.grams["second"].matrix(), 9 * collector.grams["first"].matrix())
 
 
 def test_under_inference_mode_it_is_the_same(tmp_path: Path) -> None:
