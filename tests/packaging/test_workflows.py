@@ -14,7 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from quailora import cli
+from quailora.cli.app import app
 from tests.helpers import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -63,8 +63,8 @@ def test_every_command_exists(command: list[str]) -> None:
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert set(arguments) <= set(targets)
         case ".venv/bin/quailora":
-            assert arguments[0] in {entry.name or entry.callback.__name__ for entry in cli.app.registered_commands}
-            shown = CliRunner().invoke(cli.app, [arguments[0], "--help"], env={"COLUMNS": "200"}).output
+            assert arguments[0] in {entry.name or entry.callback.__name__ for entry in app.registered_commands}
+            shown = CliRunner().invoke(app, [arguments[0], "--help"], env={"COLUMNS": "200"}).output
             assert {option for option in arguments if option.startswith("--")} <= set(re.findall(r"--[a-z-]+", shown))
         case ".venv/bin/python" if arguments[:2] == ["-m", "pytest"]:
             markers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["markers"]
