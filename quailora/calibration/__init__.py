@@ -1,4 +1,4 @@
-"""From data to H: token batches, the inputs of a block, one Gram matrix per distinct input.
+"""From data to H: token batches, the calls of a block, the inputs of its linears, one Gram matrix per distinct input.
 
-It knows models as streamed blocks. It must not know quantization, solvers or adapters.
+Knows models as streamed blocks. Must not know quantization, solvers or adapters.
 """

@@ -17,14 +17,14 @@ from quailora.modeling.streamed_model import Block, StreamedModel
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a model passes to a block beside the hidden states: masks, position embeddings, ALiBi; they can differ per
-    block."""
+    """What a model passes to a block besides the hidden states (masks, position embeddings, ALiBi), which can differ
+    from block to block."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's hidden states out, for its hidden states in, both (b, t, d)."""
+        """The block's output for these hidden states, both (b, t, d)."""
         args, kwargs = (
             _map_tensors(part, lambda x: x.to(hidden.device, non_blocking=True)) for part in (self.args, self.kwargs)
         )
@@ -35,12 +35,9 @@ class Call:
 class Calls:
     """Records the calls that a model makes to its blocks, without running the blocks.
 
-    The model's own forward pass runs over its embeddings with every block replaced by one that hands the hidden states
-    on, so masks and position embeddings are made by the model itself and no model family needs code of its own. Equal
-    tensors are kept once, on the host: batches of one length share theirs, and the device holds those of one batch.
-
-    Raises:
-        CheckpointError: the decoder is no plain chain of its blocks.
+    The model's own forward pass runs with every block replaced by one that passes the hidden states through, so the
+    model itself makes masks and position embeddings, and no model family needs code of its own. Equal tensors are kept
+    once, on the host: batches of one length share theirs, and the device holds those of one batch only.
     """
 
     def __init__(self, model: StreamedModel) -> None:
@@ -51,8 +48,11 @@ class Calls:
 
     @torch.no_grad()
     def record(self, batch: Batch) -> tuple[Tensor, list[Call]]:
-        """The hidden states (b, t, d) that enter the first block, and one call per block. The embeddings must be
-        resident."""
+        """The hidden states (b, t, d) that enter the first block, and one call per block.
+
+        The weights outside the blocks must be resident. Raises CheckpointError if the decoder is not a plain chain of
+        its blocks.
+        """
         self._learn_outputs(batch)
         calls: list[Call] = []
         first: list[Tensor] = []
@@ -69,7 +69,7 @@ class Calls:
             self._run(batch.input_ids)
         if len(calls) != len(self._model.blocks):
             raise CheckpointError(NOT_A_CHAIN)
-        # One list for all batches that are called alike: else memory would grow with their number times the depth.
+        # Batches with equal calls share one list, or memory would grow with the number of batches times the depth.
         known = self._known.setdefault(batch.input_ids.shape, [])
         alike = next((each for each in known if _alike(each, calls)), None)
         if alike is None:
@@ -77,7 +77,7 @@ class Calls:
         return first[0], alike or calls
 
     def _learn_outputs(self, batch: Batch) -> None:
-        """Whether a block returns a tensor or a tuple is seen by running one of each class on a single token."""
+        """Run one block of each class on a single token, to see whether it returns a tensor or a tuple."""
         for index, block in enumerate(self._model.blocks):
             kind = type(block.module)
             if kind in self._tuples:
@@ -98,7 +98,7 @@ class Calls:
                     self._tuples[kind] = seen.is_tuple
 
     def _run(self, input_ids: Tensor) -> None:
-        # No attention mask: batches are padded on the right, where causal attention never looks.
+        # No attention mask: padding is on the right, where causal attention never looks.
         self._model.decoder(input_ids=input_ids.to(self._model.device), use_cache=False)
 
     def _shared(self, value: Tensor) -> Tensor:
@@ -108,13 +108,13 @@ class Calls:
             if torch.equal(tensor, value):
                 return tensor
         if self._model.device.type == "cuda":
-            value = value.pin_memory()  # or the host would wait for its copy at every call
+            value = value.pin_memory()  # or the host would wait for the copy at every call
         known.append(value)
         return value
 
 
 NOT_A_CHAIN = (
-    "this model's decoder does more than hand the hidden states from each block to the next, once: its blocks cannot "
+    "this model's decoder does more than pass the hidden states from each block to the next once, so its blocks cannot "
     "be run one at a time"
 )
 
@@ -131,7 +131,7 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two structures are equal, their tensors being the very same."""
+    """Whether two structures are equal and hold the same tensor objects."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return one is other
     if isinstance(one, Call) and isinstance(other, Call):
@@ -146,13 +146,14 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 class _Seen(Exception):
-    """Carries what `_learn_outputs` wanted to know out of a forward pass that need not go on."""
+    """Ends a forward pass as soon as `_learn_outputs` knows what a block returns."""
 
     def __init__(self, is_tuple: bool) -> None:
         self.is_tuple = is_tuple
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """The arguments of a block, as its hidden states (b, t, d) and the rest."""
     if args:
         return args[0], Call(args[1:], kwargs)
     return kwargs["hidden_states"], Call((), {key: value for key, value in kwargs.items() if key != "hidden_states"})
@@ -160,7 +161,7 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, C
 
 @contextmanager
 def replaced_forward(blocks: list[Block], forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it `forward(block, *args, **kwargs)` answers in place of every block's own forward."""
+    """Within it, `forward(block, *args, **kwargs)` replaces the forward method of every block."""
     try:
         for block in blocks:
             block.module.forward = lambda *args, block=block, **kwargs: forward(block, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""H of one layer input: the correlation of what a linear layer is fed, summed over the calibration tokens."""
+"""H of one layer input: x xᵀ summed over the calibration tokens."""
 
 from collections.abc import Callable
 
@@ -13,26 +13,26 @@ class Gram:
     """Accumulates H = X Xᵀ = Σ x xᵀ (a sum over tokens, not a mean) in fp32, on `device`.
 
     `features` is n, the number of inputs of the layer. The order of the batches, and how tokens are split into them,
-    change H by rounding only, so processes may each accumulate a part and `merge`.
+    change H by rounding only, so processes may each accumulate a part and merge them.
     """
 
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
         self.features = features
         self._h = torch.zeros(features, features, dtype=torch.float32, device=device)  # lower triangle; see `matrix`
-        # Counted on the device: a host that reads it would wait for every layer of the forward pass. And in place, in
-        # memory that lives as long as this object, which may be updated on another stream than it was made on.
+        # Counted on the device: reading the count would make the host wait at every layer of the forward pass. And in
+        # place, as updates may come on another stream than the one this memory belongs to.
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
     def tokens(self) -> int:
-        """How many tokens were counted. On a GPU the host waits for it."""
+        """The number of tokens counted. On a GPU, reading it makes the host wait."""
         return int(self._tokens)
 
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add the tokens of `x` (..., n), bf16, fp16 or fp32, that `mask` (...) admits: bool, or a tokenizer's 0 and 1.
+        """Add the tokens of `x` (..., n), bf16, fp16 or fp32, for which `mask` (...), bool or 0 and 1, is true.
 
-        Tokens that are masked are never read. Raises CalibrationError if the shapes do not fit.
+        Masked tokens are never read. Raises CalibrationError if the shapes do not fit.
         """
         if x.shape[-1:] != (self.features,) or not x.is_floating_point():
             raise CalibrationError(
@@ -50,7 +50,7 @@ class Gram:
         self._tokens.add_(x.shape[:-1].numel() if mask is None else mask.sum())
 
     def matrix(self) -> Tensor:
-        """H, (n, n) fp32, symmetric. It shares memory with this object: after another `update` ask again.
+        """H, (n, n) fp32, symmetric. It shares memory with this object: call again after another `update`.
 
         Raises CalibrationError if no token was counted.
         """
@@ -63,13 +63,13 @@ class Gram:
         return self._h
 
     def merge(self, other: "Gram") -> None:
-        """Add what `other` counted, as if its batches had come here. Raises CalibrationError if the features differ."""
+        """Add the tokens of `other`. Raises CalibrationError if the features differ."""
         if other.features != self.features:
             raise CalibrationError(f"cannot merge a Gram of {other.features} features into one of {self.features}")
         self._h += other._h.to(self._h.device)
         self._tokens += other._tokens.to(self._tokens.device)
 
     def reduce(self, all_reduce: Callable[[Tensor], object]) -> None:
-        """Make H and the count those of all processes; `all_reduce` adds up a tensor over them, in place."""
+        """Sum H and the count over all processes, by `all_reduce`, which sums one tensor in place."""
         all_reduce(self._h)
         all_reduce(self._tokens)

@@ -14,15 +14,15 @@ from quailora.files import as_bytes, writing
 
 
 class HiddenStates:
-    """Batch number -> hidden states (b, t, d), replaced in place as block follows block.
+    """Batch number -> hidden states (b, t, d), replaced block after block.
 
     Args:
-        device: where they are wanted.
-        folder: where the file is to be; None keeps them in memory, pinned if the device is a GPU.
+        device: where the hidden states are used.
+        folder: where to put the file; None keeps them in memory, pinned if the device is a GPU.
 
-    The file has no name, so that nothing of it is left however the process ends. It is read and written, not mapped:
-    mapped pages would count as the process's memory, and a full disk would kill it instead of raising an error.
-    Raises QuailoraError where the disk is full.
+    The file has no name, so nothing is left of it however the process ends. It is read and written, not mapped: mapped
+    pages would count as the process's memory, and a full disk would kill it instead of raising an error.
+    Raises QuailoraError if the disk is full.
     """
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
@@ -45,12 +45,12 @@ class HiddenStates:
             torch.cuda.synchronize(self._device)  # the last copies
         self._memory.clear()
         if self._device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):
-            torch.accelerator.empty_host_cache()  # torch would keep what was page-locked from whoever trains next
+            torch.accelerator.empty_host_cache()  # or torch would keep the pinned memory
         if self._file is not None:
             self._file.close()
 
     def __getitem__(self, number: int) -> Tensor:
-        """Those of a batch, on the device."""
+        """The hidden states of a batch, on the device."""
         if self._file is None:
             return self._memory[number].to(self._device, non_blocking=True)
         start, shape, dtype = self._places[number]
@@ -58,7 +58,7 @@ class HiddenStates:
         rest = as_bytes(hidden)
         while rest:
             read = os.preadv(self._file.fileno(), [rest], start)
-            assert read, "the file is as long as what was written to it"
+            assert read, "the file is shorter than what was written to it"
             rest, start = rest[read:], start + read
         return hidden.to(self._device)
 
@@ -80,7 +80,7 @@ class HiddenStates:
         if self._device.type != "cuda":
             self._memory[number] = hidden
             return
-        # To and from pinned memory the host waits for no copy: all are in the order of the stream.
+        # With pinned memory the host does not wait for copies: the stream keeps their order.
         if number not in self._memory:
             self._memory[number] = torch.empty_like(hidden, device="cpu", pin_memory=True)
         self._memory[number].copy_(hidden, non_blocking=True)

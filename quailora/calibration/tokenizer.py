@@ -13,9 +13,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 
 def load_tokenizer(source: Checkpoint, adapter: Path | None = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the folder `adapter`, where training has saved one, or else the checkpoint's; None where there
-    is none. Raises CheckpointError, with the reason, for one that cannot be read: it is damaged, or takes a package
-    that is not here, or code of its own."""
+    """The tokenizer in the folder `adapter`, if training has saved one there, else the checkpoint's; None if neither.
+
+    Raises CheckpointError, with the reason, if it cannot be read: it is damaged, or needs a package that is not
+    installed or code of its own.
+    """
     saved = adapter is not None and any((adapter / name).is_file() for name in _TOKENIZER_FILES)
     name, revision = (str(adapter), None) if saved else (source.name, source.revision)
     try:
@@ -26,4 +28,4 @@ def load_tokenizer(source: Checkpoint, adapter: Path | None = None) -> PreTraine
         raise CheckpointError(
             f"the tokenizer of {name} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:600]}"
         ) from error
-    return tokenizer if len(tokenizer) else None  # transformers makes an empty one where a kind is known but no file
+    return tokenizer if len(tokenizer) else None  # transformers makes an empty one if there are no files

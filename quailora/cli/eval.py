@@ -66,6 +66,8 @@ def evaluate(
     calibration = read_calibration(
         source, data, samples=samples, sequence_length=sequence_length, seed=seed, split=split, column=column
     )
+    for note in calibration.notes():
+        typer.echo(note, err=True)
     comparison = compare(
         source,
         adapter,
