@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from quailora import ops
-from quailora.adapters.base_record import base_of, for_full_precision, loading
+from quailora.adapters.base_record import base_of, check_base, for_full_precision, loading
 from quailora.calibration.data import Batch, Calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
 from quailora.files import to_json, write_files
@@ -176,7 +176,7 @@ def compare(
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     batches = list(calibration.batches(batch_size))
-    loaded_in, untrained, converted = source.dtype, False, False
+    loaded_in, untrained, converted, base = source.dtype, False, False, None
     if adapter is not None:
         folder = Path(adapter)
         if not (folder / "adapter_config.json").is_file():
@@ -195,6 +195,8 @@ def compare(
     with memory_errors(where, _SMALLER):
         full = _load(source, where, dtype)
         quantized = _load(source, where, dtype, quantization)
+        if adapter is not None and base is not None and not converted:
+            check_base(quantized, adapter, checkpoint=source, initial=initial)
         adapted = None if adapter is None else _with_adapter(full if converted else quantized, adapter)
         with _evaluating(full, quantized):
             for done, batch in enumerate(map(_predictions, batches), 1):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from quailora.files import check_new_folder, new_folder, to_json, write_files
 from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.setup import default_device
-from quailora.quantization.protocol import QuantizedBase
 from quailora.quantization.registry import base_for, from_config, is_quantized
+from quailora.quantization.verify import NEAREST, verify
 from quailora.reporting.record import RECORD, lora_record, read_record
 
 WEIGHTS = "adapter_model.safetensors"
@@ -92,6 +93,14 @@ def merge(
     parameters = {key: tied[0] for key, tied in names.items()}
     _check_mergeable(merged, {tied[0] for tied in names.values() if len(tied) == 1})
 
+    known = made_for or {}
+
+    def dequantized(name: str, weight: Tensor) -> Tensor:
+        quantized, recorded = form.quantize(weight), known.get("digests", {}).get(name)
+        rounding = known.get("rounding", NEAREST)
+        verify(name, quantized, form, lambda: weight, source.name, recorded=recorded, rounding=rounding)
+        return quantized.dequantize().float()
+
     shards: dict[Path, list[str]] = {}
     for key, entry in source.tensors.items():
         shards.setdefault(entry.file, []).append(key)
@@ -101,7 +110,7 @@ def merge(
             for key in keys:
                 tensor = source.tensor(key)
                 if key in parameters:
-                    tensor = _merged(merged, parameters[key], tensor, form, load_dtype, place)
+                    tensor = _merged(merged, parameters[key], tensor, dequantized, load_dtype, place)
                 tensors[key] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
             save_file(tensors, partial / (shard.name if len(shards) > 1 else SINGLE), metadata={"format": "pt"})
         if len(shards) > 1:
@@ -123,10 +132,15 @@ def merge(
 
 
 def _merged(
-    model: nn.Module, name: str, tensor: Tensor, form: QuantizedBase, dtype: torch.dtype, device: torch.device
+    model: nn.Module,
+    name: str,
+    tensor: Tensor,
+    dequantized: Callable[[str, Tensor], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """The weight that the quantized base with its adapter multiplies with, for one parameter of the plain model,
-    oriented as stored."""
+    oriented as stored. `dequantized` gives Q for a linear's name and W."""
     parent, _, leaf = name.rpartition(".")
     module: Any = model.get_submodule(parent)
     if hasattr(module, "modules_to_save"):
@@ -143,7 +157,7 @@ def _merged(
     transposed = quantized and base_for(base).transposed(base)
     if quantized:
         weight = tensor.to(device, dtype)
-        weight = form.quantize(weight.T.contiguous() if transposed else weight).dequantize().float()
+        weight = dequantized(parent, weight.T.contiguous() if transposed else weight)
     elif layer is not None:
         weight = tensor.to(device, torch.float32)
     else:

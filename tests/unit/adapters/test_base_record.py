@@ -1,5 +1,7 @@
 """Before training: is a loaded model the base that a start was made for?"""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 import quailora
+import quailora.evaluate
+from quailora.calibration.data import Calibration
 from quailora.errors import AdapterError, CheckpointError, MismatchError
 from quailora.quantization.registry import is_quantized
 from tests.helpers import tiny
@@ -127,3 +131,33 @@ def test_what_is_missing_is_said(folder: Path, start: Path, tmp_path: Path) -> N
         quailora.check_base(base, start.parent / "strat")
     with pytest.raises(CheckpointError, match="nowhere"):
         quailora.check_base(base, start, checkpoint=tmp_path / "nowhere")
+
+
+def test_a_digest_decides_only_where_codes_do_not_follow_from_the_weights(
+    folder: Path, start: Path, tmp_path: Path
+) -> None:
+    """Nearest rounding may round ties differently on another device; codes that calibration chose are the recorded."""
+    shutil.copytree(start, tmp_path / "adapter")
+    record = json.loads((start / "quailora.json").read_text())
+    digests = record["base"]["digests"]
+    assert len(digests) == 14 and record["base"]["rounding"] == "nearest"
+    codes, scales = digests["model.layers.1.mlp.up_proj"].split("-")
+    digests["model.layers.1.mlp.up_proj"] = f"{codes[::-1]}-{scales}"
+    held_out = Calibration(tiny.sequences(2), "held out", 0)
+
+    def use() -> None:
+        quailora.check_base(load(folder, pipeline.four_bits()), tmp_path / "adapter")
+        quailora.merge(folder, tmp_path / "adapter", tmp_path / f"merged-{record['base']['rounding']}")
+        quailora.evaluate.compare(folder, tmp_path / "adapter", held_out, device="cpu")
+
+    (tmp_path / "adapter" / "quailora.json").write_text(json.dumps(record))
+    use()
+    record["base"]["rounding"] = "calibrated"
+    (tmp_path / "adapter" / "quailora.json").write_text(json.dumps(record))
+    said = r"layers\.1\.mlp\.up_proj is another quantized weight: its codes are not the recorded ones"
+    with pytest.raises(MismatchError, match=said):
+        quailora.check_base(load(folder, pipeline.four_bits()), tmp_path / "adapter")
+    with pytest.raises(MismatchError, match=said):
+        quailora.merge(folder, tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(MismatchError, match=said):
+        quailora.evaluate.compare(folder, tmp_path / "adapter", held_out, device="cpu")
