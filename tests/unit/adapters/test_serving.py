@@ -173,7 +173,7 @@ def test_what_was_converted_is_scored_on_full_precision_and_not_merged_into_q(tm
     assert found.adapted.perplexity == pytest.approx(quailora.evaluate.perplexity(model, batches), rel=1e-6)
     started = compare(folder, tmp_path / "initial", pipeline.DATA)
     assert (found.full, found.quantized) == (started.full, started.quantized)
-    assert (started.start, trained.start, found.untrained) == (True, False, False)
+    assert (started.untrained, trained.untrained, found.untrained) == (True, False, False)
     record = json.loads((tmp_path / "learned" / RECORD).read_text())
     assert record["lora"] == {"r": 16, "alpha": 16, "use_rslora": False}  # twice the start's
     with pytest.raises(AdapterError, match="no Q to merge it with"):
