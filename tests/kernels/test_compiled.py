@@ -19,6 +19,7 @@ from quailora.kernels.precision import PRECISIONS
 from quailora.kernels.variants import Variant
 from tests.emulation.ptx.sample import product_variant
 from tests.helpers import aot
+from tests.helpers.kernel_changes import slow_unless_changed
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -33,18 +34,24 @@ def shipped(target: str) -> Iterator[tuple[str, Variant]]:
                 yield f"{module.name}-{variant.name}", variant
 
 
-# The commonest of each kernel; all of them take an hour on two cores.
-QUICK = re.compile(
-    "error_products-(4bit-bf16-r64-(tf32|bf16x3)-[nt]|error-4bit-bf16-even)|gram_product-k64-(ieee|bf16x3)"
-    "|cholesky-(factor-r64|product-plain-new-32)"
-)
+# One of each kernel and kind of GPU; all of them take an hour on two cores.
+QUICK = {
+    ("sm_80", "error_products-4bit-bf16-r64-tf32-n"),
+    ("sm_90", "error_products-4bit-bf16-r64-bf16x3-t"),
+    ("gfx942", "error_products-4bit-bf16-r64-tf32-t"),
+    ("sm_80", "error_products-error-4bit-bf16-even"),
+    ("sm_90", "gram_product-k64-bf16x3"),
+    ("gfx942", "gram_product-k64-ieee"),
+    ("sm_80", "cholesky-factor-r64"),
+    ("sm_90", "cholesky-product-plain-new-32"),
+}
 
 CASES = [
     pytest.param(
         target,
         variant,
         id=f"{name}-{target.name}",
-        marks=[] if target.name in QUICK_TARGETS and QUICK.fullmatch(name) else pytest.mark.slow,
+        marks=[] if (target.name, name) in QUICK else slow_unless_changed(name.partition("-")[0]),
     )
     for target in aot.TARGETS.values()
     for name, variant in shipped(target.name)

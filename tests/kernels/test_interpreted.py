@@ -11,9 +11,18 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def test_kernels_under_the_interpreter() -> None:
+def run(*arguments: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-n", "logical", HERE / "interpreted"]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-n", "0", *arguments, HERE / "interpreted"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
+    result = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_kernels_under_the_interpreter() -> None:
+    run("-m", "not slow")
+
+
+@pytest.mark.slow
+def test_every_case_under_the_interpreter() -> None:
+    run("-m", "slow or not slow")

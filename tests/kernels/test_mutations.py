@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.emulation import ptx
 from tests.emulation.ptx.sample import product_variant
 from tests.emulation.test_ptx import launch_of_a_gram_product, launch_of_a_group
 from tests.helpers import ROOT, aot
+from tests.helpers.kernel_changes import slow_unless_changed
 from tests.kernels.test_counts import linear, positive_definite, shipped
 
 TESTS = Path(__file__).resolve().parent
@@ -491,7 +493,18 @@ def test_without_a_fault_the_tests_pass(interpreted: bool, run: Run) -> None:
     assert outcome.code == pytest.ExitCode.OK, outcome.output
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+def cases() -> Iterator[Any]:
+    """Of each kernel and file of tests, the first is quick; the others where the kernel has changed."""
+    first: set[tuple[str, str]] = set()
+    for name, mutation in MUTATIONS.items():
+        kind = mutation.files, mutation.test.partition("::")[0]
+        quick = kind not in first
+        first.add(kind)
+        kernel = mutation.files.replace("*", "s")
+        yield pytest.param(name, id=name, marks=[] if quick else slow_unless_changed(kernel))
+
+
+@pytest.mark.parametrize("name", cases())
 def test_a_fault_in_the_source_is_found(name: str, run: Run, tmp_path: Path) -> None:
     outcome = run(faulty_kernels(tmp_path, MUTATIONS[name]), [MUTATIONS[name].test])
     assert outcome.found, outcome.output

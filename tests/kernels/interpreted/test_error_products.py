@@ -167,7 +167,7 @@ def test_each_linear_of_a_group_has_its_own_everything(method: str, members: int
 
 @pytest.mark.parametrize("programs", [1, 9, 128])
 def test_the_walk_may_be_split_in_any_way_and_repeats_its_bits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(error_products, "_PROGRAMS", programs)
+    monkeypatch.setattr(error_product_configs, "_PROGRAMS", programs)
     weight, quantized = linear(200, 320)
     check(weight, quantized, rank=16)
     operand, right = kernel_operand(weight, quantized), random(320, 16)
