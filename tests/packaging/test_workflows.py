@@ -20,8 +20,12 @@ from tests.helpers import ROOT
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
+def jobs(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())["jobs"]
+
+
 def steps(path: Path) -> Iterator[dict[str, Any]]:
-    for job in yaml.safe_load(path.read_text())["jobs"].values():
+    for job in jobs(path).values():
         assert job["timeout-minutes"] > 0
         assert job["runs-on"]
         yield from job["steps"]
@@ -35,24 +39,35 @@ def commands() -> Iterator[Any]:
 
 
 def test_there_is_one_for_each_kind_of_runner() -> None:
-    assert [path.stem for path in WORKFLOWS] == ["cpu", "gpu"]
+    assert [path.stem for path in WORKFLOWS] == ["cpu", "gpu", "nightly", "release"]
     runs = {path.stem: [step.get("run", "") for step in steps(path)] for path in WORKFLOWS}
     assert "make test" in runs["cpu"]  # the README's test command
+    assert "make test-all" in runs["nightly"]
     # That there are kernels, and a GPU to run them, is an error if not before anything is skipped for want of them.
     commands = [run for run in runs["gpu"] if run]
     assert commands[:2] == ["make install", ".venv/bin/quailora doctor --device cuda:0"]
     assert ".venv/bin/python -m pytest -m gpu" in commands
     for path in WORKFLOWS:
-        [job] = yaml.safe_load(path.read_text())["jobs"].values()
-        assert job["env"]["QUAILORA_EXT"] == "1"  # and a build that fails is one
+        for name, job in jobs(path).items():  # and a build that fails is one
+            assert name == "publish" or job["env"]["QUAILORA_EXT"] == "1"
+
+
+def test_a_release_has_a_wheel_for_every_python_and_is_published_from_a_tag_only() -> None:
+    paths = {path.stem: path for path in WORKFLOWS}
+    build, publish = (jobs(paths["release"])[name] for name in ("build", "publish"))
+    wheels = [step["run"] for step in build["steps"] if step.get("run", "").startswith("make wheel")]
+    pythons = jobs(paths["cpu"])["test"]["strategy"]["matrix"]["python"]
+    assert wheels == [f"make wheel PYTHON=python{python}" for python in pythons]
+    assert publish["if"] == "startsWith(github.ref, 'refs/tags/v')"
+    assert publish["permissions"] == {"id-token": "write"}  # trusted publishing: no token is kept anywhere
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_steps_are_well_formed(path: Path) -> None:
     for step in steps(path):
         assert len({"run", "uses"} & step.keys()) == 1, step
-        if "uses" in step:  # GitHub's own actions, at a version
-            assert re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"])
+        if "uses" in step:  # GitHub's own actions and PyPI's, at a version
+            assert re.fullmatch(r"(actions/[a-z-]+@|pypa/gh-action-pypi-publish@release/)v\d+", step["uses"])
 
 
 @pytest.mark.parametrize("command", list(commands()))
@@ -61,7 +76,7 @@ def test_every_command_exists(command: list[str]) -> None:
     match program:
         case "make":
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            assert set(arguments) <= set(targets)
+            assert {each for each in arguments if "=" not in each} <= set(targets)
         case ".venv/bin/quailora":
             assert arguments[0] in {entry.name or entry.callback.__name__ for entry in app.registered_commands}
             shown = CliRunner().invoke(app, [arguments[0], "--help"], env={"COLUMNS": "200"}).output
