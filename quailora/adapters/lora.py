@@ -107,6 +107,45 @@ def adapted_skeleton(base: PreTrainedModel, config: LoraConfig, checkpoint: Chec
     return model
 
 
+def targeted_skeleton(
+    checkpoint: Checkpoint, quantization: BitsAndBytesConfig, dtype: torch.dtype, config: LoraConfig
+) -> tuple[PeftModel, list[str]]:
+    """The base as transformers would quantize it, wrapped by PEFT, all on the meta device; and the linears whose rank
+    was capped at their smaller side, as that of a mixture's 1 x n gate is. `config` then has these ranks.
+
+    Raises:
+        AdapterError: as `quantized_skeleton` and `adapted_skeleton`; or every targeted linear is narrower than r.
+    """
+    model = adapted_skeleton(quantized_skeleton(checkpoint, quantization, dtype), config, checkpoint)
+    adapted = {
+        name: layer
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and is_quantized(layer.get_base_layer())
+    }
+    narrow = {
+        name: layer for name, layer in adapted.items() if layer.r["default"] > min(layer.in_features, layer.out_features)
+    }
+    if not narrow:
+        return model, []
+    if len(narrow) == len(adapted):
+        name, layer = next(iter(narrow.items()))
+        raise AdapterError(
+            f"rank {layer.r['default']} exceeds the smaller side of every targeted linear ({name} is "
+            f"{layer.out_features} x {layer.in_features}): lower r (--rank)"
+        )
+    ranks, alphas = {}, {}
+    for name, layer in narrow.items():
+        rank, key = min(layer.in_features, layer.out_features), re.escape(name)
+        ranks[key] = rank
+        # The scaling stays what it was, or the learning rate would be another for these.
+        alphas[key] = layer.scaling["default"] * (rank**0.5 if config.use_rslora else rank)
+    # PEFT takes the first pattern that matches.
+    config.rank_pattern = ranks | (config.rank_pattern or {})
+    config.alpha_pattern = alphas | (config.alpha_pattern or {})
+    model = adapted_skeleton(quantized_skeleton(checkpoint, quantization, dtype), config, checkpoint)
+    return model, list(narrow)
+
+
 def check_config(config: Any) -> LoraConfig:
     """The configuration itself; refused is what a start at W - Q = A Bᵀ cannot be right for.
 
@@ -138,8 +177,7 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
     """The quantized linears that `adapter` adapts, and the other adapted modules with why they keep the LoRA default.
 
     Raises:
-        AdapterError: a rank above min(m, n), a scaling that is not positive, or a variant of LoRA whose product is not
-            B A.
+        AdapterError: a scaling that is not positive, or a variant of LoRA whose product is not B A.
     """
     targets, left = [], {}
     for name, layer in model.get_base_model().named_modules():
@@ -159,11 +197,10 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
         else:
             rank, scaling = layer.r[adapter], float(layer.scaling[adapter])
             if rank > min(base.in_features, base.out_features):
-                raise AdapterError(
-                    f"rank {rank} of {name} exceeds the smaller side of its {layer.out_features} x "
-                    f"{layer.in_features} weight: lower r, give it its own in rank_pattern, or leave it out with "
-                    "exclude_modules"
+                left[name] = (
+                    f"rank {rank} exceeds the smaller side of its {layer.out_features} x {layer.in_features} weight"
                 )
+                continue
             if scaling <= 0:
                 raise AdapterError(
                     f"{name} has scaling {scaling} (alpha {layer.lora_alpha[adapter]}, r {rank}): it must be positive"

@@ -79,8 +79,8 @@ def plan(
     loaded_as = torch_dtype(dtype) or source.dtype
     quantization = quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)
     config = LoraConfig(r=rank, target_modules=parse_target_modules(target_modules), task_type="CAUSAL_LM")
-    base = adapters.quantized_skeleton(source, quantization, loaded_as)
-    targets, _ = adapters.find_targets(adapters.adapted_skeleton(base, config, source))
+    model, _ = adapters.targeted_skeleton(source, quantization, loaded_as, config)
+    targets, _ = adapters.find_targets(model)
     positions = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
     found = budget.make_plan(
         StreamedModel(source, torch.device("cpu") if absent else place, loaded_as),

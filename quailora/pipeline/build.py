@@ -110,8 +110,7 @@ def build_adapter(
     form = from_config(quantization)
 
     with freed_at_once():  # a skeleton has each parameter on the CPU for a moment, and the gaps would add up
-        base = adapters.quantized_skeleton(source, quantization, dtype)
-        model = adapters.adapted_skeleton(base, config, source)
+        model, capped = adapters.targeted_skeleton(source, quantization, dtype, config)
         stream = StreamedModel(source, meter.device, dtype)
     targets, left = adapters.find_targets(model)
     if not targets:
@@ -156,7 +155,7 @@ def build_adapter(
         )
         report = None
         if workspace:
-            report = run.report(plan, workspace.layers, record, *_resumed(finished))
+            report = run.report(plan, workspace.layers, record, *_capped(capped), *_resumed(finished))
             with workspace.finish() as folder, run.stages("write"):
                 made = workspace.tensors()
                 adapters.save(model, folder, made | adapters.rest(model, stream, seed, made))
@@ -189,6 +188,13 @@ def _identity(run: Run, record: dict[str, Any], batch_size: int | None) -> dict[
 def _kept(workspace: Workspace | None) -> str:
     kept = workspace.leave() if workspace else ""
     return f"; {kept}" if kept else ""
+
+
+def _capped(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    linears = "1 linear" if len(names) == 1 else f"{len(names)} linears"
+    return [f"{linears} narrower than r ({names[0]} for one) have the rank of their smaller side, by rank_pattern"]
 
 
 def _resumed(finished: list[int]) -> list[str]:
