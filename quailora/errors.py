@@ -26,5 +26,9 @@ class SolverError(QuailoraError):
     """A layer's weights or input statistics that no solver can work with, or invalid solver settings."""
 
 
+class NotFiniteError(SolverError):
+    """A layer's inputs overflowed: the same run would fail again."""
+
+
 class BudgetError(QuailoraError):
     """No plan fits the memory budget; the message names the smallest budget that is enough."""

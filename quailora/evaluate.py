@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from quailora import ops
 from quailora.adapters.base_record import base_of, check_base, for_full_precision, loading
+from quailora.adapters.serving import check_weights
 from quailora.calibration.data import Batch, Calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
 from quailora.files import to_json, write_files
@@ -181,6 +182,7 @@ def compare(
         folder = Path(adapter)
         if not (folder / "adapter_config.json").is_file():
             raise AdapterError(f"{folder} is not an adapter: it has no adapter_config.json")
+        check_weights(folder)
         base = base_of(folder, Path(initial) if initial else None)
         converted = base is not None and for_full_precision(base)
         # Trainers do not copy the record, so an adapter that has one is untrained.

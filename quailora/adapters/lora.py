@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import warnings
 from collections.abc import Collection, Iterable
@@ -122,9 +123,7 @@ def targeted_skeleton(
         for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, LoraLayer) and is_quantized(layer.get_base_layer())
     }
-    narrow = {
-        name: layer for name, layer in adapted.items() if layer.r["default"] > min(layer.in_features, layer.out_features)
-    }
+    narrow = {name: layer for name, layer in adapted.items() if layer.r["default"] > _smaller_side(layer)}
     if not narrow:
         return model, []
     if len(narrow) == len(adapted):
@@ -133,17 +132,23 @@ def targeted_skeleton(
             f"rank {layer.r['default']} exceeds the smaller side of every targeted linear ({name} is "
             f"{layer.out_features} x {layer.in_features}): lower r (--rank)"
         )
-    ranks, alphas = {}, {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, int] = {}
     for name, layer in narrow.items():
-        rank, key = min(layer.in_features, layer.out_features), re.escape(name)
-        ranks[key] = rank
-        # The scaling stays what it was, or the learning rate would be another for these.
-        alphas[key] = layer.scaling["default"] * (rank**0.5 if config.use_rslora else rank)
+        rank = _smaller_side(layer)
+        ranks[name] = rank
+        # The scaling stays as it was; a larger one would train these linears at a higher rate. PEFT takes floats too.
+        alphas[name] = float(layer.scaling["default"]) * (math.sqrt(rank) if config.use_rslora else rank)  # type: ignore[assignment]
     # PEFT takes the first pattern that matches.
     config.rank_pattern = ranks | (config.rank_pattern or {})
     config.alpha_pattern = alphas | (config.alpha_pattern or {})
     model = adapted_skeleton(quantized_skeleton(checkpoint, quantization, dtype), config, checkpoint)
     return model, list(narrow)
+
+
+def _smaller_side(layer: LoraLayer) -> int:
+    base: Any = layer.get_base_layer()
+    return min(base.in_features, base.out_features)
 
 
 def check_config(config: Any) -> LoraConfig:

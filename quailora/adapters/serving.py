@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -272,11 +272,32 @@ def read_config(folder: Path) -> LoraConfig:
     return config
 
 
+def check_weights(folder: Path) -> None:
+    """Raises AdapterError where the weights of an adapter are a pickle, or are saved empty."""
+    if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise AdapterError(
+            f"{folder} has its weights in adapter_model.bin, a pickle, which can run code when it is read: load the "
+            "adapter with PEFT where you trust it, and save it with save_pretrained(..., safe_serialization=True)"
+        )
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            empty = [key for key in file.keys() if 0 in file.get_slice(key).get_shape()]  # noqa: SIM118  (no dict)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    if empty:
+        raise AdapterError(
+            f"{empty[0]} in {folder / WEIGHTS} is empty (and {len(empty) - 1} more tensors), as DeepSpeed ZeRO-3 saves "
+            "them where it does not gather the weights: set stage3_gather_16bit_weights_on_model_save, or make the "
+            "weights whole with zero_to_fp32.py, and save the adapter again"
+        )
+
+
 class _Adapter:
     """The tensors of an adapter on disk, with the scaling PEFT would apply taken into B."""
 
     def __init__(self, folder: Path) -> None:
         self.config = read_config(folder)
+        check_weights(folder)
         try:
             self.tensors = load_file(folder / WEIGHTS)
         except (OSError, SafetensorError) as error:

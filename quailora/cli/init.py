@@ -26,6 +26,8 @@ from quailora.cli.options import (
     RemoteOption,
     RevisionOption,
     SplitOption,
+    parse_names,
+    parse_pattern,
     parse_target_modules,
     quantization_config,
     torch_dtype,
@@ -44,6 +46,16 @@ def init(
     target_modules: Annotated[
         str, typer.Option(help="all-linear, names separated by commas, or one regular expression.")
     ] = "all-linear",
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="Modules to leave out: names separated by commas, or one regular expression.")
+    ] = None,
+    rank_pattern: Annotated[
+        str | None, typer.Option(help="Ranks of their own, as q_proj=8,down_proj=128; names may be patterns.")
+    ] = None,
+    alpha_pattern: Annotated[str | None, typer.Option(help="Alphas of their own, written likewise.")] = None,
+    modules_to_save: Annotated[
+        str | None, typer.Option(help="Modules to train in full, such as embed_tokens,lm_head, separated by commas.")
+    ] = None,
     quant: QuantOption = None,
     double_quant: DoubleOption = True,
     compute_dtype: ComputeOption = None,
@@ -82,7 +94,7 @@ def init(
     from quailora.pipeline import distributed
     from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
-    # Looked at first: a slip of the pen is no reason to wait for a download.
+    # Checked first: a typo should not cost a download.
     check_new_folder(output)
     SolverConfig(solver, iterations)
     for budget in filter(None, (memory_budget, host_memory_budget)):
@@ -95,6 +107,10 @@ def init(
         use_rslora=rslora,
         lora_dropout=dropout,
         target_modules=parse_target_modules(target_modules),
+        exclude_modules=None if exclude_modules is None else parse_target_modules(exclude_modules),
+        rank_pattern=parse_pattern("--rank-pattern", rank_pattern),
+        alpha_pattern=parse_pattern("--alpha-pattern", alpha_pattern),
+        modules_to_save=None if modules_to_save is None else parse_names(modules_to_save),
         task_type="CAUSAL_LM",
     )
     with distributed.process_group(device) as place, _interruptible():

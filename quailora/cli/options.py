@@ -82,9 +82,25 @@ BatchOption = Annotated[
 ]
 
 
+def parse_names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def parse_pattern(option: str, text: str | None) -> dict[str, int]:
+    """ "q_proj=8,down_proj=16" -> {"q_proj": 8, "down_proj": 16}. Raises QuailoraError for anything else."""
+    found = {}
+    for part in parse_names(text or ""):
+        name, _, value = part.rpartition("=")
+        if not name or not value.isdecimal() or int(value) < 1:
+            raise QuailoraError(f"{option} {part!r}: write it as name=number, such as q_proj=8")
+        found[name] = int(value)
+    return found
+
+
 def parse_target_modules(text: str) -> str | list[str]:
     """Names are separated by commas; anything that could not be a name is a regular expression, as PEFT takes it."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = parse_names(text)
     plain = all(re.fullmatch(r"[\w.-]+", name) for name in names)
     return names if plain and text != "all-linear" else text
 

@@ -69,7 +69,7 @@ def plan(
     from quailora.solvers.config import SolverConfig
 
     settings = SolverConfig(solver, iterations)
-    # Read first: a slip of the pen is no reason to wait.
+    # Checked first: a typo should not cost a download.
     allowed, host = (
         None if given is None else budget.parse_bytes(given) for given in (memory_budget, host_memory_budget)
     )

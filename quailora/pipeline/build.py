@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from quailora.adapters import lora as adapters
 from quailora.calibration.data import SAMPLES, read_calibration
-from quailora.errors import AdapterError, QuailoraError
+from quailora.errors import AdapterError, NotFiniteError, QuailoraError
 from quailora.files import check_new_folder, write_files
 from quailora.memory.allocator import freed_at_once
 from quailora.memory.budget import Meter
@@ -164,7 +164,13 @@ def build_adapter(
     except KeyboardInterrupt as interruption:
         raise KeyboardInterrupt(f"interrupted{_kept(workspace)}") from interruption
     except QuailoraError as error:
-        raise type(error)(f"{error}{_kept(workspace)}") from error
+        kept = _kept(workspace)
+        if isinstance(error, NotFiniteError) and dtype == torch.float16:
+            anew = " with --no-resume (resume=False)" if kept else ""
+            kept = (
+                f"; run it in bfloat16 (--dtype bfloat16, dtype=torch.bfloat16){anew}; in float16 it would fail again"
+            )
+        raise type(error)(f"{error}{kept}") from error
     except Exception:
         _kept(workspace)
         raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quailora import ops
 from quailora.adapters.lora import Target
@@ -129,15 +129,19 @@ def _unreached(targets: list[Target], layers: list[LayerReport], stream: Streame
     inside = {name for block in stream.blocks for name in block.linears()}
     solved = {row.name for row in layers}
     unreached = {
-        target.name: "no calibration token reached it"
-        if target.name in inside
-        else "it stands outside the decoder's blocks"
+        target.name: _why_unreached(target.name) if target.name in inside else "it stands outside the decoder's blocks"
         for target in targets
         if target.name not in solved
     }
     if not layers:
         raise AdapterError(f"no targeted linear received calibration tokens: {enumerate_reasons(unreached)}")
     return unreached
+
+
+def _why_unreached(name: str) -> str:
+    if "expert" in name:
+        return "no calibration token reached it"
+    return "the model did not call it in its forward pass; if it uses the weight directly, LoRA has no effect on it"
 
 
 # A choice. Factors fit what is particular to their tokens too, the more so the fewer there are.
@@ -161,7 +165,9 @@ def _notes(stream: StreamedModel, data: Calibration, layers: list[LayerReport]) 
     fused = [
         (name, tuple(parameter.shape))
         for name, parameter in stream.model.named_parameters()
-        if parameter.dim() == 3 and any(name.startswith(f"{block.name}.") for block in stream.blocks)
+        if parameter.dim() == 3
+        and any(name.startswith(f"{block.name}.") for block in stream.blocks)
+        and not isinstance(stream.model.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
     ]
     if fused:
         name, shape = fused[0]

@@ -23,6 +23,7 @@ def model_card(record: dict[str, Any], report: Report, folder: str = "path/to/th
     quantization = from_dict(base["quantization"])
     config_class, config = quantization.code()
     revision = f"    revision={base['revision']!r},\n" if base["revision"] else ""
+    remote = "    trust_remote_code=True,\n" if base.get("trust_remote_code") else ""
     return f"""---
 library_name: peft
 base_model: {json.dumps(base["checkpoint"], ensure_ascii=False)}
@@ -56,7 +57,7 @@ from transformers import AutoModelForCausalLM, {config_class}
 quantization = {config}
 model = AutoModelForCausalLM.from_pretrained(
     {base["checkpoint"]!r},
-{revision}    dtype={base["dtype"]!r},
+{revision}{remote}    dtype={base["dtype"]!r},
     quantization_config=quantization,
 )
 model = PeftModel.from_pretrained(model, {folder!r}, is_trainable=True)

@@ -47,6 +47,7 @@ def make_record(
             "checkpoint": checkpoint.name,
             "revision": checkpoint.revision,
             "fingerprint": checkpoint.fingerprint,
+            "trust_remote_code": checkpoint.trust_remote_code,
             "dtype": str(dtype).removeprefix("torch."),
             "quantization": quantization.to_dict(),
             "rounding": rounding if quantization.nearest else CALIBRATED,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quailora import ops
-from quailora.errors import SolverError
+from quailora.errors import NotFiniteError, SolverError
 from quailora.ops.reference import Dequantizable
 from quailora.solvers.error_matrix import ErrorMatrices
 from quailora.solvers.problem import to_floats
@@ -85,9 +85,14 @@ def measure(linears: Sequence[Linear], errors: ErrorMatrices, h: Tensor) -> Stat
 
     finite, smallest, skewed, mean, trace, largest = values[: len(of_gram)]
     if not finite:
-        raise error_of(
-            "gram holds values that are not finite: inputs overflow in their dtype, or are too large to add up in fp32",
-            *linears,
+        raise NotFiniteError(
+            str(
+                error_of(
+                    "gram holds values that are not finite: inputs overflow in their dtype, or are too large to add up "
+                    "in fp32",
+                    *linears,
+                )
+            )
         )
     if smallest < 0:
         raise error_of(f"gram is not a sum of x xᵀ: its diagonal goes down to {smallest:.3g}", *linears)

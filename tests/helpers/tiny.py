@@ -56,6 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
     },
     "qwen2_moe": _GATED,
+    "jamba": _GATED,
     "qwen3_moe": _GATED
     | {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
 }

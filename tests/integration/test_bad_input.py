@@ -26,6 +26,7 @@ from quailora.errors import (
     CalibrationError,
     CheckpointError,
     MismatchError,
+    NotFiniteError,
     QuailoraError,
     SolverError,
 )
@@ -134,10 +135,7 @@ KNOWN_AT_ONCE = {
         ("already quantized", "full-precision checkpoint"),
         set_config(quantization_config={"quant_method": "gptq", "bits": 4}),
     ),
-    "a rank above min(m, n)": Case(AdapterError, ("rank 33", "k_proj", "32 x 64", "rank_pattern"), lora={"r": 33}),
-    "a rank above min(m, n) in rank_pattern": Case(
-        AdapterError, ("rank 65", "model.layers.0.mlp.down_proj", "64 x 128"), lora={"rank_pattern": {"down_proj": 65}}
-    ),
+    "a rank above every min(m, n)": Case(AdapterError, ("rank 65", "every targeted linear", "--rank"), lora={"r": 65}),
     "alpha 0": Case(AdapterError, ("scaling 0.0", "positive"), lora={"lora_alpha": 0}),
     "a misspelt target module": Case(
         AdapterError, ("'q_prj'", "LlamaForCausalLM", "q_proj"), lora={"target_modules": ["q_prj", "v_proj"]}
@@ -236,7 +234,7 @@ FOUND_ON_THE_WAY = {
         arguments={"dtype": torch.float16},
     ),
     "activations that overflow": Case(
-        SolverError,
+        NotFiniteError,
         (Q_PROJ, "gram", "not finite"),
         set_weight("model.layers.0.input_layernorm.weight", 1e30),
     ),
@@ -418,6 +416,7 @@ def test_initialize_refuses_a_checkpoint_with_other_weights(adapted: PeftModel, 
     other = tiny.checkpoint(tmp_path / "other", seed=1)
     refused(
         MismatchError,
+        NotFiniteError,
         r"model\.layers\.0\.\S+ is not the quantized weight of .* off by \d+% .* the base was made from",
         adapted,
         other,

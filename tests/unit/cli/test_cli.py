@@ -252,6 +252,14 @@ def test_target_modules_are_names_or_one_regular_expression(text: str, targets: 
     assert options.parse_target_modules(text) == targets
 
 
+def test_patterns_are_names_with_numbers() -> None:
+    assert options.parse_pattern("--rank-pattern", "q_proj=8, .*down_proj=16") == {"q_proj": 8, ".*down_proj": 16}
+    assert options.parse_pattern("--rank-pattern", None) == {}
+    for text in ("q_proj", "q_proj=", "=8", "q_proj=0", "q_proj=a"):
+        with pytest.raises(QuailoraError, match=r"--rank-pattern .*name=number"):
+            options.parse_pattern("--rank-pattern", text)
+
+
 def test_doctor_names_the_backend_of_every_operation(run: Ran) -> None:
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
