@@ -416,7 +416,6 @@ def test_initialize_refuses_a_checkpoint_with_other_weights(adapted: PeftModel, 
     other = tiny.checkpoint(tmp_path / "other", seed=1)
     refused(
         MismatchError,
-        NotFiniteError,
         r"model\.layers\.0\.\S+ is not the quantized weight of .* off by \d+% .* the base was made from",
         adapted,
         other,
