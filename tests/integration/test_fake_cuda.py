@@ -237,7 +237,7 @@ def test_solve(
     group = [linear(method, m, 192, dtype) for m in (128, 64)]
     few = {"als": 2}  # one step is like the next
     solved(group, monkeypatch, solver=solver, iterations=few.get(solver), overwrite_weights=overwrite, damping=1e-4)
-    bits = {call["BITS"] for name, call in launches if name == "_error_product_kernel"}
+    bits = {call["BITS"] for name, call in launches if name == "error_product_kernel"}
     # What the 4 or 8 bits are read for: by every product, or once; and a dense Q not by a kernel.
     read_once = method == "dense" or (
         overwrite and solver in ("als", "svd") and method in ("nf4", "nested") and dtype != FLOATS[2]
@@ -249,7 +249,7 @@ def test_solve(
 
 def test_products_are_grouped(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     solved([linear("nf4", m, 192, torch.bfloat16) for m in (192, 64, 64)], monkeypatch, iterations=1)
-    products = [call for name, call in launches if name == "_error_product_kernel"]
+    products = [call for name, call in launches if name == "error_product_kernel"]
     # E H Ω, Eᵀ Y₀, E H .., Eᵀ Y₁, and Eᵀ A anew: one launch for all three linears.
     assert [call["TRANSPOSED"] for call in products] == [False, True, False, True, True]
     assert [call["PRECISION"] for call in products] == ["tf32"] * 4 + ["bf16x3"]
@@ -342,7 +342,7 @@ def test_what_is_launched_is_what_is_shipped(
 @pytest.mark.parametrize("coarse", ["ieee", "bf16x3", "tf32", "bf16"])
 def test_any_precision(coarse: str, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     solved([linear("nf4", 128, 192, torch.bfloat16)], monkeypatch, precision=coarse)
-    used = {call["PRECISION"] for name, call in launches if name == "_error_product_kernel"}
+    used = {call["PRECISION"] for name, call in launches if name == "error_product_kernel"}
     assert used == {coarse, *(["bf16x3"] if coarse in ("tf32", "bf16") else [])}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants, hf_api
 
-from quailora import cli
+from quailora.cli.app import main
 from quailora.errors import CheckpointError
 from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint
 from tests.helpers import tiny
@@ -106,7 +106,7 @@ def plan(model: str | Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     settings = "--json --rank 4 --samples 4 --sequence-length 16 --device cpu --memory-budget 2GiB"
     monkeypatch.setattr(sys, "argv", ["quailora", "plan", str(model), *settings.split()])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main()
     assert end.value.code == 0
     return json.loads(capsys.readouterr().out) | {"seconds": None}
 

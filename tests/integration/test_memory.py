@@ -36,6 +36,7 @@ def measure(model: Path, samples: int, budget: str, batch_size: int | None = Non
     return found
 
 
+@pytest.mark.slow
 def test_the_peak_grows_neither_with_depth_nor_with_data(tmp_path: Path) -> None:
     """The budget has one block in memory at a time, and the hidden states of many samples on disk. What does grow with
     the depth are the modules themselves, empty as they are, which shows in a model as small as this."""

@@ -46,6 +46,7 @@ def run(
     return compare(model, output, held_out, device="cpu", batch_size=2)
 
 
+@pytest.mark.slow
 def test_a_few_calibration_tokens_close_most_of_the_gap(
     model: Checkpoint, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:

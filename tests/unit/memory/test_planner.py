@@ -16,10 +16,10 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from quailora import cli
 from quailora.calibration.calls import Calls
 from quailora.calibration.data import Batch
 from quailora.calibration.hooks import collect
+from quailora.cli.app import app
 from quailora.errors import QuailoraError
 from quailora.memory import dry_run as rehearsal
 from quailora.memory import planner as budget
@@ -530,7 +530,7 @@ def test_command(tmp_path: Path) -> None:
     )  # fmt: skip
 
     def run(*options: str) -> Any:
-        return CliRunner().invoke(cli.app, ["plan", str(folder), "--samples", "64", *options])
+        return CliRunner().invoke(app, ["plan", str(folder), "--samples", "64", *options])
 
     shown = run("--memory-budget", "1GiB")
     assert shown.exit_code == 0, shown.output
