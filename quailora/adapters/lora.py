@@ -94,6 +94,8 @@ def adapted_skeleton(base: PreTrainedModel, config: LoraConfig, checkpoint: Chec
         AdapterError: a target module that the model does not have (with the nearest names), or a setting PEFT refuses.
     """
     _check_names(base, config)
+    if config.target_modules == "all-linear":
+        _exclude(config, [name for name, module in base.named_modules() if _is_router(module)])
     base.name_or_path = checkpoint.name
     config.base_model_name_or_path, config.revision = checkpoint.name, checkpoint.revision
     try:
@@ -151,6 +153,23 @@ def _smaller_side(layer: LoraLayer) -> int:
     return min(base.in_features, base.out_features)
 
 
+def _exclude(config: LoraConfig, names: list[str]) -> None:
+    if names and isinstance(config.exclude_modules, str):
+        config.exclude_modules = "|".join([f"({config.exclude_modules})", *map(re.escape, names)])
+    elif names:
+        config.exclude_modules = sorted({*(config.exclude_modules or ()), *names})
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether a module subclasses nn.Linear but gives no single tensor, as the routers of Llama 4 and PhiMoE do: PEFT
+    wraps it and then cannot run it."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward or is_quantized(module):
+        return False
+    x = torch.zeros(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    with torch.no_grad():
+        return not isinstance(module(x), torch.Tensor)
+
+
 def check_config(config: Any) -> LoraConfig:
     """The configuration itself; refused is what a start at W - Q = A Bᵀ cannot be right for.
 
@@ -182,10 +201,15 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
     """The quantized linears that `adapter` adapts, and the other adapted modules with why they keep the LoRA default.
 
     Raises:
-        AdapterError: a scaling that is not positive, or a variant of LoRA whose product is not B A.
+        AdapterError: a scaling that is not positive, a router that PEFT cannot run, or a variant of LoRA whose product
+            is not B A.
     """
     targets, left = [], {}
+    config: Any = model.peft_config[adapter]
+    excluded = config.exclude_modules
     for name, layer in model.get_base_model().named_modules():
+        if _is_router(layer) and isinstance(excluded, Collection) and name in excluded:
+            left[name] = f"this {type(layer).__name__} returns more than one tensor, and PEFT could not run it"
         if not isinstance(layer, BaseTunerLayer) or not isinstance(layer, LoraLayer) or adapter not in layer.r:
             continue
         base: Any = layer.get_base_layer()
@@ -196,6 +220,11 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
         elif adapter in layer.lora_variant:
             raise AdapterError(
                 f"{name} uses {type(layer.lora_variant[adapter]).__name__}, whose product is not that of plain LoRA"
+            )
+        elif _is_router(base):
+            raise AdapterError(
+                f"{name} is a {type(base).__name__}, which returns more than one tensor, and PEFT cannot run it: leave "
+                "it out of target_modules, or add it to exclude_modules"
             )
         elif not is_quantized(base):
             left[name] = f"the base keeps this {type(base).__name__} in full precision: there is no error to undo"
