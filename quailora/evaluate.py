@@ -26,9 +26,9 @@ from quailora.calibration.data import Batch, Calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.streamed_model import no_progress_bar
+from quailora.modeling.devices import default_device
+from quailora.modeling.transformers_internals import no_progress_bar
 from quailora.pipeline.loop import memory_errors
-from quailora.pipeline.setup import default_device
 from quailora.quantization.registry import evaluating, from_config
 from quailora.reporting.record import read_record
 

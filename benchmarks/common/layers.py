@@ -8,8 +8,9 @@ from quailora.calibration.calls import Calls
 from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
 from quailora.calibration.hooks import collect
+from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.streamed_model import StreamedModel, linear_weight
+from quailora.modeling.streamed_model import StreamedModel
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 import quailora
-from quailora.pipeline.setup import default_device
+from quailora.modeling.devices import default_device
 
 
 @dataclass(frozen=True)

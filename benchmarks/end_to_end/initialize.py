@@ -39,10 +39,12 @@ from quailora.calibration.data import Calibration, read_calibration
 from quailora.calibration.gram import Gram
 from quailora.memory.budget import Meter
 from quailora.memory.planner import describe_bytes
+from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.streamed_model import StreamedModel, linear_weight
+from quailora.modeling.devices import default_device
+from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.build import ALPHA, RANK
-from quailora.pipeline.setup import default_batch_size, default_device
+from quailora.pipeline.setup import default_batch_size
 from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.quantization.registry import config_for
 from quailora.solvers import krylov

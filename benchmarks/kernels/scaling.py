@@ -43,8 +43,8 @@ from benchmarks.kernels.gram import TOLERANCE, error
 from benchmarks.kernels.solver import Case, Group, krylov_flops
 from quailora.calibration.data import Calibration
 from quailora.modeling.checkpoint import Checkpoint
+from quailora.modeling.devices import default_device
 from quailora.pipeline.build import ALPHA
-from quailora.pipeline.setup import default_device
 from quailora.solvers.registry import SOLVERS
 
 

@@ -30,7 +30,7 @@ from benchmarks.paper.paper import add_arguments, read_study
 from benchmarks.paper.study import LORA_ALPHA, Run, Study, settled
 from quailora import ops
 from quailora.files import to_json, write_files
-from quailora.pipeline.setup import default_device
+from quailora.modeling.devices import default_device
 
 BASELINES = ("zero", "loftq", "loftq-scaled", "svd", "eva", "corda", "closed-form", "als", "quailora")
 

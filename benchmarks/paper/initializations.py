@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import quailora
 from quailora.calibration.data import Calibration
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.streamed_model import no_progress_bar
+from quailora.modeling.transformers_internals import no_progress_bar
 from quailora.quantization.registry import config_for
 
 DTYPE = torch.bfloat16  # whatever the checkpoint's: training is in bf16

@@ -59,8 +59,8 @@ from benchmarks.paper.study import (
 from quailora import ops
 from quailora.calibration.tokenizer import load_tokenizer
 from quailora.files import to_json, write_files
-from quailora.modeling.streamed_model import no_progress_bar
-from quailora.pipeline.setup import default_device
+from quailora.modeling.devices import default_device
+from quailora.modeling.transformers_internals import no_progress_bar
 
 PAIRS = (("nf4", "zero"), ("nf4", "quailora"), ("int8", "zero"), ("int8", "quailora"), ("bf16", "zero"))
 

@@ -32,7 +32,7 @@ from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import QuailoraError
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.pipeline.setup import default_device
+from quailora.modeling.devices import default_device
 from quailora.reporting.report import Report
 
 CALIBRATE, MEASURE = "text-calibrate", "text-measure"  # the names of the two texts of the experiment `initial`

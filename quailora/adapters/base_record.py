@@ -14,8 +14,9 @@ from transformers import BitsAndBytesConfig
 
 from quailora.adapters.lora import quantized_skeleton
 from quailora.errors import AdapterError, MismatchError
+from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.streamed_model import StreamedModel, linear_weight
+from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import from_config, from_dict, from_module, is_quantized, read
 from quailora.quantization.verify import NEAREST, digest, verify
 from quailora.reporting.record import RECORD, read_record

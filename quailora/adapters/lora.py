@@ -21,12 +21,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from quailora.errors import AdapterError
 from quailora.files import LazyTensor, write_tensors
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel, skeleton
+from quailora.modeling.transformers_internals import quantize_skeleton
 from quailora.quantization.registry import is_quantized
 from quailora.solvers.solve import LoraFactors
 
@@ -76,9 +76,7 @@ def quantized_skeleton(checkpoint: Checkpoint, config: BitsAndBytesConfig, dtype
     """
     model = skeleton(checkpoint, dtype)
     linears = {type(m).__name__ for m in model.get_decoder().modules() if isinstance(m, nn.Linear | Conv1D)}
-    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=None, use_kernels=False)
-    quantizer.postprocess_model(model)
+    quantize_skeleton(model, config, dtype)
     if not any(is_quantized(module) for module in model.modules()):
         raise AdapterError(
             f"transformers quantizes no linear of {type(model).__name__} (they are {', '.join(sorted(linears))}), "

@@ -25,8 +25,8 @@ from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import AdapterError
 from quailora.files import check_new_folder, new_folder, to_json, write_files
 from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint
+from quailora.modeling.devices import default_device
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.setup import default_device
 from quailora.quantization.registry import base_for, from_config, is_quantized
 from quailora.quantization.verify import NEAREST, verify
 from quailora.reporting.record import RECORD, lora_record, read_record

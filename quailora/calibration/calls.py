@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from quailora.calibration.data import Batch
 from quailora.errors import CheckpointError
-from quailora.modeling.streamed_model import Block, StreamedModel
+from quailora.modeling.blocks import Block
+from quailora.modeling.streamed_model import StreamedModel
 
 
 @dataclass(frozen=True, eq=False)

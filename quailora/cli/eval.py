@@ -56,6 +56,7 @@ def evaluate(
     from quailora.calibration.data import read_calibration
     from quailora.evaluate import compare
     from quailora.modeling.checkpoint import Checkpoint
+    from quailora.modeling.devices import default_device
     from quailora.pipeline import setup
 
     if adapter is None:
@@ -74,7 +75,7 @@ def evaluate(
         calibration,
         initial=initial,
         quantization=quantization,
-        device=setup.default_device(device),
+        device=default_device(device),
         batch_size=batch_size or setup.default_batch_size(calibration),
     )
     Console().print(comparison.table())

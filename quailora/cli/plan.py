@@ -63,8 +63,8 @@ def plan(
     from quailora.calibration.data import SEQUENCE_LENGTH
     from quailora.memory import planner as budget
     from quailora.modeling.checkpoint import Checkpoint
+    from quailora.modeling.devices import default_device
     from quailora.modeling.streamed_model import StreamedModel
-    from quailora.pipeline import setup
     from quailora.quantization.registry import from_config
     from quailora.solvers.config import SolverConfig
 
@@ -74,7 +74,7 @@ def plan(
         None if given is None else budget.parse_bytes(given) for given in (memory_budget, host_memory_budget)
     )
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
-    place = torch.device("cuda") if absent else setup.default_device(device)
+    place = torch.device("cuda") if absent else default_device(device)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, headers_only=True)
     loaded_as = torch_dtype(dtype) or source.dtype
     quantization = quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)

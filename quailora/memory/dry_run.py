@@ -23,12 +23,13 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop
-from transformers import masking_utils
 
 from quailora import ops
 from quailora.calibration.calls import NOT_A_CHAIN, replaced_forward, split_call
 from quailora.errors import CheckpointError
-from quailora.modeling.streamed_model import Block, StreamedModel
+from quailora.modeling.blocks import Block
+from quailora.modeling.streamed_model import StreamedModel
+from quailora.modeling.transformers_internals import causal_masks_for_fake_tensors
 from quailora.ops.precision import exact_products
 from quailora.ops.reference import _PANEL
 from quailora.quantization.protocol import QuantizedBase
@@ -208,7 +209,7 @@ def forward(
         # Outside the blocks scalars are read for one thing: whether a mask is needed, and it is not.
         footprint = stack.enter_context(Footprint(device, answer=True))
         stack.enter_context(ops.half_products(torch.device(device), [stream.dtype]))
-        stack.enter_context(_masks_as_for_values())
+        stack.enter_context(causal_masks_for_fake_tensors())
 
         def stand_in(block: Block, *args: Any, **kwargs: Any) -> Any:
             if len(runs) == len(stream.blocks) or block is not stream.blocks[len(runs)]:
@@ -231,17 +232,6 @@ def forward(
             pass  # outside the blocks: what was not reached is bounded
     runs += [_unseen(block, targets, batch_size * length) for block in stream.blocks[len(runs) :]]
     return ModelRun(tuple(runs), footprint.peak)
-
-
-@contextmanager
-def _masks_as_for_values() -> Iterator[None]:
-    """Where transformers 5 sees fake tensors it makes the masks of packed sequences, to be on the safe side."""
-    is_tracing = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda tensor=None: False
-    try:
-        yield
-    finally:
-        masking_utils.is_tracing = is_tracing
 
 
 def _empty(tensor: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ from quailora import ops
 from quailora.errors import BudgetError, QuailoraError
 from quailora.memory import dry_run as rehearsal
 from quailora.memory.dry_run import BlockRun, Input, ModelRun, Weight
-from quailora.modeling.streamed_model import STAGING_BYTES, Block, StreamedModel, linear_weight
+from quailora.modeling.blocks import Block, linear_weight
+from quailora.modeling.prefetch import STAGING_BYTES
+from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.protocol import QuantizedBase
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.registry import SOLVERS

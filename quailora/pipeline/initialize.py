@@ -18,11 +18,13 @@ from quailora.calibration.data import SAMPLES, read_calibration
 from quailora.errors import AdapterError, MismatchError
 from quailora.memory.allocator import freed_at_once
 from quailora.memory.budget import Meter
+from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.streamed_model import StreamedModel, linear_weight
+from quailora.modeling.devices import default_device
+from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
-from quailora.pipeline.setup import Run, default_device, enumerate_reasons, without_torch_modes
+from quailora.pipeline.setup import Run, enumerate_reasons, without_torch_modes
 from quailora.quantization.protocol import QuantizedWeight
 from quailora.quantization.registry import from_module, read
 from quailora.quantization.verify import NEAREST, RELATED, verify

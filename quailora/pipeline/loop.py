@@ -27,7 +27,8 @@ from quailora.calibration.hidden_states import HiddenStates
 from quailora.errors import QuailoraError
 from quailora.memory.allocator import return_freed_memory
 from quailora.memory.planner import Plan
-from quailora.modeling.streamed_model import Block, StreamedModel, linear_weight
+from quailora.modeling.blocks import Block, linear_weight
+from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.block import BlockRun
 from quailora.pipeline.distributed import Processes
 from quailora.quantization.protocol import QuantizedWeight

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quailora import ops
 from quailora.adapters.lora import Target
 from quailora.calibration.data import Calibration
-from quailora.errors import AdapterError, QuailoraError
+from quailora.errors import AdapterError
 from quailora.memory.budget import Meter
 from quailora.memory.planner import TOKENS_PER_BATCH, Plan
 from quailora.modeling.streamed_model import StreamedModel
@@ -105,17 +105,6 @@ class Run:
         base = record["base"] | {"digests": {row.name: row.digest for row in layers}}
         every = [*_notes(self.stream, self.data, layers), *notes]
         return Report(layers, left, every, record | {"base": base}, self.stages.seconds, self.meter.figures(plan))
-
-
-def default_device(device: str | torch.device | None) -> torch.device:
-    """The device named; None is CUDA if there is one, else the CPU. Raises QuailoraError where it cannot be used, or
-    has no fp64."""
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, dtype=torch.float64, device=chosen).device
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch built without CUDA asserts; MPS has no fp64
-        reason = str(error).partition("\n")[0]
-        raise QuailoraError(f"device '{chosen}' cannot be used here: {reason}; name another, such as cpu") from error
 
 
 def default_batch_size(calibration: Calibration) -> int:

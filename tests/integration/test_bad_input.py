@@ -32,10 +32,10 @@ from quailora.errors import (
 )
 from quailora.files import new_folder
 from quailora.modeling.checkpoint import SINGLE
+from quailora.modeling.devices import default_device
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline import build as pipeline
 from quailora.pipeline import resume as workspace
-from quailora.pipeline import setup
 from quailora.pipeline.loop import Loop
 from tests.helpers import tiny
 
@@ -431,4 +431,4 @@ def test_a_device_without_fp64_is_refused_before_anything_is_computed(monkeypatc
 
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(QuailoraError, match=r"device 'mps' cannot be used here: .*float64.*; name another"):
-        setup.default_device("mps")
+        default_device("mps")

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import quailora
 from quailora.calibration.data import Calibration
 from quailora.errors import AdapterError, CheckpointError
-from quailora.modeling.streamed_model import linear_weight
+from quailora.modeling.blocks import linear_weight
 from quailora.quantization.registry import is_quantized, read
 from quailora.reporting.report import Report
 from tests.helpers import tiny

@@ -23,9 +23,11 @@ from transformers.core_model_loading import GLOBAL_WORKERS
 
 from quailora.errors import CheckpointError
 from quailora.modeling import checkpoint as checkpoints
-from quailora.modeling import streamed_model as blocks_module
+from quailora.modeling import prefetch as prefetch_module
+from quailora.modeling import transformers_internals as internals
 from quailora.modeling.checkpoint import SINGLE, Checkpoint, TensorEntry
-from quailora.modeling.streamed_model import StreamedModel, _Fetch, _fetch_one
+from quailora.modeling.prefetch import _Fetch, _fetch_one
+from quailora.modeling.streamed_model import StreamedModel
 from tests.helpers import tiny
 
 CPU = torch.device("cpu")
@@ -180,14 +182,14 @@ def test_a_parameter_of_the_files_dtype_is_the_tensor_that_was_read(
 def test_parts_go_when_the_whole_is_made(
     ahead: bool, tmp_path: Path, holds: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, convert, left = streamed(tmp_path, "mixtral"), blocks_module.convert_and_load_state_dict_in_model, []
+    model, convert, left = streamed(tmp_path, "mixtral"), internals.convert_and_load_state_dict_in_model, []
 
     def watched(*args: Any) -> Any:
         result = convert(*args)
         left.append(holds(sum(tensor.nbytes for name, tensor in held(model, FIRST).items() if ".experts." not in name)))
         return result
 
-    monkeypatch.setattr(blocks_module, "convert_and_load_state_dict_in_model", watched)
+    monkeypatch.setattr(internals, "convert_and_load_state_dict_in_model", watched)
     if ahead:
         model.prefetch(FIRST)
     with model.resident(FIRST):
@@ -457,9 +459,9 @@ def test_what_goes_to_a_gpu_goes_through_a_small_piece_of_locked_memory(
     stream: Any = SimpleNamespace(synchronize=lambda: waits.append(None))
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch, "empty", locked)
-    monkeypatch.setattr(blocks_module, "STAGING_BYTES", 1000)
+    monkeypatch.setattr(prefetch_module, "STAGING_BYTES", 1000)
     entry = model.checkpoint.tensors["model.layers.0.mlp.up_proj.weight"]
-    fetch = _Fetch(entry, dtype, blocks_module.Future(), empty(entry.shape, dtype=dtype))
+    fetch = _Fetch(entry, dtype, prefetch_module.Future(), empty(entry.shape, dtype=dtype))
     _fetch_one(fetch, stream)
     assert sizes == [1000] and len(waits) == -(-entry.nbytes // 1000)
     assert torch.equal(fetch.future.result(), entry.read().to(dtype))

@@ -1,0 +1,18 @@
+"""Which device to compute on."""
+
+from __future__ import annotations
+
+import torch
+
+from quailora.errors import QuailoraError
+
+
+def default_device(device: str | torch.device | None) -> torch.device:
+    """The device named; None is CUDA if there is one, else the CPU. Raises QuailoraError where it cannot be used, or
+    has no fp64."""
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, dtype=torch.float64, device=chosen).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch built without CUDA asserts; MPS has no fp64
+        reason = str(error).partition("\n")[0]
+        raise QuailoraError(f"device '{chosen}' cannot be used here: {reason}; name another, such as cpu") from error
