@@ -35,7 +35,7 @@ from benchmarks.common.smollm2 import fetch
 from benchmarks.common.timing import Timing, alternate, copy_rate, keep, require
 from benchmarks.kernels.solver import krylov_flops
 from quailora import ops
-from quailora.calibration.data import Calibration, read_calibration
+from quailora.calibration.data import Calibration, CalibrationConfig, read_calibration
 from quailora.calibration.gram import Gram
 from quailora.memory.budget import Meter
 from quailora.memory.planner import describe_bytes
@@ -281,7 +281,9 @@ def main() -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=checkpoint.dtype, device_map=device)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     jobs = [
-        read_calibration(checkpoint, arguments.text, samples=samples, sequence_length=arguments.sequence_length)
+        read_calibration(
+            checkpoint, arguments.text, CalibrationConfig(samples=samples, sequence_length=arguments.sequence_length)
+        )
         for samples in arguments.samples
     ]
     check(checkpoint, model, config, jobs[0])

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import quailora
 from benchmarks.common.layers import gather
 from benchmarks.common.smollm2 import fetch
-from quailora.calibration.data import Calibration, read_calibration
+from quailora.calibration.data import Calibration, CalibrationConfig, read_calibration
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.pipeline.build import ALPHA
 from quailora.quantization.bitsandbytes import BitsAndBytes
@@ -79,8 +79,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     checkpoint = Checkpoint(arguments.model or fetch())
-    calibration = read_calibration(checkpoint, arguments.calibrate, samples=64, sequence_length=512)
-    text = read_calibration(checkpoint, arguments.measure, samples=16, sequence_length=512)
+    calibration = read_calibration(checkpoint, arguments.calibrate, CalibrationConfig(samples=64, sequence_length=512))
+    text = read_calibration(checkpoint, arguments.measure, CalibrationConfig(samples=16, sequence_length=512))
     nf4 = config_for("nf4", checkpoint.dtype)
     fp4 = BitsAndBytesConfig(**(nf4.to_diff_dict() | {"bnb_4bit_quant_type": "fp4", "load_in_4bit": True}))
     results: dict[str, float] = {}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import quailora
 from benchmarks.common.layers import gather
 from benchmarks.common.smollm2 import fetch
-from quailora.calibration.data import Calibration, read_calibration
+from quailora.calibration.data import Calibration, CalibrationConfig, read_calibration
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.quantization.registry import config_for
@@ -39,7 +39,9 @@ def main() -> None:
     form = BitsAndBytes.from_config(config_for("nf4", checkpoint.dtype))
     most = max(arguments.samples)
     text = read_calibration(
-        checkpoint, arguments.text, samples=most + arguments.measure, sequence_length=arguments.length
+        checkpoint,
+        arguments.text,
+        CalibrationConfig(most + arguments.measure, arguments.length),
     )
     held_out = Calibration(text.sequences[most:], f"the {arguments.measure} sequences after the first {most}")
     dense = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=checkpoint.dtype)

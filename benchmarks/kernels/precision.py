@@ -27,7 +27,7 @@ import quailora
 from benchmarks.common.layers import gather
 from benchmarks.common.smollm2 import fetch
 from quailora import ops
-from quailora.calibration.data import read_calibration
+from quailora.calibration.data import CalibrationConfig, read_calibration
 from quailora.calibration.gram import Gram
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.ops import reference
@@ -189,7 +189,7 @@ def main() -> None:
     checkpoint = Checkpoint(arguments.model or fetch())
     form = BitsAndBytes.from_config(config_for("nf4", checkpoint.dtype))
     calibration = read_calibration(
-        checkpoint, arguments.calibrate, samples=arguments.samples, sequence_length=arguments.length
+        checkpoint, arguments.calibrate, CalibrationConfig(samples=arguments.samples, sequence_length=arguments.length)
     )
     layers = spread(gather(checkpoint, calibration), arguments.blocks)
     if torch.cuda.is_available():

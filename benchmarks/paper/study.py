@@ -27,7 +27,7 @@ from benchmarks.common.tables import BY_LAYER, Record, read_json, slug
 from benchmarks.common.timing import circumstances
 from benchmarks.paper.initializations import PREPARED, kept, load
 from quailora import ops
-from quailora.calibration.data import Calibration, read_calibration
+from quailora.calibration.data import Calibration, CalibrationConfig, read_calibration
 from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import QuailoraError
 from quailora.files import to_json, write_files
@@ -336,7 +336,7 @@ def read_texts(
     held_out, wanted: tokens. The first `held_out` are held out; `wanted` or more, if available, are trained on.
     """
     samples = max(64, (held_out + wanted) // 16)
-    data = read_calibration(checkpoint, source, samples=samples, sequence_length=1024, column=column)
+    data = read_calibration(checkpoint, source, CalibrationConfig(samples=samples, sequence_length=1024, column=column))
     ordered = Path(source).suffix in (".txt", ".md")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     tokenizer = load_tokenizer(checkpoint)

@@ -178,37 +178,49 @@ def load_calibration(
     return calibration
 
 
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How much data is taken, and of what: see `load_calibration`. Raises CalibrationError for numbers below 1.
+
+    sequence_length: None is the number of positions of the model, 2048 at most.
+    """
+
+    samples: int = SAMPLES
+    sequence_length: int | None = None
+    seed: int = 0
+    split: str = "train"
+    column: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive("samples (--samples)", self.samples)
+        if self.sequence_length is not None:
+            _check_positive("sequence_length (--sequence-length)", self.sequence_length)
+
+
 def read_calibration(
     source: Checkpoint,
     data: Any,
+    config: CalibrationConfig | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    samples: int = SAMPLES,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    split: str = "train",
-    column: str | None = None,
 ) -> Calibration:
     """`load_calibration` with the tokenizer and the limits of the checkpoint.
 
-    sequence_length: None is the number of positions of the model, 2048 at most.
-
     Raises CalibrationError for sequences longer than the model has positions, and as `load_calibration`.
     """
+    config = config or CalibrationConfig()
     text = source.config.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None)
-    if sequence_length is None:
-        sequence_length = min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH)
     if tokenizer is None and not isinstance(data, Calibration | Tensor):
         tokenizer = load_tokenizer(source)
     loaded = load_calibration(
         data,
         tokenizer,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        split=split,
-        column=column,
+        samples=config.samples,
+        sequence_length=config.sequence_length or min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH),
+        seed=config.seed,
+        split=config.split,
+        column=config.column,
         vocab_size=text.vocab_size,
     )
     if positions is not None and loaded.longest > positions:

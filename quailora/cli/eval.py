@@ -53,7 +53,7 @@ def evaluate(
 
     Both models are on the device together.
     """
-    from quailora.calibration.data import read_calibration
+    from quailora.calibration.data import CalibrationConfig, read_calibration
     from quailora.evaluate import compare
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.modeling.devices import default_device
@@ -64,9 +64,8 @@ def evaluate(
     check_quantization_options(quant, double_quant, compute_dtype)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     quantization = None if quant is None else quantization_config(quant, double_quant, compute_dtype, source.dtype)
-    calibration = read_calibration(
-        source, data, samples=samples, sequence_length=sequence_length, seed=seed, split=split, column=column
-    )
+    config = CalibrationConfig(samples, sequence_length, seed, split, column)
+    calibration = read_calibration(source, data, config)
     for note in calibration.notes():
         typer.echo(note, err=True)
     comparison = compare(

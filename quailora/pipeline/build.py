@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from quailora.adapters import lora as adapters
-from quailora.calibration.data import SAMPLES, read_calibration
+from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
 from quailora.errors import AdapterError, NotFiniteError, QuailoraError
 from quailora.files import check_new_folder, write_files
 from quailora.memory.allocator import freed_at_once
@@ -100,6 +100,7 @@ def build_adapter(
     output = Path(output_dir)
     check_new_folder(output)
     processes, solver_config = Processes(distributed), SolverConfig(solver, iterations, damping, seed)
+    data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
     meter = Meter(default_device(device), memory_budget, host_memory_budget)
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     dtype = dtype or source.dtype
@@ -117,16 +118,7 @@ def build_adapter(
     if not targets:
         raise AdapterError(f"no quantized linear is targeted: {enumerate_reasons(left)}")
     adapters.check_can_be_saved(model, stream)
-    data = read_calibration(
-        source,
-        calibration,
-        tokenizer=tokenizer,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        split=split,
-        column=column,
-    )
+    data = read_calibration(source, calibration, data_config, tokenizer=tokenizer)
     run = Run(stream, targets, left, data, form, solver_config, meter, processes)
     record = make_record(source, dtype, form, solver_config, data, config)
     workspace = None

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from quailora.adapters import lora as adapters
 from quailora.adapters.base_record import device_of, recorded_base
 from quailora.adapters.lora import Target
-from quailora.calibration.data import SAMPLES, read_calibration
+from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
 from quailora.errors import AdapterError, MismatchError
 from quailora.memory.allocator import freed_at_once
 from quailora.memory.budget import Meter
@@ -81,6 +81,7 @@ def initialize(
     if adapter not in peft_model.peft_config:
         raise AdapterError(f"the model has no adapter '{adapter}', only {', '.join(peft_model.peft_config)}")
     solver_config = SolverConfig(solver, iterations, damping, seed)
+    data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
     config = adapters.check_config(peft_model.peft_config[adapter])
     targets, left = adapters.find_targets(peft_model, adapter)
     if not targets:
@@ -94,16 +95,7 @@ def initialize(
     with freed_at_once():
         stream = StreamedModel(source, meter.device, dtype)
     _check_shapes(peft_model, targets, stream)
-    data = read_calibration(
-        source,
-        calibration,
-        tokenizer=tokenizer,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        split=split,
-        column=column,
-    )
+    data = read_calibration(source, calibration, data_config, tokenizer=tokenizer)
     form = from_module(targets[0].base, getattr(base_config, "quantization_config", None))
     known = recorded_base(peft_model.get_base_model()) or {}
     rounding = known.get("rounding", NEAREST)

@@ -10,7 +10,7 @@ from peft import LoraConfig
 import quailora
 from benchmarks.common.smollm2 import fetch
 from benchmarks.end_to_end.quality import excess_over_optimum
-from quailora.calibration.data import read_calibration
+from quailora.calibration.data import CalibrationConfig, read_calibration
 from quailora.errors import CheckpointError
 from quailora.evaluate import Comparison, compare
 from quailora.modeling.checkpoint import Checkpoint
@@ -37,8 +37,8 @@ def run(
     model: Checkpoint, texts: tuple[Path, Path], output: Path, samples: int, measured: int, solver: str = "krylov"
 ) -> Comparison:
     """What quailora init and quailora eval do."""
-    calibration = read_calibration(model, texts[0], samples=samples, sequence_length=512)
-    held_out = read_calibration(model, texts[1], samples=measured, sequence_length=512)
+    calibration = read_calibration(model, texts[0], CalibrationConfig(samples=samples, sequence_length=512))
+    held_out = read_calibration(model, texts[1], CalibrationConfig(samples=measured, sequence_length=512))
     config = LoraConfig(r=64, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     report = quailora.build_adapter(model, config, calibration, output, solver=solver, progress=False)
     assert len(report.layers) == 210
@@ -72,7 +72,7 @@ def test_calibrated_solvers_close_the_gap_and_the_uncalibrated_one_does_not(
 def test_krylov_and_als_end_at_the_optimum_on_every_matrix_in_the_mean(
     model: Checkpoint, texts: tuple[Path, Path]
 ) -> None:
-    calibration = read_calibration(model, texts[0], samples=64, sequence_length=512)
+    calibration = read_calibration(model, texts[0], CalibrationConfig(samples=64, sequence_length=512))
     excess = excess_over_optimum(model, calibration, rank=64)
     assert excess["krylov"] < 2e-4
     assert excess["als"] < 2e-3
