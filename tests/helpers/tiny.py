@@ -56,7 +56,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
     },
     "qwen2_moe": _GATED,
-    "jamba": _GATED,
     "qwen3_moe": _GATED
     | {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
 }
@@ -65,7 +64,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A randomly initialized model, with weights large enough that its blocks do something."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(FAMILIES[family] | _TOKENS | {"initializer_range": 0.1} | changes))
+    config = AutoConfig.for_model(
+        family, **(FAMILIES.get(family, _GATED) | _TOKENS | {"initializer_range": 0.1} | changes)
+    )
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
