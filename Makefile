@@ -7,7 +7,7 @@ MODEL ?=
 REQUIRED := $(shell sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)
 INSTALLED := .venv/installed
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadscope
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
