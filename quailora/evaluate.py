@@ -17,16 +17,17 @@ import torch
 from peft import PeftModel
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from quailora import ops
-from quailora.adapters.base_record import base_of, check_base, for_full_precision, loading
+from quailora.adapters.base_record import as_recorded, base_of, check_base, for_full_precision, loading
 from quailora.adapters.serving import check_weights
 from quailora.calibration.data import Batch, Calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device
+from quailora.modeling.model_class import auto_model
 from quailora.modeling.transformers_internals import no_progress_bar
 from quailora.pipeline.loop import memory_errors
 from quailora.quantization.registry import evaluating, from_config
@@ -187,6 +188,7 @@ def compare(
         converted = base is not None and for_full_precision(base)
         # Trainers do not copy the record, so an adapter that has one is untrained.
         untrained = read_record(folder) is not None and not converted
+        source = as_recorded(source, base)
         quantization, loaded_in = loading(base, source, quantization, folder)
     elif quantization is None:
         raise AdapterError("without an adapter nothing says how the base is quantized: pass `quantization`")
@@ -336,7 +338,7 @@ def _load(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
     with no_progress_bar():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = auto_model(checkpoint.auto_class).from_pretrained(
             checkpoint.name,
             revision=checkpoint.revision,
             trust_remote_code=checkpoint.trust_remote_code,

@@ -16,6 +16,7 @@ from quailora.adapters.lora import quantized_skeleton
 from quailora.errors import AdapterError, MismatchError
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
+from quailora.modeling.model_class import CAUSAL_LM
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import from_config, from_dict, from_module, is_quantized, read
 from quailora.quantization.verify import NEAREST, digest, verify
@@ -43,6 +44,12 @@ def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None
 def for_full_precision(base: dict[str, Any]) -> bool:
     """Whether an adapter belongs on the full-precision weights of its base, by its record: `convert` made it."""
     return base.get("full_precision") is True
+
+
+def as_recorded(checkpoint: Checkpoint, base: dict[str, Any] | None) -> Checkpoint:
+    """The checkpoint with the auto class that the adapter was made for: on another class it would be inactive. Without
+    a record it is the checkpoint as it is."""
+    return checkpoint if base is None else checkpoint.loaded_with(base.get("auto_class", CAUSAL_LM))
 
 
 def loading(
@@ -119,9 +126,17 @@ def check_base(
         return
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint or plain.name_or_path, revision=base["revision"])
+    checkpoint = as_recorded(checkpoint, base)
     config, dtype = loading(base, checkpoint, None, folder)
     form = from_config(config)
-    expected = [name for name, m in quantized_skeleton(checkpoint, config, dtype).named_modules() if is_quantized(m)]
+    skeleton = quantized_skeleton(checkpoint, config, dtype)
+    expected = [name for name, module in skeleton.named_modules() if is_quantized(module)]
+    if type(plain) is not type(skeleton) and held and held.keys().isdisjoint(expected):
+        raise MismatchError(
+            f"{folder} was made for {type(skeleton).__name__}, which has {expected[0]}, and the model is a "
+            f"{type(plain).__name__}, which has {next(iter(held))}: the adapter would be inactive. Load the model with "
+            f"{checkpoint.auto_class}, or make an adapter for this class"
+        )
     if odd := sorted(held.keys() ^ set(expected)):
         was, now = ("in full precision", "quantized") if odd[0] in held else ("quantized", "in full precision")
         raise MismatchError(

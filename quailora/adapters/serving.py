@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from quailora.adapters.base_record import base_of, for_full_precision, loading
+from quailora.adapters.base_record import as_recorded, base_of, for_full_precision, loading
 from quailora.adapters.lora import adapted_skeleton, put, quantized_skeleton, unfilled
 from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import AdapterError
@@ -74,6 +74,7 @@ def merge(
             f"{folder} was converted for the full-precision weights: there is no Q to merge it with. PEFT's "
             "merge_and_unload is right for it, on the full-precision model"
         )
+    source = as_recorded(source, made_for)
     config, load_dtype = loading(made_for, source, quantization, folder)
     form, dtype = from_config(config), dtype or source.dtype
     base = quantized_skeleton(source, config, load_dtype)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from quailora.cli.options import (
+    AutoClassOption,
     BatchOption,
     CheckedDoubleOption,
     CheckpointArgument,
@@ -47,6 +48,7 @@ def evaluate(
     device: DeviceOption = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
+    auto_class: AutoClassOption = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Perplexity and KL divergence: full precision, quantized, and with the adapter on the one it belongs on.
@@ -62,7 +64,7 @@ def evaluate(
     if adapter is None:
         quant = quant or Format.nf4
     check_quantization_options(quant, double_quant, compute_dtype)
-    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
     quantization = None if quant is None else quantization_config(quant, double_quant, compute_dtype, source.dtype)
     config = CalibrationConfig(samples, sequence_length, seed, split, column)
     calibration = read_calibration(source, data, config)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from quailora.cli.options import (
+    AutoClassOption,
     BatchOption,
     CheckpointArgument,
     ColumnOption,
@@ -79,6 +80,7 @@ def init(
     device: DeviceOption = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
+    auto_class: AutoClassOption = None,
     progress: Annotated[bool, typer.Option(help="Show how far the run is on standard error.")] = True,
 ) -> None:
     """Make an adapter whose A and B undo most of the quantization error of CHECKPOINT.
@@ -99,7 +101,7 @@ def init(
     SolverConfig(solver, iterations)
     for budget in filter(None, (memory_budget, host_memory_budget)):
         parse_bytes(budget)
-    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
     loaded_as = torch_dtype(dtype) or source.dtype
     config = LoraConfig(
         r=rank,

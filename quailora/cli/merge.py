@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from quailora.cli.options import (
+    AutoClassOption,
     CheckedDoubleOption,
     CheckpointArgument,
     ComputeOption,
@@ -35,6 +36,7 @@ def merge(
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
+    auto_class: AutoClassOption = None,
 ) -> None:
     """Write a dense checkpoint W' = Q + scaling B A, for serving: what the quantized base with the adapter computes."""
     from quailora import merge as write
@@ -43,7 +45,7 @@ def merge(
 
     check_new_folder(output)
     check_quantization_options(quant, double_quant, compute_dtype)
-    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
     quantization = None if quant is None else quantization_config(quant, double_quant, compute_dtype, source.dtype)
     write(source, adapter, output, initial=initial, quantization=quantization, dtype=torch_dtype(dtype), device=device)
     typer.echo(f"dense checkpoint: {output}")

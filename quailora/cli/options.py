@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     import torch
 
 
+class AutoClass(StrEnum):
+    """The classes of transformers that a base can be loaded with."""
+
+    causal_lm = "AutoModelForCausalLM"
+    image_text_to_text = "AutoModelForImageTextToText"
+
+
 class Dtype(StrEnum):
     """A floating-point format."""
 
@@ -62,6 +69,13 @@ LoadedOption = Annotated[
     ),
 ]
 RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+AutoClassOption = Annotated[
+    AutoClass | None,
+    typer.Option(
+        help="What the training loads the model with; their names of modules differ. Default: as the adapter's record "
+        "says, or else what makes the class in config.json."
+    ),
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint on the hub.")]
 MemoryOption = Annotated[
     str | None,

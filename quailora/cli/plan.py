@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from quailora.cli.options import (
+    AutoClassOption,
     BatchOption,
     CheckpointArgument,
     ComputeOption,
@@ -48,6 +49,7 @@ def plan(
     ] = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
+    auto_class: AutoClassOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """What `init` would have where, in bytes, its FLOPs and an estimate of its time.
@@ -75,7 +77,9 @@ def plan(
     )
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
     place = torch.device("cuda") if absent else default_device(device)
-    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, headers_only=True)
+    source = Checkpoint(
+        checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class, headers_only=True
+    )
     loaded_as = torch_dtype(dtype) or source.dtype
     quantization = quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)
     config = LoraConfig(r=rank, target_modules=parse_target_modules(target_modules), task_type="CAUSAL_LM")

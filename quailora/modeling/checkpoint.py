@@ -3,6 +3,7 @@ hub."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import mmap
@@ -30,6 +31,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from quailora.errors import CheckpointError
 from quailora.files import as_bytes
+from quailora.modeling.model_class import check_auto_class, default_auto_class
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -135,7 +137,7 @@ class UnreadTensor:
 
 
 class Checkpoint:
-    """A full-precision checkpoint of a transformers causal language model; no weight is read before it is asked for.
+    """A full-precision checkpoint of a language model, or of a vision-language model; weights are read when asked for.
 
     Opening reads the headers alone and finds missing shards, truncated files and already quantized checkpoints at once.
 
@@ -143,12 +145,14 @@ class Checkpoint:
         name_or_path: a folder, or the id of a model on the Hugging Face hub.
         revision: a branch, tag or commit on the hub.
         trust_remote_code: passed on to transformers; code from a checkpoint runs only where the user says so.
+        auto_class: what the training loads the model with, "AutoModelForCausalLM" or "AutoModelForImageTextToText";
+            None is the one that makes the class in `config.architectures`.
         headers_only: of a model on the hub whose weights are not here yet, take no more than the headers of its files:
             dtypes and shapes are known then, and no tensor can be read.
 
     Raises:
-        CheckpointError: nothing there, not safetensors, a shard missing or truncated, or weights that are quantized
-            already.
+        CheckpointError: nothing there, not safetensors, a shard missing or truncated, weights that are quantized
+            already, or another `auto_class`.
     """
 
     def __init__(
@@ -157,6 +161,7 @@ class Checkpoint:
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        auto_class: str | None = None,
         headers_only: bool = False,
     ) -> None:
         self.name = str(name_or_path)
@@ -168,12 +173,19 @@ class Checkpoint:
         self._folder = folder if folder.is_dir() else None
         self._downloads = not headers_only
         self.config = self._read_config()
+        self.auto_class = check_auto_class(auto_class or default_auto_class(self.config))
         try:
             self.tensors = {name: entry for file in self._files() for name, entry in _read_header(file)}
         except CheckpointError:
             if self._downloads or self._folder is not None:
                 raise
             self.tensors = dict(self._headers_on_hub())
+
+    def loaded_with(self, auto_class: str) -> Checkpoint:
+        """The same checkpoint with this `auto_class`. Raises CheckpointError if it is not supported."""
+        other = copy.copy(self)
+        other.auto_class = check_auto_class(auto_class)
+        return other
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quailora.errors import CheckpointError
 from quailora.memory.allocator import return_freed_memory
 from quailora.modeling.blocks import find_blocks
 from quailora.modeling.checkpoint import BAD_CONFIG, FLOATING, Checkpoint, UnreadTensor
+from quailora.modeling.model_class import CAUSAL_LM, auto_model
 from quailora.modeling.prefetch import Prefetch
 from quailora.modeling.transformers_internals import Loader, on_meta_device, tied_weights
 
@@ -26,16 +27,18 @@ from quailora.modeling.transformers_internals import Loader, on_meta_device, tie
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint with its parameters on the meta device. Buffers, such as rotary frequencies, are
     real."""
+    kind = "causal language model" if checkpoint.auto_class == CAUSAL_LM else "vision-language model"
     with on_meta_device():
         try:
             # A copy, for quantizing the skeleton writes into the configuration.
-            model = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_model(checkpoint.auto_class).from_config(
                 copy.deepcopy(checkpoint.config), dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
             )
         except BAD_CONFIG as error:
+            reason = " ".join(str(error).partition("Model type should be one of")[0].split())  # it lists 200 classes
             raise CheckpointError(
-                f"transformers makes no causal language model of the configuration of {checkpoint.name}: "
-                f"{type(error).__name__}: {error}"
+                f"transformers makes no {kind} of the configuration of {checkpoint.name}: "
+                f"{type(error).__name__}: {reason}"
             ) from error
     return model.eval()
 

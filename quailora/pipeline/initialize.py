@@ -21,6 +21,7 @@ from quailora.memory.budget import Meter
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device
+from quailora.modeling.model_class import auto_class_of
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
@@ -64,7 +65,8 @@ def initialize(
 
     Args:
         peft_model: `get_peft_model(base, LoraConfig(...))`.
-        checkpoint: the full-precision checkpoint that the base was quantized from.
+        checkpoint: the full-precision checkpoint that the base was quantized from; its `auto_class` is that of the
+            loaded model.
         adapter: the name of the adapter within `peft_model`.
         device: where to compute; None is where the model is.
         memory_budget: besides the model that is loaded.
@@ -89,6 +91,7 @@ def initialize(
             f"no quantized linear is targeted: {enumerate_reasons(left)}; is the base loaded in 4 or 8 bits?"
         )
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    source = source.loaded_with(auto_class_of(peft_model.get_base_model(), source.auto_class))
     base_config: Any = peft_model.get_base_model().config
     dtype = base_config.dtype or source.dtype
     meter = Meter(default_device(device or device_of(targets[0].base)), memory_budget, host_memory_budget)

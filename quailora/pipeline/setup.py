@@ -115,19 +115,21 @@ def default_batch_size(calibration: Calibration) -> int:
 
 def _unreached(targets: list[Target], layers: list[LayerReport], stream: StreamedModel) -> dict[str, str]:
     """The targets that no factors were found for, with why. Raises AdapterError where none were found at all."""
-    inside = {name for block in stream.blocks for name in block.linears()}
     solved = {row.name for row in layers}
-    unreached = {
-        target.name: _why_unreached(target.name) if target.name in inside else "it stands outside the decoder's blocks"
-        for target in targets
-        if target.name not in solved
-    }
+    unreached = {target.name: _why_unreached(target.name, stream) for target in targets if target.name not in solved}
     if not layers:
         raise AdapterError(f"no targeted linear received calibration tokens: {enumerate_reasons(unreached)}")
     return unreached
 
 
-def _why_unreached(name: str) -> str:
+def _why_unreached(name: str, stream: StreamedModel) -> str:
+    module = dict(stream.model.named_modules()).get(name)
+    if module is None:
+        return f"{type(stream.model).__name__}, which {stream.checkpoint.name} is loaded as, has no such module"
+    if module not in set(stream.decoder.modules()):
+        return "outside the language model (such as a vision tower): calibration data is text, which does not reach it"
+    if not any(name.startswith(f"{block.name}.") for block in stream.blocks):
+        return "it stands outside the decoder's blocks"
     if "expert" in name:
         return "no calibration token reached it"
     return "the model did not call it in its forward pass; if it uses the weight directly, LoRA has no effect on it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from quailora.modeling.model_class import CAUSAL_LM
 from quailora.quantization.registry import from_dict
 from quailora.reporting.record import settings_table
 from quailora.reporting.report import Report
@@ -23,12 +24,13 @@ def model_card(record: dict[str, Any], report: Report, folder: str = "path/to/th
     quantization = from_dict(base["quantization"])
     config_class, config = quantization.code()
     revision = f"    revision={base['revision']!r},\n" if base["revision"] else ""
+    auto_class = base.get("auto_class", CAUSAL_LM)
     remote = "    trust_remote_code=True,\n" if base.get("trust_remote_code") else ""
     return f"""---
 library_name: peft
 base_model: {json.dumps(base["checkpoint"], ensure_ascii=False)}
 base_model_relation: adapter
-pipeline_tag: text-generation
+pipeline_tag: {"text-generation" if auto_class == CAUSAL_LM else "image-text-to-text"}
 tags:
 - quailora
 - qlora
@@ -52,10 +54,10 @@ Load the base quantized exactly as here:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, {config_class}
+from transformers import {auto_class}, {config_class}
 
 quantization = {config}
-model = AutoModelForCausalLM.from_pretrained(
+model = {auto_class}.from_pretrained(
     {base["checkpoint"]!r},
 {revision}{remote}    dtype={base["dtype"]!r},
     quantization_config=quantization,

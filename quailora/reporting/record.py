@@ -48,6 +48,7 @@ def make_record(
             "revision": checkpoint.revision,
             "fingerprint": checkpoint.fingerprint,
             "trust_remote_code": checkpoint.trust_remote_code,
+            "auto_class": checkpoint.auto_class,
             "dtype": str(dtype).removeprefix("torch."),
             "quantization": quantization.to_dict(),
             "rounding": rounding if quantization.nearest else CALIBRATED,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 VOCABULARY = 128
 _BASE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -59,6 +59,71 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _GATED
     | {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
 }
+
+
+_TEXT: dict[str, Any] = _GATED | _TOKENS | {"head_dim": 16, "initializer_range": 0.1}
+_MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_QWEN_VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 64,
+    "embed_dim": 64,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+    "deepstack_visual_indexes": [0],
+}
+_VISION: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_QWEN_IMAGES: dict[str, Any] = {
+    "image_token_id": 124,
+    "video_token_id": 125,
+    "vision_start_token_id": 126,
+    "vision_end_token_id": 127,
+}
+
+VISION_LANGUAGE: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"text_config": _TEXT | {"rope_parameters": _MROPE}, "vision_config": _QWEN_VISION, **_QWEN_IMAGES},
+    "qwen3_vl": {"text_config": _TEXT | {"rope_parameters": _MROPE}, "vision_config": _QWEN_VISION, **_QWEN_IMAGES},
+    "qwen3_5": {
+        "text_config": _TEXT
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 32,
+            "linear_num_key_heads": 8,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "rope_parameters": _MROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25},
+        },
+        "vision_config": _QWEN_VISION,
+        **_QWEN_IMAGES,
+    },
+    "mistral3": {
+        "text_config": _TEXT | {"model_type": "mistral"},
+        "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 16},
+        "image_token_index": 127,
+    },
+    "llava": {
+        "text_config": _TEXT | {"model_type": "llama"},
+        "vision_config": _VISION | {"model_type": "clip_vision_model", "projection_dim": 64},
+        "image_token_index": 127,
+    },
+}
+
+
+def vision_language(folder: Path, family: str) -> Path:
+    """A folder with a tiny vision-language model. The last four tokens of its vocabulary stand for images."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **VISION_LANGUAGE[family], **_TOKENS, tie_word_embeddings=False)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
 
 
 def model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:

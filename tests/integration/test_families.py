@@ -50,15 +50,17 @@ def inputs_of_linears(model: nn.Module, sequences: tuple[Tensor, ...]) -> dict[s
     return grams
 
 
-def oracle(folder: Path, sequences: tuple[Tensor, ...]) -> dict[str, tuple[float, float]]:
-    """For every quantized linear, 1/2 tr(E H Eᵀ) and what the best rank-r product leaves of it."""
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    quantized = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=NF4, device_map="cpu"
-    )
+def oracle(
+    folder: Path, sequences: tuple[Tensor, ...], auto_class: Any = AutoModelForCausalLM
+) -> dict[str, tuple[float, float]]:
+    """For every quantized linear that text reaches, 1/2 tr(E H Eᵀ) and what the best rank-r product leaves of it."""
+    dense = auto_class.from_pretrained(folder, dtype=torch.float32)
+    quantized = auto_class.from_pretrained(folder, dtype=torch.float32, quantization_config=NF4, device_map="cpu")
     held = {name: read(module) for name, module in quantized.named_modules() if is_quantized(module)}
     grams, found = inputs_of_linears(dense, sequences), {}
     for name, q in held.items():
+        if name not in grams:  # a vision tower: text does not reach it
+            continue
         error = linear_weight(dense.get_submodule(name)).double() - q.dequantize().double()
         values = torch.linalg.eigvalsh(error @ grams[name] @ error.T)
         found[name] = (values.sum().item() / 2, values[:-RANK].sum().item() / 2)
