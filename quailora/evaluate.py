@@ -21,8 +21,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from quailora import ops
 from quailora.adapters.base_record import as_recorded, base_of, check_base, for_full_precision, loading
+from quailora.adapters.new_tokens import resize_to, vocabulary
 from quailora.adapters.serving import check_weights
-from quailora.calibration.data import Batch, Calibration
+from quailora.calibration.data import Batch, Calibration, load_calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
@@ -160,6 +161,9 @@ def compare(
     is what it is for. On a CPU without fast bf16 or fp16 products (`ops.half_products`), fp32 copies of the LM head's
     weight and logits come on top.
 
+    Where the adapter comes with embeddings of another size (new tokens), all models are scored on the vocabulary that
+    they share: the held-out tokens must be in it, and other logits are left out of the softmax.
+
     Args:
         checkpoint: the full-precision model: a folder, or an id on the Hugging Face hub.
         adapter: a folder that PEFT saved; None scores the quantized base alone.
@@ -174,10 +178,10 @@ def compare(
     Raises:
         MismatchError: the adapter's record names another checkpoint or quantization.
         AdapterError: `adapter` is not an adapter, or nothing says how the base is quantized.
-        CalibrationError, QuailoraError: as for `perplexity`; or the device is out of memory.
+        CalibrationError: as for `perplexity`; or a token outside the vocabulary that the models share.
+        QuailoraError: as for `perplexity`; or the device is out of memory.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-    batches = list(calibration.batches(batch_size))
     loaded_in, untrained, converted, base = source.dtype, False, False, None
     if adapter is not None:
         folder = Path(adapter)
@@ -201,15 +205,21 @@ def compare(
         quantized = _load(source, where, dtype, quantization)
         if adapter is not None and base is not None and not converted:
             check_base(quantized, adapter, checkpoint=source, initial=initial)
-        adapted = None if adapter is None else _with_adapter(full if converted else quantized, adapter)
+        shared, adapted = vocabulary(full), None
+        if adapter is not None:
+            receiver = full if converted else quantized
+            resize_to(receiver, Path(adapter))
+            shared = min(shared, vocabulary(receiver))
+            adapted = _with_adapter(receiver, adapter)
+        batches = list(load_calibration(calibration, vocab_size=shared).batches(batch_size))
         with _evaluating(full, quantized):
             for done, batch in enumerate(map(_predictions, batches), 1):
                 with nullcontext() if adapted is None else adapted.disable_adapter():
-                    reference = batch.logits(full)
+                    reference = batch.logits(full)[..., :shared]
                     of_full.add(batch, reference)
-                    of_quantized.add(batch, batch.logits(quantized), reference)
+                    of_quantized.add(batch, batch.logits(quantized)[..., :shared], reference)
                 if adapted is not None:
-                    of_adapted.add(batch, batch.logits(adapted), reference)
+                    of_adapted.add(batch, batch.logits(adapted)[..., :shared], reference)
                 if progress is not None:
                     progress(done, len(batches))
     return Comparison(

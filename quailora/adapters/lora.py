@@ -314,7 +314,8 @@ def put(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
     """
     parameters = model.named_parameters(remove_duplicate=False)
     places = {_saved_name(name): (name, parameter) for name, parameter in parameters}
-    for key, value in tensors.items():
+    for saved, value in tensors.items():
+        key = saved.replace(".modules_to_save.", ".")  # PEFT saves resized embeddings under this name as well
         if key not in places:
             raise AdapterError(f"the adapter has {key}, for which {type(model.get_base_model()).__name__} has no place")
         name, parameter = places[key]

@@ -21,6 +21,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig,
 
 from quailora.adapters.base_record import as_recorded, base_of, for_full_precision, loading
 from quailora.adapters.lora import adapted_skeleton, put, quantized_skeleton, unfilled
+from quailora.adapters.new_tokens import resize_to
 from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import AdapterError
 from quailora.files import check_new_folder, new_folder, to_json, write_files
@@ -48,8 +49,8 @@ def merge(
     weights.
 
     Every linear that the base holds quantized becomes its Q, adapted or not; all else is copied. The tokenizer is that
-    beside the adapter, where training has saved one, or else the checkpoint's. Shard by shard; the model is never in
-    memory as a whole.
+    beside the adapter, where training has saved one, or else the checkpoint's. Embeddings that were resized for new
+    tokens are the adapter's, and `vocab_size` follows them. Shard by shard; the model is never in memory as a whole.
 
     Args:
         checkpoint: the full-precision checkpoint of the base.
@@ -81,6 +82,7 @@ def merge(
     trained = _Adapter(folder)
     if tokens := next((key for key in trained.tensors if ".token_adapter." in key), None):
         raise AdapterError(f"{folder} has {tokens} (trainable_token_indices): rows of embeddings cannot be merged")
+    rows = resize_to(base, folder)
     model = adapted_skeleton(base, trained.config, source)
     put(model, trained.tensors)
     if lacking := unfilled(model):
@@ -123,6 +125,10 @@ def merge(
             (partial / INDEX).write_text(json.dumps(index, indent=2))
         config_written, generation = copy.deepcopy(source.config), _generation_config(source)
         config_written.dtype = dtype
+        if rows is not None:
+            config_written.get_text_config(decoder=True).vocab_size = rows
+            if hasattr(config_written, "vocab_size"):  # of some models with a text configuration, too
+                config_written.vocab_size = rows
         if (tokenizer := load_tokenizer(source, folder)) is not None:
             tokenizer.save_pretrained(partial)
             if tokenizer.name_or_path == str(folder):

@@ -203,8 +203,11 @@ def read_calibration(
     config: CalibrationConfig | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    vocab_size: int | None = None,
 ) -> Calibration:
     """`load_calibration` with the tokenizer and the limits of the checkpoint.
+
+    vocab_size: None is the checkpoint's.
 
     Raises CalibrationError for sequences longer than the model has positions, and as `load_calibration`.
     """
@@ -221,7 +224,7 @@ def read_calibration(
         seed=config.seed,
         split=config.split,
         column=config.column,
-        vocab_size=text.vocab_size,
+        vocab_size=vocab_size or text.vocab_size,
     )
     if positions is not None and loaded.longest > positions:
         raise CalibrationError(

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from quailora.adapters import lora as adapters
 from quailora.adapters.base_record import device_of, recorded_base
 from quailora.adapters.lora import Target
+from quailora.adapters.new_tokens import add_rows
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
 from quailora.errors import AdapterError, MismatchError
 from quailora.memory.allocator import freed_at_once
@@ -98,7 +99,13 @@ def initialize(
     with freed_at_once():
         stream = StreamedModel(source, meter.device, dtype)
     _check_shapes(peft_model, targets, stream)
-    data = read_calibration(source, calibration, data_config, tokenizer=tokenizer)
+    # Tokens that the checkpoint does not have are looked up in the loaded model.
+    base_model: Any = peft_model.get_base_model()
+    streamed: Any = stream.model.get_input_embeddings()
+    rows = base_model.get_input_embeddings().weight
+    if len(rows) > streamed.num_embeddings:
+        add_rows(streamed, rows[streamed.num_embeddings :].detach())
+    data = read_calibration(source, calibration, data_config, tokenizer=tokenizer, vocab_size=len(rows))
     form = from_module(targets[0].base, getattr(base_config, "quantization_config", None))
     known = recorded_base(peft_model.get_base_model()) or {}
     rounding = known.get("rounding", NEAREST)
