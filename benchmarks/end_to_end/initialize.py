@@ -37,8 +37,7 @@ from benchmarks.kernels.solver import krylov_flops
 from quailora import ops
 from quailora.calibration.data import Calibration, CalibrationConfig, read_calibration
 from quailora.calibration.gram import Gram
-from quailora.memory.budget import Meter
-from quailora.memory.planner import describe_bytes
+from quailora.memory.budget import describe_bytes
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device
@@ -81,14 +80,7 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
 
         return run
 
-    def plan(*args: Any, **kwargs: Any) -> Any:
-        made = make_plan(*args, **kwargs)
-        seconds.update(dict.fromkeys(PARTS, 0.0))  # planning runs the same functions on tensors without data
-        return made
-
-    make_plan = Meter.plan
     with ExitStack() as stack:
-        stack.enter_context(patch.object(Meter, "plan", plan))
         for part, functions in PARTS.items():
             seconds[part] = 0.0
             for owner, name in functions:

@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 
 import quailora
 from quailora.calibration.data import Calibration
-from quailora.memory.planner import describe_bytes
+from quailora.memory.budget import describe_bytes
 from quailora.pipeline.build import ALPHA, RANK
 
 TARGETS = "all-linear"

@@ -35,6 +35,12 @@ class Batch(NamedTuple):
     input_ids: Tensor
     keep: Tensor | None
 
+    def halves(self) -> list[Batch]:
+        """The same in two batches of the same length, the first at least as large; of one sequence, itself."""
+        size = -(-len(self.input_ids) // 2)
+        keeps = [None, None] if self.keep is None else self.keep.split(size)
+        return [Batch(*half) for half in zip(self.input_ids.split(size), keeps, strict=False)]
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:

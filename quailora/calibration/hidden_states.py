@@ -30,6 +30,7 @@ class HiddenStates:
         self._memory: dict[int, Tensor] = {}
         self._places: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
         self._size = 0
+        self.edits = 0  # how many batches were set
         self._file = None
         if folder is not None:
             with writing(folder / "hidden states"):
@@ -63,6 +64,7 @@ class HiddenStates:
         return hidden.to(self._device)
 
     def __setitem__(self, number: int, hidden: Tensor) -> None:
+        self.edits += 1
         if self._file is None:
             self._remember(number, hidden)
             return
@@ -84,3 +86,22 @@ class HiddenStates:
         if number not in self._memory:
             self._memory[number] = torch.empty_like(hidden, device="cpu", pin_memory=True)
         self._memory[number].copy_(hidden, non_blocking=True)
+
+    def halve(self) -> None:
+        """Split each batch of more than one sequence in two, as `Batch.halves` does, and number them anew. No data
+        moves."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # copies that are under way
+        halves = [half for number in sorted(self._memory) for half in _halves(self._memory[number])]
+        self._memory = dict(enumerate(halves))
+        places = []
+        for number in sorted(self._places):
+            start, shape, dtype = self._places[number]
+            for half in _halves(torch.empty(shape, dtype=dtype, device="meta")):
+                places.append((start, half.shape, half.dtype))
+                start += half.nbytes
+        self._places = dict(enumerate(places))
+
+
+def _halves(rows: Tensor) -> list[Tensor]:
+    return list(rows.split(-(-len(rows) // 2)))

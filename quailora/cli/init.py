@@ -90,7 +90,7 @@ def init(
     from peft import LoraConfig
 
     from quailora.files import check_new_folder
-    from quailora.memory.planner import parse_bytes
+    from quailora.memory.budget import parse_bytes
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import build as pipeline
     from quailora.pipeline import distributed

@@ -52,9 +52,9 @@ def plan(
     auto_class: AutoClassOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """What `init` would have where, in bytes, its FLOPs and an estimate of its time.
+    """What `init` would take: memory by its use, FLOPs, and an estimate of the time.
 
-    No weight is read, nor downloaded: of a model on the hub the headers do.
+    No weight is read or downloaded: for a model on the hub, the headers of its files are enough.
     """
     from json import dumps
 
@@ -63,7 +63,8 @@ def plan(
 
     from quailora.adapters import lora as adapters
     from quailora.calibration.data import SEQUENCE_LENGTH
-    from quailora.memory import planner as budget
+    from quailora.memory.budget import MemoryConfig
+    from quailora.memory.planner import make_plan
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.modeling.devices import default_device
     from quailora.modeling.streamed_model import StreamedModel
@@ -71,10 +72,7 @@ def plan(
     from quailora.solvers.config import SolverConfig
 
     settings = SolverConfig(solver, iterations)
-    # Checked first: a typo should not cost a download.
-    allowed, host = (
-        None if given is None else budget.parse_bytes(given) for given in (memory_budget, host_memory_budget)
-    )
+    memory = MemoryConfig(memory_budget, host_memory_budget, batch_size)  # checked first: a typo costs no download
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
     place = torch.device("cuda") if absent else default_device(device)
     source = Checkpoint(
@@ -86,16 +84,16 @@ def plan(
     model, _ = adapters.targeted_skeleton(source, quantization, loaded_as, config)
     targets, _ = adapters.find_targets(model)
     positions = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    found = budget.make_plan(
+    found = make_plan(
         StreamedModel(source, torch.device("cpu") if absent else place, loaded_as),
         {target.name: target.rank for target in targets},
         from_config(quantization),
         settings,
         samples=samples,
         sequence_length=sequence_length or min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH),
-        memory_budget=allowed,
-        host_memory_budget=host,
-        batch_size=batch_size,
+        memory_budget=memory.device_bytes,
+        host_memory_budget=memory.host_bytes,
+        batch_size=memory.batch_size,
         device=place,
         timed=True,
     )

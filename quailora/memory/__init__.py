@@ -1,4 +1,4 @@
-"""The memory plan of a run, its budget, and the host allocator.
+"""Memory: the plan of a run, its budget, and the host's allocator.
 
-It must not know adapters or the pipeline.
+It knows shapes, and nothing of adapters or of the pipeline.
 """

@@ -1,82 +1,101 @@
-"""The memory budget of a run: what there is, the plan for it, and what was really taken."""
+"""The memory budget of a run: amounts as text, what is free, and what was really taken."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 import psutil
 import torch
 
-from quailora.adapters.lora import Target
-from quailora.calibration.data import Calibration
-from quailora.memory.allocator import freed_at_once
-from quailora.memory.planner import Plan, free_memory, make_plan, parse_bytes
-from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.distributed import Processes
-from quailora.quantization.protocol import QuantizedBase
-from quailora.solvers.config import SolverConfig
+from quailora.errors import CalibrationError, QuailoraError
+from quailora.memory.allocator import freed_at_once, return_freed_memory
 
-# How many times the planned peak a heap with gaps comes to: 1.6 were measured. With more room than that, time is saved.
-_WITH_GAPS = 2
+_UNITS = {"": 1, "B": 1} | {f"{letter}{binary}B": (1024 if binary else 1000) ** power
+                            for power, letter in enumerate("KMGT", 1) for binary in ("i", "")}  # fmt: skip
 
-_OF_FREE = 0.9  # what is taken of free memory by itself: others may come to need some
+# With a fragmented heap the peak is at most this many times what was planned: 1.6 was measured. With more room than
+# that the heap is left alone, which is faster.
+_FRAGMENTED = 2
+
+_OF_FREE = 0.9  # of free memory, by default: other processes may need some
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What a run may take; see `build_adapter`.
+
+    Raises QuailoraError for what is not an amount of memory, CalibrationError for a batch size below 1.
+    """
+
+    memory_budget: int | str | None = None
+    host_memory_budget: int | str | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.device_bytes, self.host_bytes
+        if self.batch_size is not None and self.batch_size < 1:
+            raise CalibrationError(f"batch_size (--batch-size) must be at least 1, got {self.batch_size}")
+
+    @property
+    def device_bytes(self) -> int | None:
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
+
+    @property
+    def host_bytes(self) -> int | None:
+        return None if self.host_memory_budget is None else parse_bytes(self.host_memory_budget)
 
 
 class Meter:
-    """Made where a run begins: memory counts from there.
+    """Created where a run begins: memory is counted from there.
 
-    On a GPU the budget is what torch's allocator may hold more than it does now; it is enforced within the `with`. On a
-    CPU it is how much the resident memory of the process may grow, which the plan keeps to and nothing enforces.
+    On a GPU the budget is what torch's allocator may hold more than it does then; it is enforced within the `with`. On
+    a CPU it is how much the resident memory of the process may grow, which the plan keeps to and nothing enforces.
     """
 
-    def __init__(
-        self, device: torch.device, memory_budget: int | str | None, host_memory_budget: int | str | None
-    ) -> None:
-        self.device = device
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the host
-        own = 1 if device.type == "cuda" else beside
-        self.budget = _bytes(memory_budget) or int(_OF_FREE * free_memory(device) / own)
-        self.host_budget = _bytes(host_memory_budget) or int(_OF_FREE * free_memory(torch.device("cpu")) / beside)
-        self._named, self._tight = memory_budget is not None, False
+    def __init__(self, device: torch.device, config: MemoryConfig) -> None:
+        self.device, self.config = device, config
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # that share the host
+        sharing = 1 if device.type == "cuda" else processes
+        cpu = torch.device("cpu")
+        self.budget = int(config.device_bytes or _OF_FREE * free_memory(device) / sharing)
+        self.host_budget = int(config.host_bytes or _OF_FREE * free_memory(cpu) / processes)
+        self._limits_the_host = device.type == "cpu" and config.memory_budget is not None
+        self._tight = False
         self._start = self._held()
         self._peak = 0
         self._heap = ExitStack()
 
-    def plan(
-        self,
-        stream: StreamedModel,
-        targets: Sequence[Target],
-        form: QuantizedBase,
-        settings: SolverConfig,
-        data: Calibration,
-        processes: Processes,
-        batch_size: int | None,
-        timed: bool = False,
-    ) -> Plan:
-        """The fastest plan that fits, the same for all processes; if `timed`, with an estimate of the time. Raises
-        BudgetError."""
-        plan = make_plan(
-            stream,
-            {target.name: target.rank for target in targets},
-            form,
-            settings,
-            samples=-(-len(data) // processes.size),
-            sequence_length=data.longest,
-            memory_budget=processes.minimum(self.budget),
-            host_memory_budget=processes.minimum(self.host_budget),
-            batch_size=batch_size,
-            held=-processes.minimum(-max(0, self._held() - self._start)),
-            timed=timed,
-        )
-        self._tight = self._named and _WITH_GAPS * plan.peak > self.budget
-        return plan
+    @contextmanager
+    def setting_up(self) -> Iterator[None]:
+        """For making skeletons: each of their parameters is on the CPU for a moment, and the gaps that this leaves in
+        the heap would grow with the depth. Before there is a plan, any budget named on a CPU counts as tight."""
+        with freed_at_once() if self._limits_the_host else nullcontext():
+            yield
 
-    def figures(self, plan: Plan) -> dict[str, int]:
+    def held(self) -> int:
+        """Bytes of the budget that are taken already."""
+        if self._limits_the_host:
+            return_freed_memory()
+        return max(0, self._held() - self._start)
+
+    def expect(self, planned: int) -> None:
+        """Take note of the planned peak: a budget on a CPU is tight if a fragmented heap could exceed it."""
+        self._tight = self._limits_the_host and _FRAGMENTED * planned > self.budget
+
+    def trim(self) -> None:
+        """Give freed memory back to the operating system, where the budget is tight."""
+        if self._tight:
+            return_freed_memory()
+
+    def figures(self, planned: int) -> dict[str, int]:
         """Bytes, for the report."""
-        return {"budget": self.budget, "planned peak": plan.peak, "measured peak": self._peak}
+        return {"budget": self.budget, "planned peak": planned, "measured peak": self._peak}
 
     def __enter__(self) -> Meter:
         if self.device.type == "cuda":
@@ -104,12 +123,8 @@ class Meter:
         return psutil.Process().memory_info().rss
 
 
-def _bytes(budget: int | str | None) -> int | None:
-    return parse_bytes(budget) if isinstance(budget, str) else budget
-
-
 def _highest_resident() -> int:
-    """The most that was resident since the process began, bytes."""
+    """The most that was resident since the process began, in bytes."""
     info = psutil.Process().memory_info()
     if hasattr(info, "peak_wset"):  # Windows
         return info.peak_wset
@@ -117,3 +132,61 @@ def _highest_resident() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def parse_bytes(text: str | int) -> int:
+    """ "12GiB" -> 12 * 2**30. Units KiB to TiB and KB to TB, in any case; a plain number is bytes.
+
+    Raises QuailoraError for anything else, and for less than one byte.
+    """
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
+    size = int(float(match[1]) * units[match[2]]) if match and match[2] in units else 0
+    if size < 1:
+        raise QuailoraError(f"'{text}' is not an amount of memory: write 12GiB, 800MB or a number of bytes")
+    return size
+
+
+def describe_bytes(size: int) -> str:
+    """Such as "12.5 GiB"."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if size >= (one := _UNITS[unit]):
+            return f"{size / one:.3g} {unit}" if size < 1000 * one else f"{size // one} {unit}"
+    return f"{size} B"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated: of a GPU's memory, or of the host's within the process's control groups."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([psutil.virtual_memory().available, *_left_in_groups(Path("/sys/fs/cgroup"))])
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Limit less usage, of every control group (version 2 or 1) that this process is in."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, limit, usage = (
+            (root, "memory.max", "memory.current")
+            if controllers == ""
+            else (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
+        folder = top / path.lstrip("/")
+        for group in (folder, *folder.parents):  # in a container this may be the host's path; the top one exists
+            try:
+                allowed, used = (group / limit).read_text().strip(), int((group / usage).read_text())
+                # The kernel reclaims pages of files when needed. Version 1 counts those of subgroups separately.
+                stat = (group / "memory.stat").read_text()
+                reclaimable = re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)[-1:]
+                if allowed.isdigit():
+                    yield max(0, int(allowed) - used + sum(map(int, reclaimable)))
+            except (OSError, ValueError):
+                pass  # no such group here
+            if group == top:
+                break

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quailora.errors import CheckpointError
-from quailora.memory.allocator import return_freed_memory
 from quailora.modeling.blocks import find_blocks
 from quailora.modeling.checkpoint import BAD_CONFIG, FLOATING, Checkpoint, UnreadTensor
 from quailora.modeling.model_class import CAUSAL_LM, auto_model
@@ -80,11 +79,9 @@ class StreamedModel:
         """
         try:
             self._load(self._matching(names))
-            return_freed_memory()  # the parts of what was made of several
             yield
         finally:
             self._release(names)
-            return_freed_memory()
 
     def prefetch(self, *names: str) -> None:
         """Begin to bring what `resident(*names)` will need to `device`, by a thread of its own.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -122,18 +122,6 @@ class Loader:
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
     """Parameter -> the one that it shares its memory with once the model is loaded."""
     return dict(model.all_tied_weights_keys)
-
-
-@contextmanager
-def causal_masks_for_fake_tensors() -> Iterator[None]:
-    """Within it transformers makes the same masks from fake tensors as from real ones; it would make those of packed
-    sequences, to be safe."""
-    is_tracing = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda tensor=None: False
-    try:
-        yield
-    finally:
-        masking_utils.is_tracing = is_tracing
 
 
 @contextmanager

@@ -14,8 +14,7 @@ from quailora.adapters import lora as adapters
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
 from quailora.errors import AdapterError, NotFiniteError, QuailoraError
 from quailora.files import check_new_folder, write_files
-from quailora.memory.allocator import freed_at_once
-from quailora.memory.budget import Meter
+from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device
 from quailora.modeling.streamed_model import StreamedModel
@@ -101,7 +100,7 @@ def build_adapter(
     check_new_folder(output)
     processes, solver_config = Processes(distributed), SolverConfig(solver, iterations, damping, seed)
     data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
-    meter = Meter(default_device(device), memory_budget, host_memory_budget)
+    meter = Meter(default_device(device), MemoryConfig(memory_budget, host_memory_budget, batch_size))
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     dtype = dtype or source.dtype
     config = copy.deepcopy(lora_config) or LoraConfig(
@@ -111,7 +110,7 @@ def build_adapter(
     quantization = quantization or config_for(Format.nf4, dtype)
     form = from_config(quantization)
 
-    with freed_at_once():  # a skeleton has each parameter on the CPU for a moment, and the gaps would add up
+    with meter.setting_up():
         model, capped = adapters.targeted_skeleton(source, quantization, dtype, config)
         stream = StreamedModel(source, meter.device, dtype)
     targets, left = adapters.find_targets(model)

@@ -17,8 +17,7 @@ from quailora.adapters.lora import Target
 from quailora.adapters.new_tokens import add_rows
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
 from quailora.errors import AdapterError, MismatchError
-from quailora.memory.allocator import freed_at_once
-from quailora.memory.budget import Meter
+from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device
@@ -95,8 +94,9 @@ def initialize(
     source = source.loaded_with(auto_class_of(peft_model.get_base_model(), source.auto_class))
     base_config: Any = peft_model.get_base_model().config
     dtype = base_config.dtype or source.dtype
-    meter = Meter(default_device(device or device_of(targets[0].base)), memory_budget, host_memory_budget)
-    with freed_at_once():
+    memory = MemoryConfig(memory_budget, host_memory_budget, batch_size)
+    meter = Meter(default_device(device or device_of(targets[0].base)), memory)
+    with meter.setting_up():
         stream = StreamedModel(source, meter.device, dtype)
     _check_shapes(peft_model, targets, stream)
     # Tokens that the checkpoint does not have are looked up in the loaded model.

@@ -12,8 +12,10 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,6 @@ from quailora.calibration.data import Batch
 from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.errors import QuailoraError
-from quailora.memory.allocator import return_freed_memory
 from quailora.memory.planner import Plan
 from quailora.modeling.blocks import Block, linear_weight
 from quailora.modeling.streamed_model import StreamedModel
@@ -38,6 +39,8 @@ from quailora.reporting.report import LayerReport
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.inputs import Linear
 from quailora.solvers.solve import LoraFactors, solve_group
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -71,6 +74,9 @@ class Loop:
     quantized_weight: the Q of a target, given its full-precision weight (m, n).
     finish: called with the index of a block and what was solved of it, on the main process only.
     folder: where hidden states go if the plan has them on disk.
+    trim: called where much memory was just freed; see `Meter.trim`.
+    may_shrink: whether a device that runs out of memory may get smaller micro-batches than the plan's.
+    notes: for the report; filled here.
     """
 
     model: StreamedModel
@@ -82,6 +88,14 @@ class Loop:
     progress: Progress
     stages: Stages
     folder: Path
+    trim: Callable[[], None]
+    may_shrink: bool
+    notes: list[str]
+
+    def __post_init__(self) -> None:
+        self._recorder = Calls(self.model)
+        self._batches: list[Batch] = []
+        self._calls: list[list[Call]] = []  # by batch and block
 
     def run(self, targets: Collection[Target], batches: Sequence[Batch], finished: Collection[int]) -> None:
         """Find the factors of every target. Blocks in `finished` are only propagated through."""
@@ -96,31 +110,30 @@ class Loop:
             memory_errors(model.device, _SMALLER),
             HiddenStates(model.device, self.folder if self.plan.states == "disk" else None) as states,
         ):
-            calls = self._embed(batches, states) if waiting else []
+            self._batches = list(batches)
+            if waiting:
+                self._embed(states)
             try:
                 for index in self.progress.blocks(range(last + 1)):
                     with self._resident(index, last):
-                        run = BlockRun(
-                            module=model.blocks[index].module,
-                            device=model.device,
-                            dtype=model.dtype,
-                            batches=batches,
-                            calls=[of_batch[index] for of_batch in calls],
-                        )
-                        self._block(index, run, waiting, states)
+                        self._block(index, waiting, states)
+                    self.trim()
             finally:
                 model.forget_prefetched()
 
-    def _embed(self, batches: Sequence[Batch], states: HiddenStates) -> list[list[Call]]:
-        """The hidden states that enter the first block; and what each block is called with, by batch and block."""
-        model, calls = self.model, []
-        with self.stages("load"), model.resident(*model.outside_blocks()):
-            recorder = Calls(model)
-            with ops.half_products(model.device, [model.dtype]):
-                for number, batch in enumerate(batches):
-                    states[number], of_batch = recorder.record(batch)
-                    calls.append(of_batch)
-        return calls
+    def _embed(self, states: HiddenStates | None = None) -> None:
+        """Record what each block is called with, by batch; `states` gets the hidden states that enter the first."""
+        model = self.model
+        self._calls.clear()
+        halves = ops.half_products(model.device, [model.dtype])
+        with self.stages("load"), model.resident(*model.outside_blocks()), halves:
+            for number, batch in enumerate(self._batches):
+                hidden, of_batch = self._recorder.record(batch)
+                self._calls.append(of_batch)
+                if states is not None:
+                    states[number] = hidden
+                del hidden
+        self.trim()
 
     @contextmanager
     def _resident(self, index: int, last: int) -> Iterator[None]:
@@ -128,24 +141,60 @@ class Loop:
         with ExitStack() as stack:
             with self.stages("load"):
                 stack.enter_context(self.model.resident(_prefix(self.model.blocks[index])))
+                self.trim()  # what weights were converted from
             if self.plan.prefetch and index < last:
                 self.model.prefetch(_prefix(self.model.blocks[index + 1]))
             yield
 
-    def _block(self, index: int, run: BlockRun, waiting: dict[str, Target], states: HiddenStates) -> None:
+    def _forward(self, index: int, states: HiddenStates, step: Callable[[BlockRun], T]) -> T:
+        """`step` of a block, which runs it over every batch.
+
+        If the device runs out of memory before any hidden states have changed, the micro-batches are halved and the
+        step is repeated. Batches are sorted by length, longest first, so it is the first one that runs out.
+        """
+        model = self.model
+        while True:
+            edits = states.edits
+            run = BlockRun(
+                module=model.blocks[index].module,
+                device=model.device,
+                dtype=model.dtype,
+                batches=self._batches,
+                calls=[of_batch[index] for of_batch in self._calls],
+            )
+            try:
+                with self.stages("forward"):
+                    return step(run)
+            except torch.OutOfMemoryError:
+                if not self.may_shrink or states.edits != edits or all(len(b.input_ids) == 1 for b in self._batches):
+                    raise
+            self._halve(index, states)
+
+    def _halve(self, index: int, states: HiddenStates) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        states.halve()
+        self._batches = [half for batch in self._batches for half in batch.halves()]
+        self._embed()  # masks and position embeddings are by batch
+        size = max(len(batch.input_ids) for batch in self._batches)
+        self.notes[:] = [
+            f"{self.model.device} ran out of memory with the planned micro-batches of {self.plan.batch_size} "
+            f"sequences: from block {index} on they had {size}. A lower memory_budget (--memory-budget) avoids this"
+        ]
+
+    def _block(self, index: int, waiting: dict[str, Target], states: HiddenStates) -> None:
         linears = {name: linear for name, linear in self.model.blocks[index].linears().items() if name in waiting}
         if not linears:
-            with self.stages("forward"):
-                run.propagate(states)
+            self._forward(index, states, lambda run: run.propagate(states))
             return
         solved: list[Solved] = []
         passes = self.plan.passes[index]
         for number, planned in enumerate(passes):
             last_pass = number == len(passes) - 1
             captured = {name: linears[name] for name in planned if name in linears}
-            with self.stages("forward"):
-                grams = run.capture(captured, states, propagate=last_pass)
-            return_freed_memory()
+            capture = partial(BlockRun.capture, linears=captured, states=states, propagate=last_pass)
+            grams = self._forward(index, states, capture)
+            self.trim()
             if self.processes.distributed:
                 with self.stages("share"):
                     grams = self.processes.all_reduce(grams, self.model.device)
@@ -173,7 +222,7 @@ class Loop:
             for name in names:
                 del grams[name]
             del gram
-            return_freed_memory()
+            self.trim()
         of_ranks = self.processes.gather(mine)
         found = {name: Solved(targets[name], factors, row) for of_one in of_ranks for name, factors, row in of_one}
         return [found[name] for name in targets if name in found]

@@ -16,7 +16,7 @@ from quailora.adapters.lora import Target
 from quailora.calibration.data import Calibration
 from quailora.errors import AdapterError
 from quailora.memory.budget import Meter
-from quailora.memory.planner import TOKENS_PER_BATCH, Plan
+from quailora.memory.planner import TOKENS_PER_BATCH, Plan, make_plan
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Loop, Solved, Stages
@@ -55,20 +55,27 @@ class Run:
     meter: Meter
     processes: Processes
     stages: Stages = field(default_factory=Stages)
+    notes: list[str] = field(default_factory=list)
 
     def plan(self, batch_size: int | None, *, timed: bool = False) -> Plan:
         """The fastest plan within the budget, the same on every process; if `timed`, with an estimate of the time.
         Raises BudgetError."""
-        return self.meter.plan(
+        processes, meter = self.processes, self.meter
+        plan = make_plan(
             self.stream,
-            self.targets,
+            {target.name: target.rank for target in self.targets},
             self.form,
             self.solver,
-            self.data,
-            self.processes,
-            batch_size,
-            timed=timed and self.processes.is_main,
+            samples=-(-len(self.data) // processes.size),
+            sequence_length=self.data.longest,
+            memory_budget=processes.minimum(meter.budget),
+            host_memory_budget=processes.minimum(meter.host_budget),
+            batch_size=batch_size,
+            held=-processes.minimum(-meter.held()),
+            timed=timed and processes.is_main,
         )
+        meter.expect(plan.peak)
+        return plan
 
     def solve(
         self,
@@ -96,6 +103,9 @@ class Run:
                 progress=bar,
                 stages=self.stages,
                 folder=folder,
+                trim=self.meter.trim,
+                may_shrink=self.meter.config.batch_size is None,
+                notes=self.notes,
             )
             loop.run(self.targets, list(self.processes.shard(self.data).batches(plan.batch_size)), finished)
 
@@ -103,8 +113,8 @@ class Run:
         """What was done. Raises AdapterError where no targeted linear received a token."""
         left = self.left | _unreached(self.targets, layers, self.stream)
         base = record["base"] | {"digests": {row.name: row.digest for row in layers}}
-        every = [*_notes(self.stream, self.data, layers), *notes]
-        return Report(layers, left, every, record | {"base": base}, self.stages.seconds, self.meter.figures(plan))
+        every = [*_notes(self.stream, self.data, layers), *self.notes, *notes]
+        return Report(layers, left, every, record | {"base": base}, self.stages.seconds, self.meter.figures(plan.peak))
 
 
 def default_batch_size(calibration: Calibration) -> int:

@@ -250,6 +250,19 @@ class BitsAndBytes(QuantizedBase):
             state.absmax = absmax
         return base._four_bit(codes, state)
 
+    def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
+        """See `QuantizedBase.memory`. On a CPU, bitsandbytes 0.50 quantizes by torch operations: W scaled in fp32,
+        codes in int32 and uint8, half of them shifted; FP4's mapped besides. Its GPU kernels write only results."""
+        elements = outputs * inputs
+        if self.blocksize is None:
+            return elements + 4 * outputs, (2 if device.type == "cuda" else 9) * elements  # W in fp16 first
+        scales = -(-elements // self.blocksize)
+        nested = -(-scales // 256)
+        stored = -(-elements // 2) + (scales + 4 * nested + 4 * 257 if self.double else 4 * scales)
+        if device.type == "cuda":
+            return stored, 4 * scales
+        return stored, (28 if self.method == "fp4" else 14) * elements + 4 * scales
+
     def quantize(self, weight: Tensor) -> "FourBit | EightBit":
         """Quantize W to exactly the bits that transformers' from_pretrained gives it under the same config.
 

@@ -112,6 +112,13 @@ class QuantizedBase(ABC):
         """
         raise AdapterError(f"the codes of {self.describe()} do not follow from the weights alone: load the base itself")
 
+    def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
+        """Bytes of the quantized weight (m, n), and of what quantizing it on `device` takes besides, at most; for plans
+        within a memory budget. As long as a base does not say: 8 bits with an fp32 scale for every 64 elements, and
+        four fp32 copies of W."""
+        elements = outputs * inputs
+        return elements + elements // 16 + 8 * outputs, 16 * elements
+
     @classmethod
     def config_for(cls, name: str, dtype: torch.dtype, *, double: bool, compute: torch.dtype | None) -> Any:
         """See `registry.config_for`; `name` is one of `formats`."""

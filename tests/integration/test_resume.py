@@ -214,7 +214,7 @@ def test_the_batch_size_stays_what_it_was_where_the_memory_is_another(model: Pat
     with stopping_after(1, Stop()), pytest.raises(Stop):
         build(model, tmp_path / "out", batch_size=None)
     chosen = json.loads((work(tmp_path / "out") / "run.json").read_text())["chosen"]
-    with mock.patch.object(pipeline.Meter, "plan", autospec=True) as plan:
+    with mock.patch.object(pipeline.Run, "plan", autospec=True) as plan:
         plan.side_effect = Stop
         with pytest.raises(Stop):
             build(model, tmp_path / "out", batch_size=None)

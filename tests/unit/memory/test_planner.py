@@ -3,9 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,16 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from quailora import ops
 from quailora.calibration.calls import Calls
 from quailora.calibration.data import Batch
 from quailora.calibration.hooks import collect
 from quailora.cli.app import app
 from quailora.errors import QuailoraError
-from quailora.memory import dry_run as rehearsal
-from quailora.memory import planner as budget
-from quailora.memory.dry_run import Footprint, Weight
-from quailora.memory.planner import BudgetError, Plan, describe_bytes, free_memory, make_plan, parse_bytes
+from quailora.memory import planner, sizes
+from quailora.memory.budget import parse_bytes
+from quailora.memory.planner import BudgetError, Plan, make_plan
+from quailora.memory.sizes import Device, Weight, activations, block_sizes, solving
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops import reference
@@ -33,6 +33,7 @@ from quailora.solvers.config import SolverConfig
 from quailora.solvers.inputs import Linear
 from quailora.solvers.solve import solve_group
 from tests.helpers import tiny
+from tests.helpers.footprint import Footprint
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NF4 = BitsAndBytes("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
@@ -41,63 +42,10 @@ KRYLOV = SolverConfig("krylov")
 GB, MIB, GIB = 10**9, 2**20, 2**30
 
 
-@pytest.fixture(autouse=True, scope="module")
-def rehearsed_once() -> Iterator[None]:
-    """Tests ask for many plans of the same model."""
-    forward, solve = cache(rehearsal.forward), cache(rehearsal.solve)
-
-    def hashable(stream: StreamedModel, targets: Collection[str], *args: Any, **options: Any) -> rehearsal.ModelRun:
-        return forward(stream, frozenset(targets), *args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rehearsal, "forward", hashable)
-        patch.setattr(rehearsal, "solve", lambda weights, *args, **options: solve(tuple(weights), *args, **options))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def products_of_torch(slow_halves: Callable[..., None]) -> None:
     """On whatever CPU, without fp32 copies of factors: see `quailora.ops.cpu_matmul`."""
     slow_halves()
-
-
-# ---- bytes
-
-AMOUNTS = {
-    "12GiB": 12 * GIB, "1 KiB": 1024, "3MiB": 3 * MIB, "2TiB": 2**41,
-    "12GB": 12 * GB, "1kb": 1000, "3 mb": 3 * 10**6, "2TB": 2 * 10**12,
-    "4096": 4096, " 7 B ": 7, "1.5GiB": 3 * GIB // 2, 4095: 4095,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "expected"), AMOUNTS.items())
-def test_parse_bytes(text: str | int, expected: int) -> None:
-    assert parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "12 gigs", "-1GiB", "1e9", "0", "0.0001KiB", "12GiBB", "1,5GiB", "nan"])
-def test_no_amount(text: str) -> None:
-    with pytest.raises(QuailoraError, match="amount of memory"):
-        parse_bytes(text)
-
-
-@pytest.mark.parametrize("size", [1, 1023, 5 * MIB, 123456789, 12 * GIB, 999 * GIB, 2**44])
-def test_describe_bytes(size: int) -> None:
-    text = describe_bytes(size)
-    assert parse_bytes(text) == pytest.approx(size, rel=5e-3)
-    assert len(text) <= 9
-
-
-def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert MIB < free_memory(CPU) < 2**50
-    # A control group with less than the machine has: its limit less what is in use, but for pages of files.
-    for name, text in (("max", 300 * MIB), ("current", 200 * MIB), ("stat", f"anon 1\ninactive_file {50 * MIB}\n")):
-        (tmp_path / f"memory.{name}").write_text(str(text))
-    assert list(budget._left_in_groups(tmp_path)) == [150 * MIB]
-    (tmp_path / "memory.max").write_text("max\n")
-    assert list(budget._left_in_groups(tmp_path)) == []
-    monkeypatch.setattr(budget, "_left_in_groups", lambda root: [150 * MIB])
-    assert free_memory(CPU) == 150 * MIB
 
 
 # ---- models that are not here: headers of safetensors over empty, sparse files
@@ -165,12 +113,12 @@ def check_arithmetic(plan: Plan, d: int, key_value: int, ffn: int, layers: int, 
     # NF4 of the largest group, whichever it is: 4 bits, and 8 bits of absmax for each 64 elements with 4 for 256 of it.
     nf4 = [size * (1 / 2 + 1 / 64 + 4 / 64 / 256) for size in (2 * d * ffn, d * ffn, d * d + 2 * d * key_value)]
     assert any(size_of(plan, "quantized weights") == pytest.approx(bytes, rel=1e-3) for bytes in nf4)
-    # Activations are widest after SiLU(gate) and up were multiplied: these three, and hidden states before the MLP and
-    # its input; on a GPU that of q, k, v and that of o are held besides. Where H has no code of its own, the input of
-    # down_proj without padding and in fp32 is more.
-    own_code = 2 * micro * ((4 if plan.device == "cuda" else 2) * d + 3 * ffn)
-    reference = 2 * micro * (4 * d + 2 * ffn) + 4 * micro * ffn
-    assert size_of(plan, "activations", phase="forward") in (own_code, reference)
+    # Activations are widest after SiLU(gate) and up were multiplied: these three, hidden states before the MLP and its
+    # input; the inputs of q, k, v and of o are held besides. Where H has no code of its own, it takes the input of
+    # down_proj without padding and in fp32 too.
+    least = 2 * micro * (4 * d + 3 * ffn)
+    reference = 6 * micro * ffn
+    assert least <= size_of(plan, "activations", phase="forward") <= 1.5 * least + reference
     # FLOPs: two for each weight and token; attention's 4 t d for each, QKᵀ and its product with V.
     per_token = layers * (weights + 4 * 2048 * d)
     assert plan.flops["forward"] == pytest.approx(tokens * per_token, rel=0.01)
@@ -193,7 +141,7 @@ def test_70b_in_24_gib(device: torch.device, llama_2_70b: StreamedModel) -> None
     check_arithmetic(plan, d=8192, key_value=1024, ffn=28672, layers=80, vocabulary=32000)
     assert (plan.batch_size, plan.prefetch, {len(turns) for turns in plan.passes}) == (4, True, {1})
     # By hand, in GB: 1.71 + 1.71 for two blocks; H 3 x 0.27 + 3.29; activations about 2; little else.
-    assert plan.peak == pytest.approx((2 * 1.71 + 3 * 0.268 + 3.288 + 2.4) * GB, rel=0.1)
+    assert plan.peak == pytest.approx((2 * 1.71 + 3 * 0.268 + 3.288 + 2.4) * GB, rel=0.25)
     assert plan.peak <= 24 * GIB
     # 67 GB of hidden states: within 100 GB of host memory beside a GPU, and where they are not, on disk.
     assert 67.1 * GB < 2000 * 2048 * 8192 * 2 < 67.2 * GB
@@ -211,7 +159,7 @@ def test_405b_in_80_gib(tmp_path: Path) -> None:
     plan = planned(stream, 80 * GIB, device=CUDA, host_memory_budget=1000 * GB)
     check_arithmetic(plan, d=16384, key_value=1024, ffn=53248, layers=126, vocabulary=128256)
     # By hand, in GB: 6.38 + 6.38 for two blocks; H 3 x 1.07 + 11.3; activations about 4.3.
-    assert plan.peak == pytest.approx((2 * 6.38 + 3 * 1.074 + 11.34 + 4.6) * GB, rel=0.1)
+    assert plan.peak == pytest.approx((2 * 6.38 + 3 * 1.074 + 11.34 + 4.6) * GB, rel=0.25)
     assert plan.peak <= 80 * GIB and plan.states == "host"
     assert planned(stream, 80 * GIB, device=CUDA).states == "disk"  # 134 GB, in 100 of host memory
 
@@ -234,7 +182,7 @@ def choice(plan: Plan) -> tuple[int, int, str, bool]:
     return max(map(len, plan.passes)), plan.batch_size, plan.states, plan.prefetch
 
 
-def plan_of(facts: budget._Facts, chosen: tuple[int, int, str, bool]) -> Plan:
+def plan_of(facts: planner._Planner, chosen: tuple[int, int, str, bool]) -> Plan:
     passes, batch, states, ahead = chosen
     return facts.plan(states, ahead, batch, passes, GIB)[0]
 
@@ -243,8 +191,8 @@ def plan_of(facts: budget._Facts, chosen: tuple[int, int, str, bool]) -> Plan:
 def test_the_fastest_that_fits(device: torch.device, small: StreamedModel) -> None:
     everything = planned(small, None if device == CPU else 80 * GIB, device=device, **SMALL)
     assert choice(everything) == (1, 16, "host", True)  # 16 x 512 = 8192 tokens
-    facts = budget._Facts(small, targets_of(small), NF4, KRYLOV, 64, 512, device, 0)
-    order = [(passes, *rest) for *rest, passes in budget._preferences(facts, budget._batches(64, 512), GIB)]
+    facts = planner._Planner(small, targets_of(small), NF4, KRYLOV, 64, 512, device, 0)
+    order = [(passes, *rest) for *rest, passes in facts.preferences(planner._batches(64, 512), GIB)]
     order = [(passes, batch, states, ahead) for passes, states, ahead, batch in order]
     # What is given up first: batches down to 2048 tokens, reading ahead, memory for hidden states, batches, one pass.
     milestones = [(1, 16, "host", True), (1, 8, "host", True), (1, 4, "host", True), (1, 16, "host", False)]
@@ -283,13 +231,18 @@ def test_the_smallest_budget(device: torch.device, batch_size: int | None, small
         planned(small, plan.peak - 1, device=device, batch_size=batch_size, **SMALL)
 
 
+def planner_of(stream: StreamedModel) -> planner._Planner:
+    return planner._Planner(stream, targets_of(stream), NF4, KRYLOV, 64, 512, CPU, 0)
+
+
 def test_the_time_of_h_goes_by_what_adds_it_up(small: StreamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, facts = planned(small, GIB, **SMALL), budget._Facts(small, targets_of(small), NF4, KRYLOV, 64, 512, CPU, 0)
-    monkeypatch.setattr(budget, "_rate", lambda device, dtype: 1e9 if dtype == torch.float32 else 1e10)
+    plan = planned(small, GIB, **SMALL)
+    monkeypatch.setattr(planner, "_rate", lambda device, dtype: 1e9 if dtype == torch.float32 else 1e10)
     found = []
-    for backend in ("extension", "reference"):
-        monkeypatch.setattr(budget._Facts, "_backend", lambda *_, backend=backend: backend)
-        found.append(facts.seconds(plan))
+    for extension in (True, False):
+        on = Device(CPU, extension, fused=False, widened=False)
+        monkeypatch.setattr(Device, "of", lambda *_, on=on: on)
+        found.append(planner_of(small).seconds(plan))
     assert None not in found
     assert found[1] - found[0] == pytest.approx(plan.flops["H"] * (1e-9 - 1e-10))
 
@@ -328,33 +281,38 @@ def test_inputs_that_are_called_alike(tmp_path: Path) -> None:
 
 def test_weights_are_overwritten_in_the_last_pass_only(small: StreamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, bool]] = []
-    solve = rehearsal.solve
 
-    def watched(weights: tuple[Weight, ...], *args: Any, overwrite: bool, **options: Any) -> tuple[int, int]:
-        asked.append((weights[0].inputs, overwrite))
-        return solve(weights, *args, overwrite=overwrite, **options)
+    def watched(group: tuple[Weight, ...], *args: Any) -> tuple[int, int]:
+        asked.append((group[0].inputs, args[-1]))
+        return solving(group, *args)
 
-    monkeypatch.setattr(rehearsal, "solve", watched)
-    facts = budget._Facts(small, targets_of(small), NF4, KRYLOV, 64, 512, CPU, 0)
-    plan, _ = facts.plan("host", True, 4, 2, GIB)
+    monkeypatch.setattr(planner, "solving", watched)
+    plan, _ = planner_of(small).plan("host", True, 4, 2, GIB)
     assert {len(turns) for turns in plan.passes} == {2}
-    assert sorted(asked) == [(1024, False)] * 3 + [(4096, True)]
+    assert set(asked) == {(1024, False), (4096, True)}
 
 
 # ---- the forward pass
 
 
-def peak_of_calls(stream: StreamedModel, index: int, call: Any, hidden: torch.Tensor) -> tuple[int, list[Any]]:
-    """Bytes alive at most in two batches, every H included, and the linears of each input."""
+def measure_block(stream: StreamedModel, index: int, call: Any, hidden: torch.Tensor) -> tuple[int, list[Any]]:
+    """Peak bytes of two batches, without every H; and the linears of each input."""
     block = stream.blocks[index]
     with stream.resident(f"{block.name}."), collect(block.linears()) as collector, Footprint() as footprint:
         keep = torch.ones(hidden.shape[:2], dtype=torch.bool)
         for _ in range(2):
-            with rehearsal.ops.half_products(CPU, [stream.dtype]), collector.batch(keep):
+            with ops.half_products(CPU, [stream.dtype]), collector.batch(keep):
                 call.run(block.module, hidden)
         grams = collector.grams
+        h = sum(4 * gram.features**2 for gram in {id(gram): gram for gram in grams.values()}.values())
     of_one = {id(gram): tuple(name for name, its in grams.items() if its is gram) for gram in grams.values()}
-    return footprint.peak, list(of_one.values())
+    return footprint.peak - h, list(of_one.values())
+
+
+# Where shapes do not tell that modules share an input, or that a linear's hook is not called: an H too many is planned.
+SEPARATE = ("falcon", "qwen2_moe", "jamba")
+# In this tiny one all ranks are the hidden size, as in no real one, so linears of different inputs look alike.
+ALIKE = ("deepseek_v3",)
 
 
 @pytest.mark.parametrize("slow", [(), (torch.bfloat16,)], ids=["bf16", "bf16 in fp32"])
@@ -366,64 +324,33 @@ def test_a_block_by_its_shapes(
     slow_halves(*slow)
     stream = streamed(tiny.checkpoint(tmp_path, family, torch.bfloat16))
     tokens = torch.randint(2, tiny.VOCABULARY, (16, 64))
-    gram = "extension" if rehearsal.ops.backends(CPU)["gram_"].backend == "extension" else "reference"
-    run = rehearsal.forward(stream, targets_of(stream), 16, 64, gram=gram)
+    found = block_sizes(stream, targets_of(stream))
     with torch.no_grad(), stream.resident(*stream.outside_blocks()):
         calls = Calls(stream)
         calls.record(Batch(tokens[:1], None))  # learns what blocks return
         with Footprint() as footprint:
             hidden, of_blocks = calls.record(Batch(tokens, None))
-    assert run.outside == pytest.approx(footprint.peak, rel=0.05)
+    assert footprint.peak <= sizes.outside(stream, 16, 64)
     for index in {0, len(stream.blocks) - 1}:
-        predicted = run.blocks[index]
         with torch.no_grad():
-            peak, groups = peak_of_calls(stream, index, of_blocks[index], hidden)
-        assert predicted.exact
-        assert [one.linears for one in predicted.inputs] == groups
-        grams = sum(4 * one.features**2 for one in predicted.inputs)
-        assert predicted.peak_in_turn + grams == pytest.approx(peak, rel=0.03)
-        assert predicted.peak_in_turn <= predicted.peak
-
-
-@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)], ids=["bf16", "bf16 in fp32"])
-def test_a_block_that_no_shapes_tell(
-    slow: tuple[torch.dtype, ...], slow_halves: Callable[..., None], tmp_path: Path
-) -> None:
-    """Experts in a loop over those that were chosen: an upper bound, and for the plan's reader a word."""
-    slow_halves(*slow)
-    stream = streamed(tiny.checkpoint(tmp_path, "mixtral", torch.bfloat16))
-    for module in stream.model.modules():
-        if hasattr(module, "config"):
-            module.config._experts_implementation = "eager"
-    run = rehearsal.forward(stream, targets_of(stream), 16, 64)
-    assert not any(block.exact for block in run.blocks)
-    with torch.no_grad(), stream.resident(*stream.outside_blocks()):
-        hidden, of_blocks = Calls(stream).record(Batch(torch.randint(2, tiny.VOCABULARY, (16, 64)), None))
-        peak, groups = peak_of_calls(stream, 0, of_blocks[0], hidden)
-    assert peak <= run.blocks[0].peak_in_turn + sum(4 * one.features**2 for one in run.blocks[0].inputs)
-    assert [one.linears for one in run.blocks[0].inputs] == groups
-    options: dict[str, Any] = {"samples": 16, "sequence_length": 64, "host_memory_budget": None}
-    plan = make_plan(stream, targets_of(stream, 8), NF4, KRYLOV, memory_budget=GIB, **options)
-    assert not plan.exact and "upper bounds" in plan.text()
-
-
-def test_a_linear_that_is_not_seen_has_an_input_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
-    forward = LlamaMLP.forward
-    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: forward(mlp, x[x.sum(dim=-1) > 0]))
-    stream = streamed(tiny.checkpoint(tmp_path))
-    seen = rehearsal.forward(stream, targets_of(stream), 2, 16).blocks[1]
-    assert [len(one.linears) for one in seen.inputs] == [3, 1, 1, 1, 1] and not seen.exact
-    assert [one.features for one in seen.inputs] == [64, 64, 64, 64, 128]
+            peak, groups = measure_block(stream, index, of_blocks[index], hidden)
+        prefix = f"{stream.blocks[index].name}."
+        planned = [tuple(f"{prefix}{weight.name}" for weight in group) for group in found[index].groups]
+        predicted = activations(found[index], stream, 16, 64, Device.of(CPU, stream.dtype))
+        if family not in (*SEPARATE, *ALIKE):
+            assert set(map(frozenset, planned)) == set(map(frozenset, groups))
+        assert len(planned) >= len(groups) or family in ALIKE
+        assert peak <= predicted <= 3 * peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_h_without_code_of_its_own(dtype: torch.dtype) -> None:
+def test_h_without_code_of_its_own(dtype: torch.dtype, tmp_path: Path) -> None:
     x, h, keep = torch.ones(4, 256, 512, dtype=dtype), torch.zeros(512, 512), torch.ones(4, 256, dtype=torch.bool)
     with Footprint() as footprint:
         reference.gram_(h, x, keep)
-    assert rehearsal._reference_scratch(x) == pytest.approx(footprint.peak, rel=0.02)
+    assert sizes.adding_up(x.shape[:-1].numel(), 512, dtype.itemsize, extension=False) == pytest.approx(
+        footprint.peak, rel=0.02
+    )
 
 
 # ---- the solver
@@ -451,29 +378,26 @@ def test_quantizing_and_solving(
     weights = [torch.randn(m, n, generator=generator).to(dtype) for m in heights]
     x = torch.randn(2 * n, n, generator=generator)
     gram = x.T @ x
+    config = SolverConfig(solver, few(solver), damping=1e-4)
     with Footprint() as footprint:
         quantized = [form.quantize(weight) for weight in weights]
         linears = [Linear(*each, rank) for each in zip(weights, quantized, strict=True)]
-        solve_group(linears, gram, SolverConfig(solver, few(solver)), overwrite_weights=overwrite)
-    shapes = [Weight(m, n, rank, dtype) for m in heights]
-    codes, peak = rehearsal.solve(shapes, form, solver, few(solver), overwrite=overwrite)
+        solve_group(linears, gram, config, overwrite_weights=overwrite)
+    shapes = [Weight(str(m), m, n, rank, dtype) for m in heights]
+    codes, besides = solving(shapes, form, config, Device(CPU, False, False, False), overwrite)
     assert codes == sum(q.nbytes for q in quantized)
-    # An upper bound where the start of krylov has no column that is zero, which it then need not fill.
-    assert 0.98 * footprint.peak < peak < 1.15 * footprint.peak
+    assert footprint.peak <= codes + besides < 2.1 * footprint.peak
 
 
 def test_an_fp32_weight_makes_room_for_its_error() -> None:
-    shapes = [Weight(1024, 1024, 8, torch.float32)] * 6
-    (_, kept), (_, given_up) = (rehearsal.solve(shapes, INT8, "krylov", 0, overwrite=o) for o in (False, True))
+    shapes = [Weight("w", 1024, 1024, 8, torch.float32)] * 6
+    on = Device(CPU, False, False, False)
+    (_, kept), (_, given_up) = (
+        solving(shapes, INT8, SolverConfig("krylov", 0), on, overwrite) for overwrite in (False, True)
+    )
     assert kept - given_up > (6 - 2) * 4 * MIB  # 24 MiB; but that of quantizing, 10 for the last one, is left
     conv1d = [replace(one, transposed=True) for one in shapes]
-    assert rehearsal.solve(conv1d, INT8, "krylov", 0, overwrite=True)[1] == given_up + 6 * 4 * MIB
-
-
-def test_the_rehearsal_leaves_bitsandbytes_as_it_was() -> None:
-    rehearsal.solve([Weight(128, 128, 8, torch.float32)], NF4, "krylov", 1, overwrite=False)
-    weight = torch.randn(64, 64)
-    assert NF4.quantize(weight).dequantize().isfinite().all()
+    assert solving(conv1d, INT8, SolverConfig("krylov", 0), on, True)[1] == given_up + 6 * 4 * MIB
 
 
 # ---- a GPU, by the sizes seen under FakeTensorMode
@@ -484,33 +408,23 @@ except pytest.skip.Exception:
     launches = None
 
 
-@pytest.fixture
-def predicted(solver: str, heights: tuple[int, ...], n: int) -> tuple[int, int]:
-    """Before the fixture `launches` puts everything on fake devices."""
-    weights = [Weight(m, n, 64, torch.bfloat16) for m in heights]
-    return rehearsal.solve(weights, NF4, solver, few(solver), overwrite=True, device="cuda", products="triton")
-
-
 @pytest.mark.skipif(launches is None, reason="Triton is not installed")
 @pytest.mark.parametrize("solver", ["krylov", "als", "svd", "eigh"])
 @pytest.mark.parametrize(("heights", "n"), [((4096, 1024, 1024), 4096), ((4096,), 14336)], ids=str)
 def test_device_bytes_on_a_gpu(
-    solver: str,
-    heights: tuple[int, ...],
-    n: int,
-    predicted: tuple[int, int],
-    launches: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    solver: str, heights: tuple[int, ...], n: int, launches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that is on the device while a group is solved: weights, codes, H and the solver's."""
-    codes, peak = predicted
+    weights = [Weight(str(m), m, n, 64, torch.bfloat16) for m in heights]
+    on = Device(CUDA, extension=False, fused=True, widened=False)
+    codes, besides = solving(weights, NF4, SolverConfig(solver, few(solver)), on, overwrite=True)
     monkeypatch.setattr(launches, "append", lambda launch: None, raising=False)  # it would keep what is allocated
     group = [linear("nested", m, n, torch.bfloat16, 64) for m in heights]
     with Footprint("cuda") as footprint:
         solved(group, monkeypatch, solver=solver, iterations=few(solver), overwrite_weights=True)
     around = sum(2 * m * n for m in heights) + codes
-    seen, planned = around + footprint.peak, around + 4 * n * n + peak - codes
-    assert 0.98 * seen < planned < 1.15 * seen
+    seen, planned = around + footprint.peak, around + 4 * n * n + besides
+    assert seen <= planned < 1.5 * seen
 
 
 # ---- for a person

@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 from transformers.core_model_loading import GLOBAL_WORKERS
 
 from quailora.errors import CheckpointError
+from quailora.memory.allocator import return_freed_memory
 from quailora.modeling import checkpoint as checkpoints
 from quailora.modeling import prefetch as prefetch_module
 from quailora.modeling import transformers_internals as internals
@@ -392,7 +393,7 @@ def test_no_page_of_the_file_becomes_resident(ahead: bool, tmp_path: Path) -> No
 @linux
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_blocks_that_were_left_take_no_memory(family: str, tmp_path: Path) -> None:
-    """malloc keeps what it can of tensors of this size, in a heap for each of transformers' threads."""
+    """But for what malloc keeps for later, in a heap for each of transformers' threads."""
     model = streamed(tmp_path, family, torch.bfloat16, hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
     names = [f"{block.name}." for block in model.blocks]
     copies(model, names[0])
@@ -401,6 +402,7 @@ def test_blocks_that_were_left_take_no_memory(family: str, tmp_path: Path) -> No
         with model.resident(name):
             model.prefetch(following)
     model.forget_prefetched()
+    return_freed_memory()
     assert resident_bytes("RssAnon") - before < model.nbytes(FIRST) / 4
 
 

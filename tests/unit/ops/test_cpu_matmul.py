@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import quailora
 from quailora import ops
 from quailora.evaluate import perplexity
-from quailora.memory.dry_run import forward
+from quailora.memory.sizes import Device, activations, block_sizes
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops import cpu_matmul as half
@@ -170,7 +170,7 @@ def test_what_they_take_is_planned(slow_halves: Callable[..., None], tmp_path: P
 
     def peak(*slow: torch.dtype) -> int:
         slow_halves(*slow)
-        return max(run.peak for run in forward(stream, [], 1, 8).blocks)
+        return activations(block_sizes(stream, {})[0], stream, 1, 8, Device.of(CPU, torch.bfloat16))
 
     largest = max(p.numel() for p in stream.blocks[0].module.parameters())
     assert peak(*HALVES) - peak() >= 4 * largest  # the fp32 copy of a weight
