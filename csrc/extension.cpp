@@ -76,5 +76,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_path", [] { return quailora::name(*quailora::path()); }, "The path that CPU tensors take.");
   m.def("use_cpu_path", [](const std::string& name) { quailora::path() = &quailora::path_named(name); },
         "Let CPU tensors take the path of this name; of no name, the best here. ValueError if there is none such.");
-  m.def("cpu_paths", &quailora::paths_here, "The paths this processor runs, the best first, models for tests last.");
+  m.def("cpu_paths", &quailora::paths_here, "The paths this processor runs, the best first.");
 }

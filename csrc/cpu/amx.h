@@ -15,8 +15,8 @@
 // block. X comes token by token, which is the order of the right factor; the left one is the same transposed, so a
 // brick holds both.
 //
-// The kernel is written over a handful of primitives. amx_bf16.cpp makes them of the instructions, amx_model.cpp of
-// plain C++, so that the kernel is executed in tests on any processor.
+// The kernel is written over a handful of primitives. amx_bf16.cpp makes them of the instructions, and
+// tests/unit/ops/amx_model.cpp of plain C++, so that tests run the kernel on any processor.
 #pragma once
 
 #include <cstdint>

@@ -30,7 +30,7 @@ struct Path;
 const Path& path_named(const std::string& name);
 std::string name(const Path& path);
 
-// The names of the paths this processor runs, the best first. Those that only model others, for tests, come last.
+// The names of the paths this processor runs, the best first.
 std::vector<std::string> paths_here();
 
 // Adds tril(Xᵀ X) to the lower triangle of h, (features, features) with rows `stride` apart. Products and sums are

@@ -27,6 +27,6 @@ struct Path {
   const Kernel* wider;  // for fp16 and fp32
 };
 
-extern const Path amx_bf16, avx512_bf16, avx512, avx2, portable, amx_model;
+extern const Path amx_bf16, avx512_bf16, avx512, avx2, portable;
 
 }  // namespace quailora

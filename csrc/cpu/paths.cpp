@@ -19,9 +19,6 @@ const std::vector<const Path*>& all_paths() {
       &avx512, &avx2,
 #endif
       &portable,
-#if defined(__GNUC__)
-      &amx_model,
-#endif
   };
   return paths;
 }

@@ -13,6 +13,10 @@
 
 using namespace quailora;
 
+namespace quailora {
+extern const Path amx_model;  // of amx_model.cpp
+}
+
 namespace {
 
 uint32_t bits_of(float value) {
@@ -83,10 +87,12 @@ constexpr struct {
 }  // namespace
 
 int main() {
-  for (const std::string& name : paths_here()) {
+  std::vector<const Path*> paths{&amx_model};
+  for (const std::string& name : paths_here()) paths.push_back(&path_named(name));
+  for (const Path* path : paths) {
     for (const Dtype dtype : {Dtype::bfloat16, Dtype::float16, Dtype::float32})
       for (const auto [features, count] : kShapes)
-        for (const int64_t gap : {0, 3}) check(path_named(name), dtype, features, count, gap);
-    std::printf("%s\n", name.c_str());
+        for (const int64_t gap : {0, 3}) check(*path, dtype, features, count, gap);
+    std::printf("%s\n", path->name);
   }
 }

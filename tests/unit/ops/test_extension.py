@@ -1,12 +1,13 @@
 """The compiled extension's gram_: every path this machine can run, and the model of the one it cannot, against fp64."""
 
+import ctypes
 import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -23,7 +24,9 @@ CPU = torch.device("cpu")
 OBSTACLE = extension.obstacle(CPU)
 built = pytest.mark.skipif(OBSTACLE is not None, reason=f"quailora._C: {OBSTACLE}")
 
-PATHS = ["amx-bf16", "avx512-bf16", "avx512", "avx2", "portable", "amx-model"]
+PATHS = ["amx-bf16", "avx512-bf16", "avx512", "avx2", "portable"]
+CPU_SOURCES = ROOT / "csrc" / "cpu"
+AMX_MODEL = Path(__file__).with_name("amx_model.cpp")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -34,10 +37,42 @@ def test_it_is_there_where_it_can_be_built() -> None:
     assert OBSTACLE is None
 
 
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(scope="session")
+def amx_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """As `extension.gram_`, by the kernel for AMX on a model of the instructions in C++."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    library = tmp_path_factory.mktemp("amx") / "amx_model.so"
+    sources = [AMX_MODEL, CPU_SOURCES / "gram.cpp", CPU_SOURCES / "portable.cpp"]
+    flags = ["-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", f"-I{CPU_SOURCES}"]
+    subprocess.run(["c++", *flags, *sources, "-o", library], check=True)
+    add = ctypes.CDLL(str(library)).amx_model_gram
+
+    def gram_(h: Tensor, x: Tensor, keep: Tensor | None = None) -> None:
+        rows = x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+        offsets = torch.zeros(rows.shape[:-1], dtype=torch.int64)
+        for size, stride, following in zip(
+            rows.shape[:-1], rows.stride()[:-1], range(rows.dim() - 2, -1, -1), strict=True
+        ):
+            offsets += torch.arange(size).mul(stride).reshape(-1, *[1] * following)
+        offsets = offsets.flatten() if keep is None else offsets[keep]
+        add(
+            ctypes.c_void_p(rows.data_ptr()), [BF16, FP16, FP32].index(x.dtype), ctypes.c_int64(x.shape[-1]),
+            ctypes.c_void_p(offsets.data_ptr()), ctypes.c_int64(offsets.numel()), torch.get_num_threads(),
+            ctypes.c_void_p(h.data_ptr()), ctypes.c_int64(h.stride(0)),
+        )  # fmt: skip
+
+    return gram_
+
+
+@pytest.fixture(params=[*PATHS, "amx-model"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     from quailora import _C
 
+    if request.param == "amx-model":
+        monkeypatch.setattr(extension, "gram_", request.getfixturevalue("amx_model"))
+        yield request.param
+        return
     if request.param not in _C.cpu_paths():
         pytest.skip(f"this processor, or this build, has no {request.param}")
     before = _C.cpu_path()
@@ -416,19 +451,19 @@ def compiler(name: str) -> tuple[str, ...]:
 
 def compile_only(name: str, *sources: Path) -> None:
     for source in sources:
-        command = [*compiler(name), "-std=c++17", "-fsyntax-only", source]
+        command = [*compiler(name), "-std=c++17", "-fsyntax-only", f"-I{CPU_SOURCES}", source]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
 
 
 def test_an_older_compiler_does() -> None:
-    compile_only("as gcc 9", ROOT / "csrc" / "cpu" / "amx_model.cpp")
+    compile_only("as gcc 9", AMX_MODEL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILERS)
 def test_any_compiler_of_c17_does(name: str) -> None:
-    compile_only(name, *(ROOT / "csrc" / "cpu").glob("*.cpp"))
+    compile_only(name, AMX_MODEL, *CPU_SOURCES.glob("*.cpp"))
 
 
 SANITIZED = [("gcc", "vectors"), ("gcc", "plain"), ("as gcc 9", "vectors"), ("gcc 11", "vectors"), ("clang", "vectors")]
@@ -437,13 +472,12 @@ SANITIZED = [("gcc", "vectors"), ("gcc", "plain"), ("as gcc 9", "vectors"), ("gc
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), SANITIZED)
 def test_no_sanitizer_finds_fault(tmp_path: Path, name: str, kind: str) -> None:
-    sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), Path(__file__).with_name("sanitized_gram.cpp")]
+    sources = [*CPU_SOURCES.glob("*.cpp"), AMX_MODEL, Path(__file__).with_name("sanitized_gram.cpp")]
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
     options = ["-DQUAILORA_PLAIN_VECTORS"] if kind == "plain" else []
     program = tmp_path / "sanitized_gram"
-    include = ROOT / "csrc" / "cpu"
-    subprocess.run([*compiler(name), *flags, *options, f"-I{include}", *sources, "-o", program], check=True)
+    subprocess.run([*compiler(name), *flags, *options, f"-I{CPU_SOURCES}", *sources, "-o", program], check=True)
     run = subprocess.run([program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "portable" in run.stdout
+    assert {"portable", "amx-model"} <= set(run.stdout.split())
     assert ("avx512-bf16" in run.stdout) <= (name != "as gcc 9")

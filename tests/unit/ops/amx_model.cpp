@@ -1,12 +1,11 @@
-// The AMX kernel on a model of the tile registers in plain C++: for tests, on any processor. Slow.
+// The AMX kernel of csrc/cpu/amx.h on a model of the tile registers in plain C++, so that it runs on any processor. Slow.
+// Tests compile it with gram.cpp and portable.cpp into a library of their own.
 //
 // What the instructions do is from Intel's "Instruction Set Extensions Programming Reference", TDPBF16PS.
-#include <cstdlib>
-
-#include "path.h"
-
-#if defined(__GNUC__)
 #include "amx.h"
+
+#include <cstdlib>
+#include <thread>
 
 namespace quailora {
 namespace {
@@ -72,7 +71,22 @@ constexpr Kernel kKernel = amx_kernel<Tiles>();
 
 extern const Kernel portable_fp32;
 
+extern const Path amx_model;
 const Path amx_model{"amx-model", [] { return true; }, &kKernel, &portable_fp32};
 
 }  // namespace quailora
-#endif
+
+// h += tril(Xᵀ X), with the arguments of `add_gram`. `dtype` is the place in the enum.
+extern "C" void amx_model_gram(const void* data, int dtype, int64_t features, const int64_t* offsets, int64_t count,
+                               int threads, float* h, int64_t stride) {
+  const quailora::Tokens tokens{data, static_cast<quailora::Dtype>(dtype), features, offsets, count};
+  const auto parallel = [threads](int64_t units, const std::function<void(int64_t)>& unit) {
+    std::vector<std::thread> workers;
+    for (int64_t first = 0; first < threads; ++first)
+      workers.emplace_back([=, &unit] {
+        for (int64_t i = first; i < units; i += threads) unit(i);
+      });
+    for (auto& worker : workers) worker.join();
+  };
+  quailora::add_gram(tokens, quailora::amx_model, parallel, h, stride);
+}
