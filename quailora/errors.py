@@ -27,7 +27,7 @@ class SolverError(QuailoraError):
 
 
 class NotFiniteError(SolverError):
-    """A layer's inputs overflowed: the same run would fail again."""
+    """A layer's inputs are too large for the dtype; the same run would fail again."""
 
 
 class BudgetError(QuailoraError):

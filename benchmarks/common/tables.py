@@ -87,7 +87,7 @@ def sixteen_bit_gap(zero: Sequence[float], adapted: Sequence[float], sixteen: Se
     return (mean(zero) - mean(adapted)) / gap if gap > 0 else None
 
 
-# ---- Cells
+# ---- Runs
 
 
 def select(records: Iterable[Record], **wanted: Any) -> list[Record]:

@@ -150,7 +150,7 @@ SCALES = {
 }
 
 
-# ---- Cells
+# ---- Runs
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None
     record = read_record(adapter) or read_record(initial or adapter.parent)
     if record is None and initial is not None:
         raise AdapterError(
-            f"{initial} {f'has no {RECORD}' if initial.is_dir() else 'does not exist'}: give the folder that the start "
-            "was written to, or none"
+            f"{initial} {f'has no {RECORD}' if initial.is_dir() else 'does not exist'}: give the folder that "
+            "the initialized adapter was written to, or none"
         )
     return record["base"] if record else None
 

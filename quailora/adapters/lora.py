@@ -56,8 +56,8 @@ class Target:
         lora_a, lora_b = self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
         down = factors.B.T / root
         if factors.effective_rank < self.rank:
-            # Where both factors are zero neither has a gradient: such a pair gets LoRA's own start, so that it can
-            # learn.
+            # If both factors are zero, neither has a gradient. Such a pair gets LoRA's default initialization, so that
+            # it can learn.
             bound = down.shape[1] ** -0.5
             start = torch.empty(down[factors.effective_rank :].shape)
             start.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
@@ -111,8 +111,8 @@ def adapted_skeleton(base: PreTrainedModel, config: LoraConfig, checkpoint: Chec
 def targeted_skeleton(
     checkpoint: Checkpoint, quantization: BitsAndBytesConfig, dtype: torch.dtype, config: LoraConfig
 ) -> tuple[PeftModel, list[str]]:
-    """The base as transformers would quantize it, wrapped by PEFT, all on the meta device; and the linears whose rank
-    was capped at their smaller side, as that of a mixture's 1 x n gate is. `config` then has these ranks.
+    """The base as transformers would quantize it, wrapped by PEFT, on the meta device; and the linears narrower than r,
+    such as a mixture's 1 x n gate. `config` gets a rank for each of those: its smaller side.
 
     Raises:
         AdapterError: as `quantized_skeleton` and `adapted_skeleton`; or every targeted linear is narrower than r.
@@ -169,15 +169,13 @@ def _is_router(module: nn.Module) -> bool:
 
 
 def check_config(config: Any) -> LoraConfig:
-    """The configuration itself; refused is what a start at W - Q = A Bᵀ cannot be right for.
+    """Return `config` if factors with A Bᵀ ≈ W - Q are a valid initialization for it.
 
     Raises:
-        AdapterError: with the setting, why, and what to use.
+        AdapterError: otherwise; with the setting, why, and what to use instead.
     """
     if not isinstance(config, LoraConfig):
-        raise AdapterError(
-            f"{type(config).__name__} is no LoRA configuration: QuAILoRA starts LoRA factors, use peft.LoraConfig"
-        )
+        raise AdapterError(f"{type(config).__name__} is not a LoRA configuration: use peft.LoraConfig")
     if config.use_dora:
         raise AdapterError(
             "use_dora=True: DoRA rescales every row of the adapted weight by its own norm, so factors that undo the "
@@ -185,8 +183,8 @@ def check_config(config: Any) -> LoraConfig:
         )
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise AdapterError(
-            f"init_lora_weights={config.init_lora_weights!r} is another start, and some change the base weights: "
-            "leave it at True"
+            f"init_lora_weights={config.init_lora_weights!r} is another initialization, and some change the "
+            "base weights: leave it at True"
         )
     if config.layer_replication:
         raise AdapterError(
@@ -196,7 +194,8 @@ def check_config(config: Any) -> LoraConfig:
 
 
 def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Target], dict[str, str]]:
-    """The quantized linears that `adapter` adapts, and the other adapted modules with why they keep the LoRA default.
+    """The quantized linears that `adapter` adapts; and the other adapted modules, which keep LoRA's default
+    initialization, each with the reason.
 
     Raises:
         AdapterError: a scaling that is not positive, a router that PEFT cannot run, or a variant of LoRA whose product
@@ -214,6 +213,8 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
         if isinstance(layer, ParamWrapper):
             left[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = (
                 "fused expert weights (3-D): the base keeps them in full precision"
+                if base.get_parameter(layer.parameter_name).dim() == 3
+                else f"a parameter of {type(base).__name__}, which the base keeps in full precision"
             )
         elif adapter in layer.lora_variant:
             raise AdapterError(
@@ -242,7 +243,7 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
 
 
 def check_can_be_saved(model: PeftModel, source: StreamedModel) -> None:
-    """Every tensor PEFT will save is one we make or one the checkpoint has, known before hours are spent.
+    """Check, before hours are spent, that every tensor PEFT will save is made here or is in the checkpoint.
 
     Raises:
         AdapterError: naming the tensor and the setting it comes from.

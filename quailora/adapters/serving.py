@@ -214,8 +214,8 @@ def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *,
     record = read_record(before)
     if record is None and read_record(after) is not None:
         raise AdapterError(
-            f"{after} has a {RECORD}, as a start has, and {before} has none: give the start first. If {before} is the "
-            f"start all the same, move that {RECORD} into it"
+            f"{after} has a {RECORD}, as an initialized adapter does, and {before} has none: give the initialized "
+            f"adapter first. If {before} is that adapter, move the {RECORD} into it"
         )
     if different := set(old.modules) ^ set(new.modules):
         raise AdapterError(

@@ -41,7 +41,7 @@ def init(
     data: DataOption,
     output: Annotated[Path, typer.Option(help="Where the adapter goes: a new or empty folder.")],
     rank: Annotated[int, typer.Option(help="LoRA's r.", min=1)] = 64,
-    alpha: Annotated[int, typer.Option(help="LoRA's alpha; the starting product does not depend on it.", min=1)] = 16,
+    alpha: Annotated[int, typer.Option(help="LoRA's alpha. The initial A Bᵀ does not depend on it.", min=1)] = 16,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(r).")] = False,
     dropout: Annotated[float, typer.Option(help="LoRA's dropout in training.", min=0, max=1)] = 0.0,
     target_modules: Annotated[
@@ -51,9 +51,12 @@ def init(
         str | None, typer.Option(help="Modules to leave out: names separated by commas, or one regular expression.")
     ] = None,
     rank_pattern: Annotated[
-        str | None, typer.Option(help="Ranks of their own, as q_proj=8,down_proj=128; names may be patterns.")
+        str | None,
+        typer.Option(help="Ranks that differ from --rank, such as q_proj=8,down_proj=128; names may be patterns."),
     ] = None,
-    alpha_pattern: Annotated[str | None, typer.Option(help="Alphas of their own, written likewise.")] = None,
+    alpha_pattern: Annotated[
+        str | None, typer.Option(help="Alphas that differ from --alpha, in the same form.")
+    ] = None,
     modules_to_save: Annotated[
         str | None, typer.Option(help="Modules to train in full, such as embed_tokens,lm_head, separated by commas.")
     ] = None,
@@ -74,16 +77,14 @@ def init(
     seed: Annotated[int, typer.Option(help="Of the draw of samples, and of the solver.")] = 0,
     memory_budget: MemoryOption = None,
     host_memory_budget: HostMemoryOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on with a run that did not come to its end.")
-    ] = True,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run.")] = True,
     device: DeviceOption = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     auto_class: AutoClassOption = None,
     progress: Annotated[bool, typer.Option(help="Show how far the run is on standard error.")] = True,
 ) -> None:
-    """Make an adapter whose A and B undo most of the quantization error of CHECKPOINT.
+    """Make an adapter initialized to reduce the quantization error of CHECKPOINT.
 
     Under torchrun the processes share the work, one to each GPU.
     """

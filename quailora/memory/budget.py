@@ -147,6 +147,14 @@ def parse_bytes(text: str | int) -> int:
     return size
 
 
+def about(seconds: float) -> str:
+    """An estimate: "about 40 s", "about 12 min" or "about 5 h 07 min"."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"about {hours} h {minutes:02} min" if hours else f"about {minutes} min"
+
+
 def describe_bytes(size: int) -> str:
     """Such as "12.5 GiB"."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):

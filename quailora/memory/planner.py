@@ -27,7 +27,7 @@ import torch
 
 from quailora import ops
 from quailora.errors import BudgetError, QuailoraError
-from quailora.memory.budget import describe_bytes, free_memory
+from quailora.memory.budget import about, describe_bytes, free_memory
 from quailora.memory.sizes import Base, BlockSizes, Device, activations, block_sizes, called_with, outside, solving
 from quailora.modeling.prefetch import STAGING_BYTES
 from quailora.modeling.streamed_model import StreamedModel
@@ -119,17 +119,10 @@ class Plan:
                         label = ""
         peak, host, disk = map(describe_bytes, (self.peak, self.host, self.disk))
         counts = ", ".join(f"{stage} {count:.2g}" for stage, count in self.flops.items())
-        time = "not estimated: the device is not here" if self.seconds is None else _duration(self.seconds)
+        time = "not estimated: the device is not here" if self.seconds is None else about(self.seconds)
         lines += ["", f"peak        {peak}, host {host}, disk {disk}"]
         lines += [f"FLOPs       {counts}; {describe_bytes(self.read)} of weights to read", f"time        {time}"]
         return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    if hours:
-        return f"about {hours} h {minutes:02} min"
-    return f"about {minutes} min" if seconds > 90 else f"about {max(1, round(seconds))} s"
 
 
 def make_plan(

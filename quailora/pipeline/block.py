@@ -5,7 +5,7 @@
     with in_place(linears, deployed):                 # the block as the fine-tune will run it
         run.propagate(hidden_of_the_quantized_prefix)
 
-None of these steps turns gradients off: whoever needs none says so.
+None of these steps disables gradients; the caller does, if it needs none.
 """
 
 from __future__ import annotations

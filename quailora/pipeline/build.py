@@ -57,8 +57,8 @@ def build_adapter(
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
-    """Make a PEFT adapter whose A and B undo most of the quantization error of `checkpoint`; the whole model is never
-    in memory.
+    """Make a PEFT adapter initialized to reduce the quantization error of `checkpoint`. The whole model is never in
+    memory.
 
     Args:
         checkpoint: the full-precision model: a folder with safetensors, or an id on the Hugging Face hub.
@@ -79,8 +79,8 @@ def build_adapter(
             memory may grow. None is nine tenths of what is free.
         host_memory_budget: on a GPU, what hidden states may take of the host's memory; what is more goes to a file
             beside `output_dir`. None is nine tenths of what is free.
-        resume: go on with a run into `output_dir` that did not come to its end; its finished blocks are kept beside
-            the folder, and it is refused where its settings differ. False discards it.
+        resume: continue an unfinished run into `output_dir`. Its finished blocks are kept beside the folder. It is an
+            error if its settings differ; False discards it.
         distributed: whether every process of the default group of torch.distributed calls this: samples and solves are
             shared, rank 0 writes, all return the report.
         dtype: what the base's weights are loaded as before they are quantized; None is what transformers takes by

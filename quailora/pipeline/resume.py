@@ -121,7 +121,7 @@ class Workspace:
         with self._lock:
             if self.folder.exists() and self.finished:
                 kept = "1 block is" if len(self.finished) == 1 else f"{len(self.finished)} blocks are"
-                return f"the factors of {kept} kept in {self.folder}, and the same command goes on from there"
+                return f"the factors of {kept} kept in {self.folder}, and the same command continues from there"
             shutil.rmtree(self.folder, ignore_errors=True)
             return ""
 

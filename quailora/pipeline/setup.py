@@ -142,7 +142,7 @@ def _why_unreached(name: str, stream: StreamedModel) -> str:
         return "it stands outside the decoder's blocks"
     if "expert" in name:
         return "no calibration token reached it"
-    return "the model did not call it in its forward pass; if it uses the weight directly, LoRA has no effect on it"
+    return "the full-precision model did not call it in its forward pass, so its inputs are not known"
 
 
 # A choice. Factors fit what is particular to their tokens too, the more so the fewer there are.

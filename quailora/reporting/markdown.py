@@ -30,11 +30,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-def about(seconds: float) -> str:
-    """An estimate: "about 40 s", "about 12 min" or "about 5 h 07 min"."""
-    if seconds < 90:
-        return f"about {max(1, round(seconds))} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"about {hours} h {minutes:02} min" if hours else f"about {minutes} min"

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from quailora.reporting.markdown import about, duration
+from quailora.memory.budget import about
+from quailora.reporting.markdown import duration
 from quailora.reporting.report import LayerReport, error_left
 
 # Without a terminal: about so many lines, and more where they would be further apart than this.

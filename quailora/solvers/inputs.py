@@ -85,14 +85,10 @@ def measure(linears: Sequence[Linear], errors: ErrorMatrices, h: Tensor) -> Stat
 
     finite, smallest, skewed, mean, trace, largest = values[: len(of_gram)]
     if not finite:
-        raise NotFiniteError(
-            str(
-                error_of(
-                    "gram holds values that are not finite: inputs overflow in their dtype, or are too large to add up "
-                    "in fp32",
-                    *linears,
-                )
-            )
+        raise error_of(
+            "gram holds values that are not finite: inputs overflow in their dtype, or are too large to add up in fp32",
+            *linears,
+            kind=NotFiniteError,
         )
     if smallest < 0:
         raise error_of(f"gram is not a sum of x xᵀ: its diagonal goes down to {smallest:.3g}", *linears)
@@ -114,7 +110,7 @@ def measure(linears: Sequence[Linear], errors: ErrorMatrices, h: Tensor) -> Stat
     return Statistics(norms, initial, mean)
 
 
-def error_of(message: str, *linears: Linear) -> SolverError:
+def error_of(message: str, *linears: Linear, kind: type[SolverError] = SolverError) -> SolverError:
     """The error to raise, which begins with the names of the layers."""
     names = ", ".join(linear.name for linear in linears if linear.name)
-    return SolverError(f"{names}: {message}" if names else message)
+    return kind(f"{names}: {message}" if names else message)

@@ -21,6 +21,30 @@ QWEN2_MOE: dict[str, Any] = {
     "shared_expert_intermediate_size": 64,
     "decoder_sparse_step": 1,
 }
+HYBRID: dict[str, Any] = {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+FAMILIES: dict[str, dict[str, Any]] = {  # each with linears narrower than r
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_next": QWEN2_MOE | HYBRID,
+    "qwen3_5_text": HYBRID,
+    "doge": {},
+    "gemma3n_text": {
+        "head_dim": 32,
+        "intermediate_size": [128, 128],
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": tiny.VOCABULARY,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+}
 GATE = "model.layers.0.mlp.shared_expert_gate"  # 1 x hidden
 
 
@@ -40,6 +64,16 @@ def test_the_rank_is_capped_and_the_scaling_stays(folder: Path, tmp_path: Path, 
     assert len({round(layer.scaling["default"], 6) for layer in layers.values()}) == 1
     ranks = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["rank_pattern"]
     assert len(ranks) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_default_options_run_on_models_that_have_them(family: str, tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", family, **FAMILIES[family])
+    report = build(folder, tmp_path / "out", lora(r=64))
+    assert any("narrower than r" in note for note in report.notes)
+    assert {layer.rank for layer in report.layers} > {64}
+    for name, reason in report.left.items():
+        assert ("fused expert" in reason) <= ("experts" in name), (name, reason)
 
 
 def test_in_place_they_keep_the_lora_default(folder: Path) -> None:

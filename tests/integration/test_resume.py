@@ -308,7 +308,7 @@ def test_a_block_that_cannot_be_written_loses_nothing(
 
     with (
         mock.patch.object(resume, "save_file", fail),
-        pytest.raises(QuailoraError, match=r"the factors of 2 blocks are kept in .* the same command goes on"),
+        pytest.raises(QuailoraError, match=r"the factors of 2 blocks are kept in .* the same command continues"),
     ):
         build(model, tmp_path / "out")
     assert finished(tmp_path / "out") == ["block-0000.safetensors", "block-0001.safetensors"]
@@ -379,7 +379,7 @@ def test_what_no_token_reached_is_named_by_the_run_that_goes_on(model: Path, tmp
         with stopping_after(2, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
             build(model, tmp_path / "out")
         report = build(model, tmp_path / "out")
-    assert "the model did not call it" in report.left[unreached]
+    assert "the full-precision model did not call it" in report.left[unreached]
     assert unreached not in [row.name for row in report.layers]
     assert report.left == build(model, tmp_path / "whole").left | {unreached: report.left[unreached]}
 

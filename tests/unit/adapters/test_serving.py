@@ -151,7 +151,7 @@ def test_a_start_and_what_was_trained_from_it_are_not_mistaken(tmp_path: Path) -
     folder = tiny.checkpoint(tmp_path / "model")
     pipeline.build(folder, tmp_path / "initial")
     train_a_little(tmp_path / "initial", tmp_path / "trained")
-    with pytest.raises(AdapterError, match="give the start first"):
+    with pytest.raises(AdapterError, match="give the initialized adapter first"):
         quailora.convert(tmp_path / "trained", tmp_path / "initial", tmp_path / "converted")
     shutil.copytree(tmp_path / "initial", tmp_path / "copy")
     with pytest.raises(AdapterError, match="hold the same factors"):

@@ -231,7 +231,7 @@ def test_ctrl_c_is_one_line_that_says_what_is_kept(
     kept = tmp_path / ".out.quailora"
     assert (
         beside_progress(err)
-        == f"interrupted; the factors of 1 block is kept in {kept}, and the same command goes on from there\n"
+        == f"interrupted; the factors of 1 block is kept in {kept}, and the same command continues from there\n"
     )
     code, out, _ = run("init", checkpoint, *options)
     assert code == 0 and "1 block was solved by an earlier run" in out
@@ -250,6 +250,25 @@ def test_ctrl_c_is_one_line_that_says_what_is_kept(
 )
 def test_target_modules_are_names_or_one_regular_expression(text: str, targets: str | list[str]) -> None:
     assert options.parse_target_modules(text) == targets
+
+
+def test_modules_and_patterns_reach_the_lora_configuration(
+    run: Ran, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = mock.Mock()
+    build.return_value.summary.return_value = "done"
+    monkeypatch.setattr(pipeline, "build_adapter", build)
+    options = ("--exclude-modules", "up_proj,down_proj", "--rank-pattern", "q_proj=8", "--alpha-pattern", "q_proj=32")
+    code, _, err = run(
+        *("init", checkpoint, "--data", "some.jsonl", "--output", tmp_path / "out"),
+        *options,
+        *("--modules-to-save", "embed_tokens, lm_head"),
+    )
+    assert (code, err) == (0, "")
+    config = build.call_args.args[1]
+    assert config.exclude_modules == {"up_proj", "down_proj"}
+    assert (config.rank_pattern, config.alpha_pattern) == ({"q_proj": 8}, {"q_proj": 32})
+    assert config.modules_to_save == ["embed_tokens", "lm_head"]
 
 
 def test_patterns_are_names_with_numbers() -> None:
