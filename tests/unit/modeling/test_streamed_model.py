@@ -440,9 +440,9 @@ def test_nothing_grows_with_the_number_of_blocks_that_were_loaded(tmp_path: Path
         gc.collect()
         return len(gc.get_objects())
 
-    objects()
-    first = objects()
-    assert objects() - first < 10
+    # a leak adds at least one object for each block loaded, in every round; other tests' threads may add some in one
+    counts = [objects() for _ in range(6)]
+    assert min(later - earlier for earlier, later in pairwise(counts)) < 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
