@@ -16,6 +16,7 @@ from quailora.ops.dispatch import (
     mirror_,
     orthonormalize,
     packed,
+    quantize_columns,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "mirror_",
     "orthonormalize",
     "packed",
+    "quantize_columns",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quailora.ops import cpu_matmul, extension, reference, triton
-from quailora.ops.reference import Error, Packed
+from quailora.ops.reference import Columns, Error, Packed
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
     "gram_": (Backend("extension", extension.gram_, extension.obstacle), _reference("gram_")),
     "mirror_": (_reference("mirror_"),),
     "gram_energy": (_reference("gram_energy"),),
+    "quantize_columns": (_reference("quantize_columns"),),
     **{
         operation: _triton(operation)
         for operation in (
@@ -126,6 +127,27 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
 def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
     """An orthonormal basis of what the columns of y add to the span of `basis`."""
     return _call("orthonormalize", y.device, y, basis)
+
+
+def quantize_columns(
+    weight: Tensor,
+    feedback: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    *,
+    group: int,
+    bits: int,
+    symmetric: bool,
+    clips: Sequence[float],
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    levels: Tensor | None = None,
+) -> Columns:
+    """Round columns of W one after the other, with the errors of those before fed back."""
+    return _call(
+        "quantize_columns", weight.device, weight, feedback, factor, importance, group=group, bits=bits,
+        symmetric=symmetric, clips=clips, scales=scales, zeros=zeros, levels=levels,
+    )  # fmt: skip
 
 
 def packed(quantized: Packed) -> Any:

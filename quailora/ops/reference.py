@@ -5,7 +5,7 @@ rank. `dispatch.py` offers the same operations with the same signatures, each se
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -169,3 +169,118 @@ def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
         squares, directions = torch.linalg.eigh(q.T @ q)
         q = q @ (directions * torch.where(squares > shortest**2, squares.rsqrt(), 0.0))
     return q.to(y.dtype)
+
+
+class Columns(NamedTuple):
+    """What `quantize_columns` returns. Q = scale · (code - zero), or scale · levels[code], group by group."""
+
+    codes: Tensor  # (m, k) uint8
+    scales: Tensor  # (m, k / g) fp32
+    zeros: Tensor  # (m, k / g) uint8: the code that stands for 0; zeros where there are levels
+    errors: Tensor  # (m, k) fp32: W - Q
+
+
+def quantize_columns(
+    weight: Tensor,
+    feedback: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    *,
+    group: int,
+    bits: int,
+    symmetric: bool,
+    clips: Sequence[float],
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    levels: Tensor | None = None,
+) -> Columns:
+    """Round k columns of W, one after the other, each with the errors of those before it fed back (OPTQ, arXiv
+    2210.17323, in the equivalent form of LDLQ, arXiv 2307.13304).
+
+    With E the errors so far, column j becomes the nearest level to w_j + feedback_j + Σ_{i<j} e_i · factor_ij.
+
+    weight:     (m, k) fp32, W.
+    feedback:   (m, k) fp32: what the errors of all columns before these add.
+    factor:     (k, k) fp32: the rows and columns of these in the unit upper triangular U of H = U D Uᵀ.
+    importance: (k,) fp32: theirs of D. A column's error of 1 costs that much.
+    group:      g, which divides k: so many columns of a row share a scale.
+    bits:       b: codes are 0 to 2^b - 1, at most 8 bits.
+    symmetric:  whether zero is the code 2^(b-1) everywhere, and a scale may be negative; else it varies by group.
+    clips:      the scales to try for a group, relative to the one that covers all its values (`choose_scales`).
+    scales:     (m, k / g) fp32 to take instead of choosing; with `zeros` where the grid is not symmetric.
+    levels:     (2^b,) fp32, ascending: a table of levels in place of integers; `scales` are given with it.
+    """
+    rows, columns = weight.shape
+    per_row = columns // group
+    found = Columns(
+        codes=torch.empty(rows, columns, dtype=torch.uint8, device=weight.device),
+        scales=weight.new_empty(rows, per_row) if scales is None else scales,
+        zeros=torch.empty(rows, per_row, dtype=torch.uint8, device=weight.device),
+        errors=torch.empty_like(weight, memory_format=torch.contiguous_format),
+    )
+    target = weight + feedback
+    middles = None if levels is None else (levels[1:] + levels[:-1]) / 2
+    with exact_products(weight.device):
+        for number, start in enumerate(range(0, columns, group)):
+            stop = start + group
+            if scales is None:
+                found.scales[:, number], found.zeros[:, number] = choose_scales(
+                    target[:, start:stop], importance[start:stop], bits=bits, symmetric=symmetric, clips=clips
+                )
+            elif levels is not None:
+                found.zeros[:, number] = 0
+            else:
+                found.zeros[:, number] = 1 << (bits - 1) if zeros is None else zeros[:, number]
+            scale, zero = found.scales[:, number], found.zeros[:, number].float()
+            reciprocal = _reciprocal(scale)
+            for j in range(start, stop):
+                if levels is None or middles is None:
+                    code = (torch.round(target[:, j] * reciprocal) + zero).clamp(0, (1 << bits) - 1)
+                    value = scale * (code - zero)
+                else:
+                    code = torch.searchsorted(middles, target[:, j] * reciprocal)
+                    value = scale * levels[code]
+                found.codes[:, j] = code.to(torch.uint8)
+                found.errors[:, j] = weight[:, j] - value
+                target[:, j + 1 :] += found.errors[:, j, None] * factor[j, j + 1 :]
+    return found
+
+
+def choose_scales(
+    target: Tensor, importance: Tensor, *, bits: int, symmetric: bool, clips: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The scale (m,) fp32 and the zero (m,) uint8 for each row of `target` (m, g), where rounding each value to the
+    nearest level costs least, weighted by `importance` (g,).
+
+    Of the scale that covers all values, the fractions in `clips` are tried, in a symmetric grid with either sign: the
+    side with one level more then serves the larger values. Ties go to the first. Every scale is a number that fp16 and
+    bf16 both hold, so that Q is the same wherever it is computed.
+    """
+    top = (1 << bits) - 1
+    low, high = target.amin(dim=1).clamp(max=0), target.amax(dim=1).clamp(min=0)
+    best = target.new_full((len(target),), torch.inf)
+    scales, zeros = torch.zeros_like(best), torch.zeros_like(best)
+    for clip in clips:
+        span = (2 * torch.maximum(-low, high) if symmetric else high - low) * (clip / top)
+        for scale in (fp16_and_bf16(span), -fp16_and_bf16(span))[: 1 + symmetric]:
+            reciprocal = _reciprocal(scale)
+            zero = torch.full_like(scale, 1 << (bits - 1))
+            if not symmetric:
+                zero = torch.round(-low * clip * reciprocal).clamp(0, top)
+            codes = (torch.round(target * reciprocal[:, None]) + zero[:, None]).clamp(0, top)
+            off = (codes - zero[:, None]) * scale[:, None] - target
+            cost = (off * off * importance).sum(dim=1)
+            better = cost < best
+            best = torch.where(better, cost, best)
+            scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    return scales, zeros.to(torch.uint8)
+
+
+def fp16_and_bf16(scales: Tensor) -> Tensor:
+    """Scales >= 0 rounded to numbers that fp16 and bf16 both hold; the least is 2^-24, for a group of zeros."""
+    return scales.half().bfloat16().float().clamp_min(2.0**-24)
+
+
+def _reciprocal(scales: Tensor) -> Tensor:
+    """1 / scale, and 0 for a scale of 0."""
+    return torch.where(scales == 0, 0.0, 1 / scales)
