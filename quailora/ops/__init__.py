@@ -6,6 +6,7 @@ Tensors only: it must not know solvers, models or quantization libraries. `refer
 from quailora.ops.dispatch import (
     backends,
     cholesky_solve,
+    choose_scales,
     error,
     gram_,
     gram_energy,
@@ -22,6 +23,7 @@ from quailora.ops.dispatch import (
 __all__ = [
     "backends",
     "cholesky_solve",
+    "choose_scales",
     "error",
     "gram_",
     "gram_energy",

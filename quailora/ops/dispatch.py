@@ -48,6 +48,7 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
     "mirror_": (_reference("mirror_"),),
     "gram_energy": (_reference("gram_energy"),),
     "quantize_columns": (_reference("quantize_columns"),),
+    "choose_scales": (_reference("choose_scales"),),
     **{
         operation: _triton(operation)
         for operation in (
@@ -147,6 +148,15 @@ def quantize_columns(
     return _call(
         "quantize_columns", weight.device, weight, feedback, factor, importance, group=group, bits=bits,
         symmetric=symmetric, clips=clips, scales=scales, zeros=zeros, levels=levels,
+    )  # fmt: skip
+
+
+def choose_scales(
+    target: Tensor, importance: Tensor, *, bits: int, symmetric: bool, clips: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The scale and the zero of each row, where rounding costs least."""
+    return _call(
+        "choose_scales", target.device, target, importance, bits=bits, symmetric=symmetric, clips=clips
     )  # fmt: skip
 
 

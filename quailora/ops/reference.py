@@ -266,7 +266,7 @@ def choose_scales(
             reciprocal = _reciprocal(scale)
             zero = torch.full_like(scale, 1 << (bits - 1))
             if not symmetric:
-                zero = torch.round(-low * clip * reciprocal).clamp(0, top)
+                zero = torch.round(-low * clip * reciprocal).clamp(1, top)  # version 1 of GPTQ holds no 0
             codes = (torch.round(target * reciprocal[:, None]) + zero[:, None]).clamp(0, top)
             off = (codes - zero[:, None]) * scale[:, None] - target
             cost = (off * off * importance).sum(dim=1)
