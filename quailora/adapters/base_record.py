@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quailora.adapters.lora import quantized_skeleton
+from quailora.adapters.skeleton import quantized_skeleton
 from quailora.errors import AdapterError, MismatchError
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
@@ -53,8 +53,8 @@ def as_recorded(checkpoint: Checkpoint, base: dict[str, Any] | None) -> Checkpoi
 
 
 def loading(
-    base: dict[str, Any] | None, checkpoint: Checkpoint, config: BitsAndBytesConfig | None, adapter: Path
-) -> tuple[BitsAndBytesConfig, torch.dtype]:
+    base: dict[str, Any] | None, checkpoint: Checkpoint, config: QuantizationConfigMixin | None, adapter: Path
+) -> tuple[QuantizationConfigMixin, torch.dtype]:
     """How the base of `adapter` is quantized and what its weights are loaded as: by its record, or else by `config`.
 
     Raises:

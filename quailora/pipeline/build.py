@@ -10,7 +10,9 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from quailora.adapters import lora as adapters
+from quailora.adapters.save_and_load import check_can_be_saved, rest, save, take
+from quailora.adapters.skeleton import targeted_skeleton
+from quailora.adapters.targets import check_config, find_targets
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
 from quailora.errors import AdapterError, NotFiniteError, QuailoraError
 from quailora.files import check_new_folder, write_files
@@ -106,17 +108,17 @@ def build_adapter(
     config = copy.deepcopy(lora_config) or LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    adapters.check_config(config)
+    check_config(config)
     quantization = quantization or config_for(Format.nf4, dtype)
     form = from_config(quantization)
 
     with meter.setting_up():
-        model, capped = adapters.targeted_skeleton(source, quantization, dtype, config)
+        model, capped = targeted_skeleton(source, quantization, dtype, config)
         stream = StreamedModel(source, meter.device, dtype)
-    targets, left = adapters.find_targets(model)
+    targets, left = find_targets(model)
     if not targets:
         raise AdapterError(f"no quantized linear is targeted: {enumerate_reasons(left)}")
-    adapters.check_can_be_saved(model, stream)
+    check_can_be_saved(model, stream)
     data = read_calibration(source, calibration, data_config, tokenizer=tokenizer)
     run = Run(stream, targets, left, data, form, solver_config, meter, processes)
     record = make_record(source, dtype, form, solver_config, data, config)
@@ -128,7 +130,7 @@ def build_adapter(
         assert workspace is not None, "only the main process has results"
         for each in solved:
             each.target.assign(each.factors, seed)
-        tensors = adapters.take(model, [each.target for each in solved])
+        tensors = take(model, [each.target for each in solved])
         workspace.save_block(index, tensors, [each.row for each in solved])
 
     try:
@@ -150,7 +152,7 @@ def build_adapter(
             report = run.report(plan, workspace.layers, record, *_capped(capped), *_resumed(finished))
             with workspace.finish() as folder, run.stages("write"):
                 made = workspace.tensors()
-                adapters.save(model, folder, made | adapters.rest(model, stream, seed, made))
+                save(model, folder, made | rest(model, stream, seed, made))
                 report.save(folder)
                 write_files(folder, {"README.md": model_card(record, report)})
     except KeyboardInterrupt as interruption:

@@ -11,10 +11,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quailora.adapters import lora as adapters
 from quailora.adapters.base_record import device_of, recorded_base
-from quailora.adapters.lora import Target
 from quailora.adapters.new_tokens import add_rows
+from quailora.adapters.targets import Target, check_config, find_targets
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
 from quailora.errors import AdapterError, MismatchError
 from quailora.memory.budget import MemoryConfig, Meter
@@ -84,8 +83,8 @@ def initialize(
         raise AdapterError(f"the model has no adapter '{adapter}', only {', '.join(peft_model.peft_config)}")
     solver_config = SolverConfig(solver, iterations, damping, seed)
     data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
-    config = adapters.check_config(peft_model.peft_config[adapter])
-    targets, left = adapters.find_targets(peft_model, adapter)
+    config = check_config(peft_model.peft_config[adapter])
+    targets, left = find_targets(peft_model, adapter)
     if not targets:
         raise AdapterError(
             f"no quantized linear is targeted: {enumerate_reasons(left)}; is the base loaded in 4 or 8 bits?"

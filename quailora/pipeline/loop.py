@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from quailora import ops
-from quailora.adapters.lora import Target
+from quailora.adapters.targets import Target
 from quailora.calibration.calls import Call, Calls
 from quailora.calibration.data import Batch
 from quailora.calibration.gram import Gram

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quailora import ops
-from quailora.adapters.lora import Target
+from quailora.adapters.targets import Target
 from quailora.calibration.data import Calibration
 from quailora.errors import AdapterError
 from quailora.memory.budget import Meter
