@@ -126,11 +126,13 @@ def build_adapter(
     if processes.is_main:
         workspace = Workspace(output, _identity(run, record, batch_size), resume=resume)
 
-    def finish(index: int, solved: list[Solved]) -> None:
+    def finish(index: int, solved: list[Solved], shrunk: list[dict[int, int]]) -> None:
         assert workspace is not None, "only the main process has results"
         for each in solved:
             each.target.assign(each.factors, seed)
         tensors = take(model, [each.target for each in solved])
+        if any(shrunk) or "shrunk" in workspace.chosen:
+            workspace.choose(shrunk=[list(of_rank.items()) for of_rank in shrunk])
         workspace.save_block(index, tensors, [each.row for each in solved])
 
     try:
@@ -145,6 +147,7 @@ def build_adapter(
             folder=output.resolve().parent,
             finished=finished,
             known=workspace.layers if workspace else [],
+            shrunk=_shrunk(chosen, processes.rank, finished),
             progress=progress,
         )
         report = None
@@ -183,6 +186,12 @@ def _identity(run: Run, record: dict[str, Any], batch_size: int | None) -> dict[
         "processes": run.processes.size,
         "versions": record["versions"] | {"quailora": record["quailora"]},
     }
+
+
+def _shrunk(chosen: dict[str, Any], rank: int, finished: list[int]) -> dict[int, int]:
+    """Block -> the size of the micro-batches from it on, as far as finished blocks were computed with it."""
+    of_ranks = chosen.get("shrunk")
+    return {block: size for block, size in of_ranks[rank] if block <= max(finished, default=-1)} if of_ranks else {}
 
 
 def _kept(workspace: Workspace | None) -> str:

@@ -131,7 +131,7 @@ def initialize(
         run.solve(
             plan,
             quantized_weight,
-            lambda index, solved: found.extend(solved),
+            lambda index, solved, shrunk: found.extend(solved),
             folder=Path(folder),
             progress=progress,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,11 +81,12 @@ class Run:
         self,
         plan: Plan,
         quantized_weight: Callable[[Target, Tensor], QuantizedWeight],
-        finish: Callable[[int, list[Solved]], None],
+        finish: Callable[[int, list[Solved], list[dict[int, int]]], None],
         *,
         folder: Path,
         finished: Collection[int] = (),
         known: Sequence[LayerReport] = (),
+        shrunk: Mapping[int, int] | None = None,
         progress: bool = True,
     ) -> None:
         """Run the loop over all blocks but those in `finished`, whose rows of the report are `known`; see `Loop`."""
@@ -105,6 +106,7 @@ class Run:
                 folder=folder,
                 trim=self.meter.trim,
                 may_shrink=self.meter.config.batch_size is None,
+                shrunk=dict(shrunk or {}),
                 notes=self.notes,
             )
             loop.run(self.targets, list(self.processes.shard(self.data).batches(plan.batch_size)), finished)
