@@ -196,7 +196,7 @@ def compare(
         source = as_recorded(source, base)
         quantization, loaded_in = loading(base, source, quantization, folder)
     elif quantization is None:
-        raise AdapterError("without an adapter nothing says how the base is quantized: pass `quantization`")
+        raise AdapterError("without an adapter nothing says how the base is quantized: give quantization (--quant)")
     where = default_device(device)
     dtype = dtype or loaded_in
     method = from_config(quantization).name

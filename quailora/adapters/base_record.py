@@ -35,8 +35,8 @@ def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None
     record = read_record(adapter) or read_record(initial or adapter.parent)
     if record is None and initial is not None:
         raise AdapterError(
-            f"{initial} {f'has no {RECORD}' if initial.is_dir() else 'does not exist'}: give the folder that "
-            "the initialized adapter was written to, or none"
+            f"{initial} {f'has no {RECORD}' if initial.is_dir() else 'does not exist'}: initial (--initial) is the "
+            "folder that the initialized adapter was written to"
         )
     return record["base"] if record else None
 
@@ -64,8 +64,8 @@ def loading(
     if base is None:
         if config is None:
             raise AdapterError(
-                f"{adapter} has no {RECORD}, so the base it belongs to is not known: name the adapter that training "
-                "started from (--initial), or the quantization (--quant)"
+                f"{adapter} has no {RECORD}, so the base it belongs to is not known: give the adapter that training "
+                "started from as initial (--initial), or how the base is quantized as quantization (--quant)"
             )
         return config, checkpoint.dtype
     if base["fingerprint"] != checkpoint.fingerprint:

@@ -38,7 +38,7 @@ def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *,
     output, before, after = Path(output_dir), Path(initial), Path(trained)
     check_new_folder(output)
     if rank is not None and rank < 1:
-        raise AdapterError(f"rank {rank}: it must be at least 1")
+        raise AdapterError(f"rank (--rank) must be at least 1, got {rank}")
     old, new = SavedAdapter(before), SavedAdapter(after)
     record = read_record(before)
     if record is None and read_record(after) is not None:

@@ -109,16 +109,17 @@ def _check_names(base: PreTrainedModel, config: LoraConfig) -> None:
     if not targets or targets == "all-linear":
         return
     modules = dict(base.named_modules())
+    option = "target_modules (--target-modules)"
     for wanted in [targets] if isinstance(targets, str) else targets:
         pattern = wanted if isinstance(targets, str) else rf"(.*\.)?{re.escape(wanted)}"
         try:
             found = any(re.fullmatch(pattern, name) for name in modules)
         except re.error as error:
-            raise AdapterError(f"target_modules '{wanted}' is no regular expression: {error}") from error
+            raise AdapterError(f"{option}: '{wanted}' is no regular expression: {error}") from error
         if not found:
             linears = {name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
             near = difflib.get_close_matches(wanted.rpartition(".")[2], linears, cutoff=0.4) or sorted(linears)
-            raise AdapterError(f"target module '{wanted}' is not in {type(base).__name__}; nearest: {', '.join(near)}")
+            raise AdapterError(f"{option}: '{wanted}' is not in {type(base).__name__}; nearest: {', '.join(near)}")
 
 
 def _exclude(config: LoraConfig, names: list[str]) -> None:

@@ -110,7 +110,7 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
         elif is_router(base):
             raise AdapterError(
                 f"{name} is a {type(base).__name__}, which returns more than one tensor, and PEFT cannot run it: leave "
-                "it out of target_modules, or add it to exclude_modules"
+                "it out of target_modules (--target-modules), or add it to exclude_modules (--exclude-modules)"
             )
         elif not is_quantized(base):
             left[name] = f"the base keeps this {type(base).__name__} in full precision: there is no error to undo"

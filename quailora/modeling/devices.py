@@ -15,4 +15,6 @@ def default_device(device: str | torch.device | None) -> torch.device:
         return torch.empty(0, dtype=torch.float64, device=chosen).device
     except (RuntimeError, AssertionError, TypeError) as error:  # torch built without CUDA asserts; MPS has no fp64
         reason = str(error).partition("\n")[0]
-        raise QuailoraError(f"device '{chosen}' cannot be used here: {reason}; name another, such as cpu") from error
+        raise QuailoraError(
+            f"device (--device) '{chosen}' cannot be used here: {reason}; name another, such as cpu"
+        ) from error

@@ -163,10 +163,8 @@ def build_adapter(
     except QuailoraError as error:
         kept = _kept(workspace)
         if isinstance(error, NotFiniteError) and dtype == torch.float16:
-            anew = " with --no-resume (resume=False)" if kept else ""
-            kept = (
-                f"; run it in bfloat16 (--dtype bfloat16, dtype=torch.bfloat16){anew}; in float16 it would fail again"
-            )
+            anew = " with resume=False (--no-resume)" if kept else ""
+            kept = f"; run it with dtype=torch.bfloat16 (--dtype bfloat16){anew}; in float16 it would fail again"
         raise type(error)(f"{error}{kept}") from error
     except Exception:
         _kept(workspace)
