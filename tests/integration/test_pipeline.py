@@ -74,6 +74,7 @@ def load_base(folder: Path, quantization: BitsAndBytesConfig, dtype: torch.dtype
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization, device_map="cpu")
 
 
+@torch.no_grad()
 def products(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
     """scaling * B A of every adapted linear, in fp64."""
     return {
