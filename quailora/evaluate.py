@@ -28,7 +28,7 @@ from quailora.calibration.data import Batch, Calibration, load_calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.devices import default_device
+from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.model_class import auto_model
 from quailora.modeling.transformers_internals import no_progress_bar
 from quailora.pipeline.loop import memory_errors
@@ -144,6 +144,7 @@ def gap_closed(full: float, quantized: float, adapted: float) -> float | None:
     return (quantized - adapted) / (quantized - full) if quantized > full else None
 
 
+@without_torch_modes()
 def compare(
     checkpoint: str | Path | Checkpoint,
     adapter: str | Path | None,

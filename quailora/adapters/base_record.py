@@ -16,6 +16,7 @@ from quailora.adapters.skeleton import quantized_skeleton
 from quailora.errors import AdapterError, MismatchError
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
+from quailora.modeling.devices import without_torch_modes
 from quailora.modeling.model_class import CAUSAL_LM
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import from_config, from_dict, from_module, is_quantized, read
@@ -86,7 +87,7 @@ def loading(
     return recorded.to_config(), dtype
 
 
-@torch.inference_mode(False)
+@without_torch_modes()
 def check_base(
     model: nn.Module,
     adapter: str | Path,

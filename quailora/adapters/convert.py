@@ -12,9 +12,11 @@ from torch import Tensor
 from quailora.adapters.saved_adapter import SavedAdapter
 from quailora.errors import AdapterError
 from quailora.files import check_new_folder, new_folder, to_json, write_files
+from quailora.modeling.devices import without_torch_modes
 from quailora.reporting.record import RECORD, lora_record, read_record
 
 
+@without_torch_modes()
 def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *, rank: int | None = None) -> None:
     """Write what training learned, scaling (B A - B₀ A₀), as an adapter for the *full-precision* weights.
 

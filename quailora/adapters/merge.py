@@ -25,12 +25,13 @@ from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import AdapterError
 from quailora.files import check_new_folder, new_folder
 from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint
-from quailora.modeling.devices import default_device
+from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import base_for, from_config, is_quantized
 from quailora.quantization.verify import NEAREST, verify
 
 
+@without_torch_modes()
 def merge(
     checkpoint: str | Path | Checkpoint,
     adapter: str | Path,

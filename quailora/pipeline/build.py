@@ -18,12 +18,12 @@ from quailora.errors import AdapterError, NotFiniteError, QuailoraError
 from quailora.files import check_new_folder, write_files
 from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.devices import default_device
+from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
 from quailora.pipeline.resume import Workspace
-from quailora.pipeline.setup import Run, enumerate_reasons, without_torch_modes
+from quailora.pipeline.setup import Run, enumerate_reasons
 from quailora.quantization.registry import Format, config_for, from_config
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import make_record

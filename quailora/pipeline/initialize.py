@@ -19,12 +19,12 @@ from quailora.errors import AdapterError, MismatchError
 from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.devices import default_device
+from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.model_class import auto_class_of
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
-from quailora.pipeline.setup import Run, enumerate_reasons, without_torch_modes
+from quailora.pipeline.setup import Run, enumerate_reasons
 from quailora.quantization.protocol import QuantizedWeight
 from quailora.quantization.registry import from_module, read
 from quailora.quantization.verify import NEAREST, RELATED, verify

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quailora import ops
@@ -24,17 +23,6 @@ from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import LayerReport, Report
 from quailora.solvers.config import SolverConfig
-
-
-@contextmanager
-def without_torch_modes() -> Iterator[None]:
-    """Within it the caller's inference mode and default device are off: tensors made in inference mode can be neither
-    faked nor edited in place later, and everything here names its device or means the CPU."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        yield
 
 
 @dataclass(frozen=True, eq=False)
