@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from quailora import evaluate as evaluate
     from quailora.adapters.base_record import check_base as check_base
-    from quailora.adapters.serving import convert as convert
-    from quailora.adapters.serving import merge as merge
+    from quailora.adapters.convert import convert as convert
+    from quailora.adapters.merge import merge as merge
     from quailora.calibration.gram import Gram as Gram
     from quailora.errors import QuailoraError as QuailoraError
     from quailora.ops import backends as backends
@@ -25,9 +25,9 @@ _HOMES = {
     "backends": "ops",
     "build_adapter": "pipeline.build",
     "check_base": "adapters.base_record",
-    "convert": "adapters.serving",
+    "convert": "adapters.convert",
     "initialize": "pipeline.initialize",
-    "merge": "adapters.serving",
+    "merge": "adapters.merge",
     "solve": "solvers.solve",
 }
 __all__ = ["__version__", "evaluate", *_HOMES]

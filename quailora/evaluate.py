@@ -17,17 +17,18 @@ import torch
 from peft import PeftModel
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quailora import ops
 from quailora.adapters.base_record import as_recorded, base_of, check_base, for_full_precision, loading
 from quailora.adapters.new_tokens import resize_to, vocabulary
-from quailora.adapters.serving import check_weights
+from quailora.adapters.saved_adapter import check_weights
 from quailora.calibration.data import Batch, Calibration, load_calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.devices import default_device
+from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.model_class import auto_model
 from quailora.modeling.transformers_internals import no_progress_bar
 from quailora.pipeline.loop import memory_errors
@@ -143,13 +144,14 @@ def gap_closed(full: float, quantized: float, adapted: float) -> float | None:
     return (quantized - adapted) / (quantized - full) if quantized > full else None
 
 
+@without_torch_modes()
 def compare(
     checkpoint: str | Path | Checkpoint,
     adapter: str | Path | None,
     calibration: Calibration,
     *,
     initial: str | Path | None = None,
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: QuantizationConfigMixin | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     batch_size: int = 1,
@@ -169,7 +171,7 @@ def compare(
         adapter: a folder that PEFT saved; None scores the quantized base alone.
         calibration: the held-out tokens.
         initial: the initialized adapter that training started from, if `adapter` has no record of its base.
-        quantization: of the base; None is that of the adapter's record.
+        quantization: of the base, such as a BitsAndBytesConfig; None is that of the adapter's record.
         device: None is CUDA if there is a CUDA device, else the CPU.
         dtype: of both models; None is that of the record, or else of the checkpoint.
         batch_size: sequences per batch. Two (b, t, vocabulary) tensors of logits are in memory at once.
@@ -195,7 +197,7 @@ def compare(
         source = as_recorded(source, base)
         quantization, loaded_in = loading(base, source, quantization, folder)
     elif quantization is None:
-        raise AdapterError("without an adapter nothing says how the base is quantized: pass `quantization`")
+        raise AdapterError("without an adapter nothing says how the base is quantized: give quantization (--quant)")
     where = default_device(device)
     dtype = dtype or loaded_in
     method = from_config(quantization).name
@@ -345,7 +347,10 @@ def _dtypes(model: nn.Module) -> set[torch.dtype]:
 
 
 def _load(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
     with no_progress_bar():
         model: PreTrainedModel = auto_model(checkpoint.auto_class).from_pretrained(

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quailora.adapters.lora import quantized_skeleton
+from quailora.adapters.skeleton import quantized_skeleton
 from quailora.errors import AdapterError, MismatchError
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
+from quailora.modeling.devices import without_torch_modes
 from quailora.modeling.model_class import CAUSAL_LM
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import from_config, from_dict, from_module, is_quantized, read
@@ -35,8 +36,8 @@ def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None
     record = read_record(adapter) or read_record(initial or adapter.parent)
     if record is None and initial is not None:
         raise AdapterError(
-            f"{initial} {f'has no {RECORD}' if initial.is_dir() else 'does not exist'}: give the folder that "
-            "the initialized adapter was written to, or none"
+            f"{initial} {f'has no {RECORD}' if initial.is_dir() else 'does not exist'}: initial (--initial) is the "
+            "folder that the initialized adapter was written to"
         )
     return record["base"] if record else None
 
@@ -53,8 +54,8 @@ def as_recorded(checkpoint: Checkpoint, base: dict[str, Any] | None) -> Checkpoi
 
 
 def loading(
-    base: dict[str, Any] | None, checkpoint: Checkpoint, config: BitsAndBytesConfig | None, adapter: Path
-) -> tuple[BitsAndBytesConfig, torch.dtype]:
+    base: dict[str, Any] | None, checkpoint: Checkpoint, config: QuantizationConfigMixin | None, adapter: Path
+) -> tuple[QuantizationConfigMixin, torch.dtype]:
     """How the base of `adapter` is quantized and what its weights are loaded as: by its record, or else by `config`.
 
     Raises:
@@ -64,8 +65,8 @@ def loading(
     if base is None:
         if config is None:
             raise AdapterError(
-                f"{adapter} has no {RECORD}, so the base it belongs to is not known: name the adapter that training "
-                "started from (--initial), or the quantization (--quant)"
+                f"{adapter} has no {RECORD}, so the base it belongs to is not known: give the adapter that training "
+                "started from as initial (--initial), or how the base is quantized as quantization (--quant)"
             )
         return config, checkpoint.dtype
     if base["fingerprint"] != checkpoint.fingerprint:
@@ -86,7 +87,7 @@ def loading(
     return recorded.to_config(), dtype
 
 
-@torch.inference_mode(False)
+@without_torch_modes()
 def check_base(
     model: nn.Module,
     adapter: str | Path,

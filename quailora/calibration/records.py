@@ -46,7 +46,7 @@ def encode(record: Any, tokenizer: PreTrainedTokenizerBase | None, column: str |
     if column is not None:
         if not isinstance(record, Mapping) or column not in record:
             found = ", ".join(map(repr, record)) if isinstance(record, Mapping) else f"a {type(record).__name__}"
-            raise CalibrationError(f"no column {column!r}; found {found}")
+            raise CalibrationError(f"no column (--column) {column!r}; found {found}")
         record = "" if record[column] is None else record[column]
     if isinstance(record, Mapping) and record.get("input_ids") is not None:
         return token_rows(record["input_ids"], record.get("attention_mask"))

@@ -73,7 +73,7 @@ def open_records(data: Any, samples: int, seed: int, split: str) -> tuple[Iterab
         if "input_ids" in data:
             return enumerate([data]), "tokens"
         if split not in data:
-            raise CalibrationError(f"no split {split!r} (nor input_ids) among {', '.join(map(repr, data))}")
+            raise CalibrationError(f"no split (--split) {split!r} (nor input_ids) among {', '.join(map(repr, data))}")
         return open_records(data[split], samples, seed, split)
     else:
         kind = type(data).__name__

@@ -91,7 +91,7 @@ def init(
     from peft import LoraConfig
 
     from quailora.files import check_new_folder
-    from quailora.memory.budget import parse_bytes
+    from quailora.memory.budget import MemoryConfig
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import build as pipeline
     from quailora.pipeline import distributed
@@ -99,9 +99,9 @@ def init(
 
     # Checked first: a typo should not cost a download.
     check_new_folder(output)
-    SolverConfig(solver, iterations)
-    for budget in filter(None, (memory_budget, host_memory_budget)):
-        parse_bytes(budget)
+    damping = DEFAULT_DAMPING if damping is None else damping
+    SolverConfig(solver, iterations, damping)
+    MemoryConfig(memory_budget, host_memory_budget, batch_size)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
     loaded_as = torch_dtype(dtype) or source.dtype
     config = LoraConfig(
@@ -126,7 +126,7 @@ def init(
             dtype=loaded_as,
             solver=solver,
             iterations=iterations,
-            damping=DEFAULT_DAMPING if damping is None else damping,
+            damping=damping,
             samples=samples,
             sequence_length=sequence_length,
             split=split,

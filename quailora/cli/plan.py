@@ -61,7 +61,8 @@ def plan(
     import torch
     from peft import LoraConfig
 
-    from quailora.adapters import lora as adapters
+    from quailora.adapters.skeleton import targeted_skeleton
+    from quailora.adapters.targets import find_targets
     from quailora.calibration.data import SEQUENCE_LENGTH
     from quailora.memory.budget import MemoryConfig
     from quailora.memory.planner import make_plan
@@ -81,8 +82,8 @@ def plan(
     loaded_as = torch_dtype(dtype) or source.dtype
     quantization = quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)
     config = LoraConfig(r=rank, target_modules=parse_target_modules(target_modules), task_type="CAUSAL_LM")
-    model, _ = adapters.targeted_skeleton(source, quantization, loaded_as, config)
-    targets, _ = adapters.find_targets(model)
+    model, _ = targeted_skeleton(source, quantization, loaded_as, config)
+    targets, _ = find_targets(model)
     positions = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
     found = make_plan(
         StreamedModel(source, torch.device("cpu") if absent else place, loaded_as),

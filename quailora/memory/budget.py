@@ -44,11 +44,13 @@ class MemoryConfig:
 
     @property
     def device_bytes(self) -> int | None:
-        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
+        name = "memory_budget (--memory-budget)"
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget, name)
 
     @property
     def host_bytes(self) -> int | None:
-        return None if self.host_memory_budget is None else parse_bytes(self.host_memory_budget)
+        name = "host_memory_budget (--host-memory-budget)"
+        return None if self.host_memory_budget is None else parse_bytes(self.host_memory_budget, name)
 
 
 class Meter:
@@ -134,16 +136,17 @@ def _highest_resident() -> int:
     return peak if os.uname().sysname == "Darwin" else peak * 1024
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int, name: str = "") -> int:
     """ "12GiB" -> 12 * 2**30. Units KiB to TiB and KB to TB, in any case; a plain number is bytes.
 
-    Raises QuailoraError for anything else, and for less than one byte.
+    Raises QuailoraError, which begins with `name`, for anything else, and for less than one byte.
     """
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
     size = int(float(match[1]) * units[match[2]]) if match and match[2] in units else 0
     if size < 1:
-        raise QuailoraError(f"'{text}' is not an amount of memory: write 12GiB, 800MB or a number of bytes")
+        given = f"{name} '{text}'".lstrip()
+        raise QuailoraError(f"{given} is not an amount of memory: write 12GiB, 800MB or a number of bytes")
     return size
 
 

@@ -156,7 +156,7 @@ def make_plan(
     """
     planner = _Planner(stream, dict(targets), base, solver, samples, sequence_length, device or stream.device, held)
     if memory_budget is None and planner.device.type == "cuda" and not torch.cuda.is_available():
-        raise QuailoraError("there is no CUDA device here to ask what is free: give a memory budget (--memory-budget)")
+        raise QuailoraError("there is no CUDA device here to ask what is free: give a memory_budget (--memory-budget)")
     budget = int(0.9 * free_memory(planner.device)) + held if memory_budget is None else memory_budget
     batches = [min(batch_size, samples)] if batch_size else _batches(samples, sequence_length)
     smallest: tuple[Plan, dict[str, str]] | None = None
@@ -184,10 +184,10 @@ def _too_little(plan: Plan, blocks: dict[str, str], batch_size: int | None) -> s
     largest = sorted(parts, key=lambda part: part.bytes, reverse=True)[:3]
     smallest = ceil(plan.peak / 2**20)  # in whole MiB, so that the budget named really is enough
     what = ", ".join(f"{part.name} {describe_bytes(part.bytes)}" for part in largest)
-    fixed = f" with batch_size {batch_size}" if batch_size and batch_size > 1 else ""
+    fixed = f" with batch_size (--batch-size) {batch_size}" if batch_size and batch_size > 1 else ""
     return (
-        f"a memory budget of {describe_bytes(plan.budget)} is too small{fixed}: the smallest that would do is "
-        f"{smallest} MiB, which the {phase} phase of {blocks[phase]} needs ({what})"
+        f"a memory_budget (--memory-budget) of {describe_bytes(plan.budget)} is too small{fixed}: the smallest that "
+        f"would do is {smallest} MiB, which the {phase} phase of {blocks[phase]} needs ({what})"
     )
 
 

@@ -28,7 +28,7 @@ _CLASSES = {
 def check_auto_class(name: str) -> str:
     """The name itself. Raises CheckpointError for one that is not supported."""
     if name not in _CLASSES:
-        raise CheckpointError(f"auto_class {name!r} is not supported: give one of {', '.join(_CLASSES)}")
+        raise CheckpointError(f"auto_class (--auto-class) {name!r} is not supported: give one of {', '.join(_CLASSES)}")
     return name
 
 

@@ -10,18 +10,20 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from quailora.adapters import lora as adapters
+from quailora.adapters.save_and_load import check_can_be_saved, rest, save, take
+from quailora.adapters.skeleton import targeted_skeleton
+from quailora.adapters.targets import check_config, find_targets
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
 from quailora.errors import AdapterError, NotFiniteError, QuailoraError
 from quailora.files import check_new_folder, write_files
 from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.devices import default_device
+from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
 from quailora.pipeline.resume import Workspace
-from quailora.pipeline.setup import Run, enumerate_reasons, without_torch_modes
+from quailora.pipeline.setup import Run, enumerate_reasons
 from quailora.quantization.registry import Format, config_for, from_config
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import make_record
@@ -106,17 +108,17 @@ def build_adapter(
     config = copy.deepcopy(lora_config) or LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    adapters.check_config(config)
+    check_config(config)
     quantization = quantization or config_for(Format.nf4, dtype)
     form = from_config(quantization)
 
     with meter.setting_up():
-        model, capped = adapters.targeted_skeleton(source, quantization, dtype, config)
+        model, capped = targeted_skeleton(source, quantization, dtype, config)
         stream = StreamedModel(source, meter.device, dtype)
-    targets, left = adapters.find_targets(model)
+    targets, left = find_targets(model)
     if not targets:
         raise AdapterError(f"no quantized linear is targeted: {enumerate_reasons(left)}")
-    adapters.check_can_be_saved(model, stream)
+    check_can_be_saved(model, stream)
     data = read_calibration(source, calibration, data_config, tokenizer=tokenizer)
     run = Run(stream, targets, left, data, form, solver_config, meter, processes)
     record = make_record(source, dtype, form, solver_config, data, config)
@@ -124,11 +126,13 @@ def build_adapter(
     if processes.is_main:
         workspace = Workspace(output, _identity(run, record, batch_size), resume=resume)
 
-    def finish(index: int, solved: list[Solved]) -> None:
+    def finish(index: int, solved: list[Solved], shrunk: list[dict[int, int]]) -> None:
         assert workspace is not None, "only the main process has results"
         for each in solved:
             each.target.assign(each.factors, seed)
-        tensors = adapters.take(model, [each.target for each in solved])
+        tensors = take(model, [each.target for each in solved])
+        if any(shrunk) or "shrunk" in workspace.chosen:
+            workspace.choose(shrunk=[list(of_rank.items()) for of_rank in shrunk])
         workspace.save_block(index, tensors, [each.row for each in solved])
 
     try:
@@ -143,6 +147,7 @@ def build_adapter(
             folder=output.resolve().parent,
             finished=finished,
             known=workspace.layers if workspace else [],
+            shrunk=_shrunk(chosen, processes.rank, finished),
             progress=progress,
         )
         report = None
@@ -150,7 +155,7 @@ def build_adapter(
             report = run.report(plan, workspace.layers, record, *_capped(capped), *_resumed(finished))
             with workspace.finish() as folder, run.stages("write"):
                 made = workspace.tensors()
-                adapters.save(model, folder, made | adapters.rest(model, stream, seed, made))
+                save(model, folder, made | rest(model, stream, seed, made))
                 report.save(folder)
                 write_files(folder, {"README.md": model_card(record, report)})
     except KeyboardInterrupt as interruption:
@@ -158,10 +163,8 @@ def build_adapter(
     except QuailoraError as error:
         kept = _kept(workspace)
         if isinstance(error, NotFiniteError) and dtype == torch.float16:
-            anew = " with --no-resume (resume=False)" if kept else ""
-            kept = (
-                f"; run it in bfloat16 (--dtype bfloat16, dtype=torch.bfloat16){anew}; in float16 it would fail again"
-            )
+            anew = " with resume=False (--no-resume)" if kept else ""
+            kept = f"; run it with dtype=torch.bfloat16 (--dtype bfloat16){anew}; in float16 it would fail again"
         raise type(error)(f"{error}{kept}") from error
     except Exception:
         _kept(workspace)
@@ -181,6 +184,12 @@ def _identity(run: Run, record: dict[str, Any], batch_size: int | None) -> dict[
         "processes": run.processes.size,
         "versions": record["versions"] | {"quailora": record["quailora"]},
     }
+
+
+def _shrunk(chosen: dict[str, Any], rank: int, finished: list[int]) -> dict[int, int]:
+    """Block -> the size of the micro-batches from it on, as far as finished blocks were computed with it."""
+    of_ranks = chosen.get("shrunk")
+    return {block: size for block, size in of_ranks[rank] if block <= max(finished, default=-1)} if of_ranks else {}
 
 
 def _kept(workspace: Workspace | None) -> str:

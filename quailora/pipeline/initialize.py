@@ -11,21 +11,20 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quailora.adapters import lora as adapters
 from quailora.adapters.base_record import device_of, recorded_base
-from quailora.adapters.lora import Target
 from quailora.adapters.new_tokens import add_rows
+from quailora.adapters.targets import Target, check_config, find_targets
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
 from quailora.errors import AdapterError, MismatchError
 from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.devices import default_device
+from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.model_class import auto_class_of
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
-from quailora.pipeline.setup import Run, enumerate_reasons, without_torch_modes
+from quailora.pipeline.setup import Run, enumerate_reasons
 from quailora.quantization.protocol import QuantizedWeight
 from quailora.quantization.registry import from_module, read
 from quailora.quantization.verify import NEAREST, RELATED, verify
@@ -84,8 +83,8 @@ def initialize(
         raise AdapterError(f"the model has no adapter '{adapter}', only {', '.join(peft_model.peft_config)}")
     solver_config = SolverConfig(solver, iterations, damping, seed)
     data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
-    config = adapters.check_config(peft_model.peft_config[adapter])
-    targets, left = adapters.find_targets(peft_model, adapter)
+    config = check_config(peft_model.peft_config[adapter])
+    targets, left = find_targets(peft_model, adapter)
     if not targets:
         raise AdapterError(
             f"no quantized linear is targeted: {enumerate_reasons(left)}; is the base loaded in 4 or 8 bits?"
@@ -132,7 +131,7 @@ def initialize(
         run.solve(
             plan,
             quantized_weight,
-            lambda index, solved: found.extend(solved),
+            lambda index, solved, shrunk: found.extend(solved),
             folder=Path(folder),
             progress=progress,
         )

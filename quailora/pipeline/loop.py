@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from quailora import ops
-from quailora.adapters.lora import Target
+from quailora.adapters.targets import Target
 from quailora.calibration.calls import Call, Calls
 from quailora.calibration.data import Batch
 from quailora.calibration.gram import Gram
@@ -72,10 +72,13 @@ class Loop:
     """What the loop over the blocks works with.
 
     quantized_weight: the Q of a target, given its full-precision weight (m, n).
-    finish: called with the index of a block and what was solved of it, on the main process only.
+    finish: called with the index of a block, what was solved of it, and the `shrunk` of every rank; on the main process
+        only.
     folder: where hidden states go if the plan has them on disk.
     trim: called where much memory was just freed; see `Meter.trim`.
     may_shrink: whether a device that runs out of memory may get smaller micro-batches than the plan's.
+    shrunk: block -> the size of the micro-batches from it on, where this rank ran out of memory: in an earlier run that
+        this one resumes, and in this one. The size decides bits, so what is there is repeated.
     notes: for the report; filled here.
     """
 
@@ -83,13 +86,14 @@ class Loop:
     plan: Plan
     solver: SolverConfig
     quantized_weight: Callable[[Target, Tensor], QuantizedWeight]
-    finish: Callable[[int, list[Solved]], None]
+    finish: Callable[[int, list[Solved], list[dict[int, int]]], None]
     processes: Processes
     progress: Progress
     stages: Stages
     folder: Path
     trim: Callable[[], None]
     may_shrink: bool
+    shrunk: dict[int, int]
     notes: list[str]
 
     def __post_init__(self) -> None:
@@ -111,6 +115,7 @@ class Loop:
             HiddenStates(model.device, self.folder if self.plan.states == "disk" else None) as states,
         ):
             self._batches = list(batches)
+            self._note_shrunk()
             if waiting:
                 self._embed(states)
             try:
@@ -176,13 +181,25 @@ class Loop:
         states.halve()
         self._batches = [half for batch in self._batches for half in batch.halves()]
         self._embed()  # masks and position embeddings are by batch
-        size = max(len(batch.input_ids) for batch in self._batches)
-        self.notes[:] = [
-            f"{self.model.device} ran out of memory with the planned micro-batches of {self.plan.batch_size} "
-            f"sequences: from block {index} on they had {size}. A lower memory_budget (--memory-budget) avoids this"
-        ]
+        self.shrunk[index] = self._largest_batch()
+        self._note_shrunk()
+
+    def _note_shrunk(self) -> None:
+        if self.shrunk:
+            index = max(self.shrunk)
+            self.notes[:] = [
+                f"{self.model.device} ran out of memory with the planned micro-batches of {self.plan.batch_size} "
+                f"sequences: from block {index} on they had {self.shrunk[index]}. A lower memory_budget "
+                "(--memory-budget) avoids this"
+            ]
+
+    def _largest_batch(self) -> int:
+        return max((len(batch.input_ids) for batch in self._batches), default=0)
 
     def _block(self, index: int, waiting: dict[str, Target], states: HiddenStates) -> None:
+        size = self.shrunk.get(index, math.inf)
+        while self._largest_batch() > size:
+            self._halve(index, states)
         linears = {name: linear for name, linear in self.model.blocks[index].linears().items() if name in waiting}
         if not linears:
             self._forward(index, states, lambda run: run.propagate(states))
@@ -202,9 +219,10 @@ class Loop:
             solved += self._solve(reached, linears, grams, overwrite=last_pass)
         for each in solved:
             self.progress.layer(each.row)
+        shrunk = self.processes.gather(self.shrunk)
         if solved:
             with self.stages("write"):
-                self.finish(index, solved)
+                self.finish(index, solved, shrunk)
 
     def _solve(
         self, targets: dict[str, Target], linears: dict[str, nn.Module], grams: dict[str, Gram], overwrite: bool

@@ -77,7 +77,7 @@ class Workspace:
         return [row for index in self.finished for row in self._rows[index]]
 
     def choose(self, **chosen: Any) -> None:
-        """Keep what was chosen for the run and decides its bits, for whoever goes on with it."""
+        """Keep what was chosen for the run and decides its bits, for a run that resumes it."""
         self.chosen |= chosen
         with writing(self.folder), replaced(self._record) as partial:
             partial.write_text(to_json({"identity": self._identity, "chosen": self.chosen}), encoding="utf-8")

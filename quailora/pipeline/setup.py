@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quailora import ops
-from quailora.adapters.lora import Target
+from quailora.adapters.targets import Target
 from quailora.calibration.data import Calibration
 from quailora.errors import AdapterError
 from quailora.memory.budget import Meter
@@ -24,17 +23,6 @@ from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import LayerReport, Report
 from quailora.solvers.config import SolverConfig
-
-
-@contextmanager
-def without_torch_modes() -> Iterator[None]:
-    """Within it the caller's inference mode and default device are off: tensors made in inference mode can be neither
-    faked nor edited in place later, and everything here names its device or means the CPU."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +69,12 @@ class Run:
         self,
         plan: Plan,
         quantized_weight: Callable[[Target, Tensor], QuantizedWeight],
-        finish: Callable[[int, list[Solved]], None],
+        finish: Callable[[int, list[Solved], list[dict[int, int]]], None],
         *,
         folder: Path,
         finished: Collection[int] = (),
         known: Sequence[LayerReport] = (),
+        shrunk: Mapping[int, int] | None = None,
         progress: bool = True,
     ) -> None:
         """Run the loop over all blocks but those in `finished`, whose rows of the report are `known`; see `Loop`."""
@@ -105,6 +94,7 @@ class Run:
                 folder=folder,
                 trim=self.meter.trim,
                 may_shrink=self.meter.config.batch_size is None,
+                shrunk=dict(shrunk or {}),
                 notes=self.notes,
             )
             loop.run(self.targets, list(self.processes.shard(self.data).batches(plan.batch_size)), finished)

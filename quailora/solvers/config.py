@@ -29,13 +29,13 @@ class SolverConfig:
         if self.name not in SOLVERS:
             closest = difflib.get_close_matches(self.name, SOLVERS, n=1)
             hint = f"did you mean {closest[0]!r}? " if closest else ""
-            raise SolverError(f"unknown solver {self.name!r}; {hint}there are {', '.join(SOLVERS)}")
+            raise SolverError(f"unknown solver (--solver) {self.name!r}; {hint}there are {', '.join(SOLVERS)}")
         if self.iterations is not None and SOLVERS[self.name].iterations is None:
-            raise SolverError(f"solver {self.name!r} takes no iterations, got iterations={self.iterations}")
+            raise SolverError(f"solver {self.name!r} takes no iterations (--iterations), got {self.iterations}")
         if self.iterations is not None and self.iterations < 0:
-            raise SolverError(f"solver {self.name!r} needs iterations >= 0, got iterations={self.iterations}")
+            raise SolverError(f"iterations (--iterations) must be >= 0, got {self.iterations}")
         if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise SolverError(f"damping must be finite and >= 0, got {self.damping}")
+            raise SolverError(f"damping (--damping) must be finite and >= 0, got {self.damping}")
 
     @property
     def steps(self) -> int:

@@ -155,7 +155,7 @@ def _check_jitter(linears: Sequence[Linear], solutions: Sequence[Solution]) -> l
         if math.isnan(jitter):
             raise error_of(
                 f"als: a system of rank {linear.rank} is not positive definite, even with {JITTER[-1]:.0e} of its "
-                "diagonal added. Use solver='krylov', or a smaller rank",
+                "diagonal added. Use solver='krylov' (--solver krylov), or a smaller rank (--rank)",
                 linear,
             )
         if jitter:

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 import quailora
-from quailora.adapters.lora import find_targets
+from quailora.adapters.targets import find_targets
 from quailora.errors import AdapterError
 from tests.helpers import tiny
 from tests.integration.test_pipeline import DATA, build, four_bits, load_base, lora

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import quailora
-import quailora.adapters.lora
 import quailora.pipeline.build
 import quailora.pipeline.initialize
 import quailora.pipeline.loop
 from quailora import ops
-from quailora.adapters.lora import find_targets
+from quailora.adapters.targets import find_targets
 from quailora.calibration.data import Calibration
 from quailora.errors import MismatchError, QuailoraError
 from quailora.memory import allocator as heap
@@ -75,6 +74,7 @@ def load_base(folder: Path, quantization: BitsAndBytesConfig, dtype: torch.dtype
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization, device_map="cpu")
 
 
+@torch.no_grad()
 def products(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
     """scaling * B A of every adapted linear, in fp64."""
     return {
@@ -506,7 +506,7 @@ def test_skeletons_are_made_while_the_heap_is_kept_from_gaps(
     monkeypatch.setattr(Meter, "setting_up", setting_up)
     if made_by == "build_adapter":
         spy(quailora.pipeline.build, "StreamedModel")
-        spy(quailora.adapters.lora, "targeted_skeleton")
+        spy(quailora.pipeline.build, "targeted_skeleton")
         build(folder, tmp_path / "adapter")
         assert seen == [True] * 2
     else:

@@ -22,6 +22,7 @@ from transformers import BitsAndBytesConfig
 
 import quailora
 from quailora import files
+from quailora.adapters import save_and_load
 from quailora.calibration import calls, hooks
 from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
@@ -221,6 +222,49 @@ def test_the_batch_size_stays_what_it_was_where_the_memory_is_another(model: Pat
     assert plan.call_args.args[-1] == chosen["batch_size"]
 
 
+@contextmanager
+def out_of_memory_in(block_number: int, sequences: int) -> Iterator[None]:
+    """Within it a block runs out of memory with more than this many sequences."""
+    run = calls.Call.run
+
+    def planted(self: calls.Call, block: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if block.self_attn.layer_idx == block_number and len(hidden) > sequences:
+            raise torch.OutOfMemoryError("planted")
+        return run(self, block, hidden)
+
+    with mock.patch.object(calls.Call, "run", planted):
+        yield
+
+
+@pytest.mark.parametrize("halved_in", [0, 1])
+def test_a_resumed_run_halves_its_batches_where_the_first_ran_out_of_memory(
+    halved_in: int, model: Path, tmp_path: Path
+) -> None:
+    """It has more memory now, and would not have to."""
+    with out_of_memory_in(halved_in, sequences=3):
+        whole = build(model, tmp_path / "whole", batch_size=None)
+        with stopping_after(2, Stop()), pytest.raises(Stop):
+            build(model, tmp_path / "out", batch_size=None)
+    with stopping_after(1, Stop()), pytest.raises(Stop):
+        build(model, tmp_path / "out", batch_size=None)
+    resumed = build(model, tmp_path / "out", batch_size=None)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert set(whole.notes) < set(resumed.notes)  # that it ran out of memory is said by both
+
+
+def test_a_block_that_ran_out_of_memory_and_was_not_finished_gets_the_planned_size_again(
+    model: Path, tmp_path: Path
+) -> None:
+    build(model, tmp_path / "whole", batch_size=None)
+    with out_of_memory_in(2, sequences=3), stopping_after(2, Stop()), pytest.raises(Stop):
+        build(model, tmp_path / "out", batch_size=None)
+    with stopping_after(1, Stop()), pytest.raises(Stop):
+        build(model, tmp_path / "out", batch_size=None)
+    resumed = build(model, tmp_path / "out", batch_size=None)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert not [note for note in resumed.notes if "out of memory" in note]
+
+
 # ---- other settings
 
 
@@ -318,7 +362,7 @@ def test_a_block_that_cannot_be_written_loses_nothing(
 
 def test_an_adapter_that_cannot_be_written_loses_nothing(model: Path, undisturbed: bytes, tmp_path: Path) -> None:
     with (
-        mock.patch.object(pipeline.adapters, "write_tensors", side_effect=FULL),
+        mock.patch.object(save_and_load, "write_tensors", side_effect=FULL),
         pytest.raises(QuailoraError, match=r"full: .*the factors of 4 blocks are kept"),
     ):
         build(model, tmp_path / "out")

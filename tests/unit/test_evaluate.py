@@ -247,7 +247,7 @@ def test_compare_without_an_adapter(checkpoint: Path, data: Calibration) -> None
     result = compare(checkpoint, None, data, quantization=NF4, device="cpu")
     assert result.adapted is None and result.gap_closed is None
     assert result.quantized.kl > 0
-    with pytest.raises(AdapterError, match="pass `quantization`"):
+    with pytest.raises(AdapterError, match=r"give quantization \(--quant\)"):
         compare(checkpoint, None, data)
     with pytest.raises(CalibrationError, match=r"batch_size \(--batch-size\) must be at least 1"):
         compare(checkpoint, None, data, quantization=NF4, batch_size=0)

@@ -14,7 +14,6 @@ from tests.helpers import ROOT
 ORDER = [
     ("cli",),
     ("evaluate", "doctor"),
-    ("adapters.serving",),
     ("pipeline",),
     ("adapters",),
     ("reporting",),
@@ -108,4 +107,3 @@ def test_an_import_the_wrong_way_is_found() -> None:
     assert not may_import("solvers.solve", "pipeline.loop")
     assert not may_import("solvers.solve", "quantization.registry")
     assert not may_import("modeling.checkpoint", "cli.app")
-    assert not may_import("pipeline.build", "adapters.serving")

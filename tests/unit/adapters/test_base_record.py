@@ -1,4 +1,4 @@
-"""Before training: is a loaded model the base that a start was made for?"""
+"""Which base an adapter belongs on, and whether a checkpoint, a quantization or a loaded model is that base."""
 
 import json
 import shutil
@@ -6,18 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 import quailora
-import quailora.evaluate
+from quailora.adapters.base_record import base_of
 from quailora.calibration.data import Calibration
-from quailora.errors import AdapterError, CheckpointError, MismatchError
+from quailora.errors import AdapterError, CheckpointError, MismatchError, QuailoraError
+from quailora.evaluate import compare
 from quailora.quantization.registry import is_quantized
+from quailora.reporting.record import RECORD
 from tests.helpers import tiny
+from tests.helpers.adapters import dense, train_a_little
 from tests.integration import test_pipeline as pipeline
-from tests.unit.adapters.test_serving import dense, train_a_little
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_a_digest_decides_only_where_codes_do_not_follow_from_the_weights(
     def use() -> None:
         quailora.check_base(load(folder, pipeline.four_bits()), tmp_path / "adapter")
         quailora.merge(folder, tmp_path / "adapter", tmp_path / f"merged-{record['base']['rounding']}")
-        quailora.evaluate.compare(folder, tmp_path / "adapter", held_out, device="cpu")
+        compare(folder, tmp_path / "adapter", held_out, device="cpu")
 
     (tmp_path / "adapter" / "quailora.json").write_text(json.dumps(record))
     use()
@@ -160,4 +162,60 @@ def test_a_digest_decides_only_where_codes_do_not_follow_from_the_weights(
     with pytest.raises(MismatchError, match=said):
         quailora.merge(folder, tmp_path / "adapter", tmp_path / "merged")
     with pytest.raises(MismatchError, match=said):
-        quailora.evaluate.compare(folder, tmp_path / "adapter", held_out, device="cpu")
+        compare(folder, tmp_path / "adapter", held_out, device="cpu")
+
+
+def test_another_base_is_refused_by_eval_merge_and_initialize(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    other = tiny.checkpoint(tmp_path / "other", seed=1)
+    pipeline.build(folder, tmp_path / "adapter")
+    fp4 = pipeline.QUANTIZATIONS["fp4"]
+
+    with pytest.raises(MismatchError, match="fingerprint"):
+        quailora.merge(other, tmp_path / "adapter", tmp_path / "dense")
+    with pytest.raises(MismatchError, match=r"NF4.*FP4"):
+        quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense", quantization=fp4)
+    with pytest.raises(MismatchError, match="fingerprint"):
+        compare(other, tmp_path / "adapter", pipeline.DATA)
+    with pytest.raises(MismatchError, match=r"NF4.*FP4"):
+        compare(folder, tmp_path / "adapter", pipeline.DATA, quantization=fp4)
+    model = get_peft_model(pipeline.load_base(folder, pipeline.four_bits()), pipeline.lora())
+    with pytest.raises(MismatchError, match="is not the quantized weight of"):
+        quailora.initialize(model, pipeline.DATA, checkpoint=other, progress=False)
+    assert not (tmp_path / "dense").exists()
+
+
+def test_a_trainers_checkpoint_below_the_adapter_is_known_by_the_folder_above(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "adapter")
+    train_a_little(tmp_path / "adapter", tmp_path / "adapter" / "checkpoint-10")
+    quailora.merge(folder, tmp_path / "adapter" / "checkpoint-10", tmp_path / "dense")
+
+
+def test_an_adapter_of_unknown_base_is_refused_unless_its_base_is_named(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "adapter")
+    train_a_little(tmp_path / "adapter", tmp_path / "trained")
+    with pytest.raises(AdapterError, match=RECORD):
+        quailora.merge(folder, tmp_path / "trained", tmp_path / "dense")
+    quailora.merge(folder, tmp_path / "trained", tmp_path / "dense", quantization=pipeline.four_bits())
+
+
+def test_a_damaged_record_is_an_error_not_an_absent_one(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    pipeline.build(folder, tmp_path / "adapter")
+    (tmp_path / "adapter" / RECORD).write_text(json.dumps({"base": {}}))
+    with pytest.raises(QuailoraError, match=RECORD):
+        quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense")
+
+
+def test_the_start_that_is_named_counts_more_than_the_folder_above(tmp_path: Path) -> None:
+    folder, fp4 = tiny.checkpoint(tmp_path / "model"), pipeline.QUANTIZATIONS["fp4"]
+    pipeline.build(folder, tmp_path / "above")
+    pipeline.build(folder, tmp_path / "start", quantization=fp4)
+    trained = tmp_path / "above" / "trained"
+    train_a_little(tmp_path / "start", trained)
+    assert base_of(trained) != base_of(trained, tmp_path / "start") == base_of(tmp_path / "start")
+    for missing, words in ((tmp_path / "strat", "does not exist"), (folder, f"has no {RECORD}")):
+        with pytest.raises(AdapterError, match=words):
+            quailora.merge(folder, trained, tmp_path / "dense", initial=missing, quantization=fp4)

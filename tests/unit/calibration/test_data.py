@@ -306,7 +306,7 @@ def test_mostly_unusable_records_are_refused_with_the_first_reason(tokenizer: Pr
 def test_column_overrides_the_fields(tokenizer: PreTrainedTokenizerFast, value: Any) -> None:
     chosen = load_calibration([{"text": "no", "body": value}], tokenizer, column="body")
     assert lists(chosen) == lists(load_calibration([value], tokenizer))
-    with pytest.raises(CalibrationError, match=r"no column 'boody'; found 'text', 'body'"):
+    with pytest.raises(CalibrationError, match=r"no column \(--column\) 'boody'; found 'text', 'body'"):
         load_calibration([{"text": "no", "body": value}], tokenizer, column="boody")
 
 
@@ -415,7 +415,7 @@ def test_dataset_objects(tokenizer: PreTrainedTokenizerFast) -> None:
     assert lists(load_calibration(data.to_iterable_dataset(), tokenizer, samples=2)) == lists(
         load_calibration(LINES[:2], tokenizer)
     )
-    with pytest.raises(CalibrationError, match=r"no split 'train'.*'test'"):
+    with pytest.raises(CalibrationError, match=r"no split \(--split\) 'train'.*'test'"):
         load_calibration({"test": data}, tokenizer)
 
 

@@ -358,7 +358,7 @@ def one_line(run: Ran, *arguments: str | Path) -> str:
 def test_what_a_user_can_mend_is_one_line(run: Ran, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     init = ("init", checkpoint, "--data", corpus, "--output", tmp_path / "out")
     assert "'/no/such'" in one_line(run, "init", "/no/such", "--data", corpus, "--output", tmp_path / "out")
-    assert "unknown solver 'krilov'" in one_line(run, *init, "--solver", "krilov")
+    assert "unknown solver (--solver) 'krilov'" in one_line(run, *init, "--solver", "krilov")
     assert "nearest: q_proj" in one_line(run, *init, "--rank", "4", "--target-modules", "q_prj")
     assert "regular expression" in one_line(run, *init, "--rank", "4", "--target-modules", "*proj")
     assert "lower r" in one_line(run, *init, "--rank", "1000")

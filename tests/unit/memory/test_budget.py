@@ -56,7 +56,7 @@ def test_config() -> None:
     config = MemoryConfig("1GiB", "2 GB", 3)
     assert (config.device_bytes, config.host_bytes, config.batch_size) == (GIB, 2 * GB, 3)
     for name, wrong in (("memory_budget", "much"), ("host_memory_budget", 0)):
-        with pytest.raises(QuailoraError, match="amount of memory"):
+        with pytest.raises(QuailoraError, match=rf"^{name} \(--{name.replace('_', '-')}\) '{wrong}' is not an amount"):
             MemoryConfig(**{name: wrong})  # type: ignore[arg-type]
     with pytest.raises(QuailoraError, match=r"--batch-size\) must be at least 1, got 0"):
         MemoryConfig(batch_size=0)

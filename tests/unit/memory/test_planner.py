@@ -222,7 +222,7 @@ def test_the_fastest_that_fits(device: torch.device, small: StreamedModel) -> No
 def test_the_smallest_budget(device: torch.device, batch_size: int | None, small: StreamedModel) -> None:
     with pytest.raises(BudgetError, match="H of down_proj 64 MiB") as refused:
         planned(small, 8 * MIB, device=device, batch_size=batch_size, **SMALL)
-    assert ("batch_size 5" in str(refused.value)) == (batch_size == 5)
+    assert ("(--batch-size) 5" in str(refused.value)) == (batch_size == 5)
     match = re.search(r"smallest that would do is (\d+ MiB), which the (\w+) phase of (\S+) needs", str(refused.value))
     assert match and match[2] in ("forward", "solve") and match[3].startswith("model.layers.")
     plan = planned(small, least := parse_bytes(match[1]), device=device, batch_size=batch_size, **SMALL)
@@ -264,7 +264,7 @@ def test_what_counts(small: StreamedModel) -> None:
     # In page-locked memory each batch takes a power of two: 5 x 512 x 2 KiB is 5 MiB, and takes 8.
     odd = planned(small, GIB, device=CUDA, batch_size=5, **SMALL)
     assert size_of(odd, "hidden states", "host") == math.ceil(64 / 5) * 8 * MIB
-    with pytest.raises(QuailoraError, match="give a memory budget"):
+    with pytest.raises(QuailoraError, match="give a memory_budget"):
         planned(small, None, device=CUDA, **SMALL)
 
 

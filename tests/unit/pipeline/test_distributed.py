@@ -19,11 +19,13 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 import quailora
+from quailora.calibration.calls import Call
 from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
 from quailora.errors import QuailoraError
 from quailora.pipeline import distributed, loop
 from quailora.pipeline.distributed import Processes, _united
+from quailora.pipeline.resume import Workspace
 from quailora.reporting.report import Report
 from tests.helpers import tiny
 from tests.helpers.children import Child
@@ -35,7 +37,9 @@ def together(rank: int, size: int, place: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size)
 
 
-def build(model: Path, output: Path, data: Calibration = DATA, distributed: bool = False) -> Report:
+def build(
+    model: Path, output: Path, data: Calibration = DATA, distributed: bool = False, batch_size: int | None = 2
+) -> Report:
     return quailora.build_adapter(
         model,
         LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
@@ -43,7 +47,7 @@ def build(model: Path, output: Path, data: Calibration = DATA, distributed: bool
         output,
         quantization=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
         solver="eigh",  # in fp64: fp32 moves a product by 1e-3 where H moves by 3e-7
-        batch_size=2,
+        batch_size=batch_size,
         distributed=distributed,
         progress=False,
     )
@@ -123,6 +127,45 @@ def test_a_process_that_goes_ends_the_others_at_once(how: str, model: Path, tmp_
     assert time.monotonic() - start < 20  # a hang would be hours; a start of a process is seconds
     assert not (tmp_path / "out").exists()
     Child(alone_again, model, tmp_path / "out").result()
+
+
+def short_of_memory(rank: int, place: Path, model: Path, output: Path, out_of_memory: bool, stop_at: int) -> None:
+    """The second process may run out of memory in its second block; the first stops at a block, if there is such."""
+    together(rank, 2, place)
+    run, save = Call.run, Workspace.save_block
+
+    def planted(self: Call, block: Any, hidden: Tensor) -> Tensor:
+        if rank == 1 and out_of_memory and block.self_attn.layer_idx == 1 and len(hidden) > 2:
+            raise torch.OutOfMemoryError("planted")
+        return run(self, block, hidden)
+
+    def save_block(self: Workspace, index: int, *args: Any) -> None:
+        if index == stop_at:
+            raise QuailoraError("stopped")
+        save(self, index, *args)
+
+    Call.run, Workspace.save_block = planted, save_block  # type: ignore[method-assign]
+    build(model, output, distributed=True, batch_size=None)
+
+
+def test_a_resumed_run_halves_the_batches_of_the_process_that_ran_out_of_memory(model: Path, tmp_path: Path) -> None:
+    never, runs = 99, itertools.count()
+
+    def run(output: str, out_of_memory: bool, stop_at: int) -> list[Child]:
+        place = tmp_path / f"group{next(runs)}"
+        return [
+            Child(short_of_memory, rank, place, model, tmp_path / output, out_of_memory, stop_at) for rank in range(2)
+        ]
+
+    for child in run("whole", True, never):
+        child.result()
+    for child, words in zip(run("out", True, 2), ("stopped", "another process"), strict=True):
+        with pytest.raises(QuailoraError, match=words):
+            child.result()
+    for child in run("out", False, never):
+        child.result()
+    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
 def alone_again(model: Path, output: Path) -> None:

@@ -1,0 +1,204 @@
+"""After training: a dense checkpoint to serve, with the adapter merged into the dequantized base."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quailora.adapters.base_record import as_recorded, base_of, for_full_precision, loading
+from quailora.adapters.new_tokens import resize_to
+from quailora.adapters.save_and_load import put, unfilled
+from quailora.adapters.saved_adapter import SavedAdapter
+from quailora.adapters.skeleton import adapted_skeleton, quantized_skeleton
+from quailora.calibration.tokenizer import load_tokenizer
+from quailora.errors import AdapterError
+from quailora.files import check_new_folder, new_folder
+from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint
+from quailora.modeling.devices import default_device, without_torch_modes
+from quailora.modeling.streamed_model import StreamedModel
+from quailora.quantization.registry import base_for, from_config, is_quantized
+from quailora.quantization.verify import NEAREST, verify
+
+
+@without_torch_modes()
+def merge(
+    checkpoint: str | Path | Checkpoint,
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    initial: str | Path | None = None,
+    quantization: QuantizationConfigMixin | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Write the dense checkpoint W' = Q + scaling B A: what the quantized base with its adapter computes, as ordinary
+    weights.
+
+    Every linear that the base holds quantized becomes its Q, adapted or not; all else is copied. The tokenizer is that
+    beside the adapter, where training has saved one, or else the checkpoint's. Embeddings that were resized for new
+    tokens are the adapter's, and `vocab_size` follows them. Shard by shard; the model is never in memory as a whole.
+
+    Args:
+        checkpoint: the full-precision checkpoint of the base.
+        adapter: the folder of a trained, or just initialized, adapter.
+        output_dir: new or empty.
+        initial: the adapter that training started from, where `adapter` has no record of its base; without it, the
+            folder above `adapter` is looked into.
+        quantization: how the base is quantized, such as a BitsAndBytesConfig, if there is no record; if there is one,
+            it must agree.
+        dtype: of the weights written; None is the checkpoint's. Rounding Q + scaling B A to bf16 costs about 2⁻⁹ of
+            each weight.
+
+    Raises:
+        MismatchError, AdapterError, CheckpointError: as `base_record.loading`; or weights that cannot be merged.
+    """
+    output, folder = Path(output_dir), Path(adapter)
+    check_new_folder(output)
+    source, place = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint), default_device(device)
+    made_for = base_of(folder, Path(initial) if initial else None)
+    if made_for and for_full_precision(made_for):
+        raise AdapterError(
+            f"{folder} was converted for the full-precision weights: there is no Q to merge it with. PEFT's "
+            "merge_and_unload is right for it, on the full-precision model"
+        )
+    source = as_recorded(source, made_for)
+    config, load_dtype = loading(made_for, source, quantization, folder)
+    form, dtype = from_config(config), dtype or source.dtype
+    base = quantized_skeleton(source, config, load_dtype)
+    trained = SavedAdapter(folder)
+    if tokens := next((key for key in trained.tensors if ".token_adapter." in key), None):
+        raise AdapterError(f"{folder} has {tokens} (trainable_token_indices): rows of embeddings cannot be merged")
+    rows = resize_to(base, folder)
+    model = adapted_skeleton(base, trained.config, source)
+    put(model, trained.tensors)
+    if lacking := unfilled(model):
+        raise AdapterError(f"{folder / WEIGHTS} lacks {lacking[0]}, which its configuration names: save it anew")
+    stream = StreamedModel(source, place, load_dtype)
+    merged = model.get_base_model()
+    names: dict[str, list[str]] = {}
+    for name in dict(stream.model.named_parameters()):
+        if key := stream.source(name):
+            names.setdefault(key, []).append(name)
+    parameters = {key: tied[0] for key, tied in names.items()}
+    _check_mergeable(merged, {tied[0] for tied in names.values() if len(tied) == 1})
+
+    known = made_for or {}
+
+    def dequantized(name: str, weight: Tensor) -> Tensor:
+        quantized, recorded = form.quantize(weight), known.get("digests", {}).get(name)
+        rounding = known.get("rounding", NEAREST)
+        verify(name, quantized, form, lambda: weight, source.name, recorded=recorded, rounding=rounding)
+        return quantized.dequantize().float()
+
+    shards: dict[Path, list[str]] = {}
+    for key, entry in source.tensors.items():
+        shards.setdefault(entry.file, []).append(key)
+    with new_folder(output) as partial:
+        for shard, keys in shards.items():
+            tensors = {}
+            for key in keys:
+                tensor = source.tensor(key)
+                if key in parameters:
+                    tensor = _merged(merged, parameters[key], tensor, dequantized, load_dtype, place)
+                tensors[key] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+            save_file(tensors, partial / (shard.name if len(shards) > 1 else SINGLE), metadata={"format": "pt"})
+        if len(shards) > 1:
+            total = sum(file.stat().st_size for file in partial.iterdir())
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {key: e.file.name for key, e in source.tensors.items()},
+            }
+            (partial / INDEX).write_text(json.dumps(index, indent=2))
+        config_written, generation = copy.deepcopy(source.config), _generation_config(source)
+        config_written.dtype = dtype
+        if rows is not None:
+            config_written.get_text_config(decoder=True).vocab_size = rows
+            if hasattr(config_written, "vocab_size"):  # of some models with a text configuration, too
+                config_written.vocab_size = rows
+        if (tokenizer := load_tokenizer(source, folder)) is not None:
+            tokenizer.save_pretrained(partial)
+            if tokenizer.name_or_path == str(folder):
+                _end_with(tokenizer, config_written, generation)
+        config_written.save_pretrained(partial)
+        if generation is not None:
+            generation.save_pretrained(partial)
+
+
+def _merged(
+    model: nn.Module,
+    name: str,
+    tensor: Tensor,
+    dequantized: Callable[[str, Tensor], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The weight that the quantized base with its adapter multiplies with, for one parameter of the plain model,
+    oriented as stored. `dequantized` gives Q for a linear's name and W."""
+    parent, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(parent)
+    if hasattr(module, "modules_to_save"):
+        saved: Tensor = getattr(module.modules_to_save["default"], leaf)
+        return saved
+    layer = module if isinstance(module, LoraLayer) else None
+    base = module if layer is None else module.get_base_layer()
+    own: Tensor = getattr(base, leaf)
+    if own.device.type != "meta":
+        return own  # The adapter brings this parameter itself: a bias that was trained.
+    if leaf != "weight":
+        return tensor
+    quantized = is_quantized(base)
+    transposed = quantized and base_for(base).transposed(base)
+    if quantized:
+        weight = tensor.to(device, dtype)
+        weight = dequantized(parent, weight.T.contiguous() if transposed else weight)
+    elif layer is not None:
+        weight = tensor.to(device, torch.float32)
+    else:
+        return tensor
+    if layer is not None:
+        weight = weight + module.get_delta_weight("default").to(device, torch.float32)
+    return weight.T if transposed else weight
+
+
+def _check_mergeable(model: nn.Module, stored: set[str]) -> None:
+    for name, module in model.named_modules():
+        adapted = isinstance(module, LoraLayer) or hasattr(module, "modules_to_save")
+        if adapted and f"{name}.weight" not in stored:
+            raise AdapterError(
+                f"{name} is adapted, and the checkpoint does not store its weight as one tensor of its own (it is "
+                "tied or fused): it cannot be merged into this checkpoint"
+            )
+        if isinstance(module, LoraLayer) and any(module.lora_variant.values()):
+            raise AdapterError(f"{name} uses a variant of LoRA whose product is not B A: it cannot be merged")
+
+
+def _end_with(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, generation: GenerationConfig | None
+) -> None:
+    """Training may have given the tokenizer another end of a sequence than the checkpoint's: a server stops at that
+    too."""
+    end, both = tokenizer.eos_token_id, [config] if generation is None else [config, generation]
+    each: Any
+    for each in both:
+        found = getattr(each, "eos_token_id", None)
+        known = found if isinstance(found, list) else [found]
+        if end is not None and end not in known:
+            each.eos_token_id = [end, *(token for token in known if token is not None)]
+
+
+def _generation_config(source: Checkpoint) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(source.name, revision=source.revision or "main")
+    except OSError:
+        return None
