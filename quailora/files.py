@@ -20,8 +20,15 @@ from torch import Tensor
 
 from quailora.errors import AdapterError, QuailoraError
 
-# The dtypes that an adapter can have, as safetensors names them.
-_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# What safetensors calls dtypes: those of adapters, and of quantized weights.
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
 
 
 @contextmanager

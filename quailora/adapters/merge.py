@@ -120,7 +120,7 @@ def merge(
                 "weight_map": {key: e.file.name for key, e in source.tensors.items()},
             }
             (partial / INDEX).write_text(json.dumps(index, indent=2))
-        config_written, generation = copy.deepcopy(source.config), _generation_config(source)
+        config_written, generation = copy.deepcopy(source.config), generation_config(source)
         config_written.dtype = dtype
         if rows is not None:
             config_written.get_text_config(decoder=True).vocab_size = rows
@@ -197,7 +197,7 @@ def _end_with(
             each.eos_token_id = [end, *(token for token in known if token is not None)]
 
 
-def _generation_config(source: Checkpoint) -> GenerationConfig | None:
+def generation_config(source: Checkpoint) -> GenerationConfig | None:
     try:
         return GenerationConfig.from_pretrained(source.name, revision=source.revision or "main")
     except OSError:

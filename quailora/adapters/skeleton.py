@@ -19,10 +19,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quailora.adapters.targets import is_router
 from quailora.errors import AdapterError
+from quailora.modeling.blocks import find_blocks
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import skeleton
 from quailora.modeling.transformers_internals import quantize_skeleton
-from quailora.quantization.registry import is_quantized
+from quailora.quantization.protocol import QuantizedBase
+from quailora.quantization.registry import from_config, is_quantized
 
 
 def quantized_skeleton(checkpoint: Checkpoint, config: QuantizationConfigMixin, dtype: torch.dtype) -> PreTrainedModel:
@@ -33,13 +35,35 @@ def quantized_skeleton(checkpoint: Checkpoint, config: QuantizationConfigMixin, 
     """
     model = skeleton(checkpoint, dtype)
     linears = {type(m).__name__ for m in model.get_decoder().modules() if isinstance(m, nn.Linear | Conv1D)}
-    quantize_skeleton(model, config, dtype)
+    base = from_config(config)
+    if base.planned is None:
+        quantize_skeleton(model, config, dtype)
+    else:
+        _plan_linears(model, base)
     if not any(is_quantized(module) for module in model.modules()):
         raise AdapterError(
             f"transformers quantizes no linear of {type(model).__name__} (they are {', '.join(sorted(linears))}), "
             "so loading it with this quantization gives the full-precision model and there is nothing to initialize"
         )
     return model
+
+
+def _plan_linears(model: PreTrainedModel, base: QuantizedBase) -> None:
+    """Put `base.planned` where a base that transformers cannot quantize will have quantized linears: those of the
+    blocks."""
+    kind: Any = base.planned
+    for block in find_blocks(model, model.get_decoder()):
+        for name, linear in block.linears().items():
+            if type(linear) is not nn.Linear:
+                continue
+            try:
+                if base.obstacle(linear.out_features, linear.in_features) is not None:
+                    continue
+            except AdapterError as error:
+                raise AdapterError(f"{name}: {error}") from error
+            bias = linear.bias is not None
+            planned = kind(linear.in_features, linear.out_features, bias, device="meta", dtype=linear.weight.dtype)
+            model.set_submodule(name, planned)
 
 
 def adapted_skeleton(base: PreTrainedModel, config: LoraConfig, checkpoint: Checkpoint) -> PeftModel:

@@ -175,7 +175,7 @@ class Checkpoint:
         self.config = self._read_config()
         self.auto_class = check_auto_class(auto_class or default_auto_class(self.config))
         try:
-            self.tensors = {name: entry for file in self._files() for name, entry in _read_header(file)}
+            self.tensors = {name: entry for file in self._files() for name, entry in read_header(file)}
         except CheckpointError:
             if self._downloads or self._folder is not None:
                 raise
@@ -306,7 +306,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or repr(error)
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
+def read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
     """The header of a safetensors file: 8 bytes of length (little-endian), JSON, then the data."""
     try:
         with safe_open(file, framework="pt"):

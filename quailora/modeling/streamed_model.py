@@ -133,6 +133,10 @@ class StreamedModel:
         keys = self._sources.get(parameter, [])
         return keys[0] if len(keys) == 1 and parameter not in self._converted else None
 
+    def keys(self, *names: str) -> list[str]:
+        """The checkpoint's names for what `resident(*names)` brings."""
+        return self._keys(self._matching(names))
+
     def _matching(self, names: tuple[str, ...]) -> list[str]:
         return [name for name in self._state() if name.startswith(names)]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quailora.adapters.save_and_load import check_can_be_saved, rest, save, take
 from quailora.adapters.skeleton import targeted_skeleton
@@ -20,12 +21,18 @@ from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
+from quailora.pipeline.base_output import BaseOutput, partly, quantized_linears
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
+from quailora.pipeline.quantize import CalibratedQ, GivenQ
 from quailora.pipeline.resume import Workspace
 from quailora.pipeline.setup import Run, enumerate_reasons
+from quailora.quantization.config import DEFAULT_ALTERNATIONS as ALTERNATIONS
+from quailora.quantization.config import DEFAULT_DAMPING as ROUNDING_DAMPING
+from quailora.quantization.config import RoundingConfig
 from quailora.quantization.registry import Format, config_for, from_config
-from quailora.reporting.model_card import model_card
+from quailora.quantization.verify import CALIBRATED, NEAREST
+from quailora.reporting.model_card import base_card, model_card
 from quailora.reporting.record import make_record
 from quailora.reporting.report import Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
@@ -40,7 +47,11 @@ def build_adapter(
     calibration: Any,
     output_dir: str | Path,
     *,
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: QuantizationConfigMixin | None = None,
+    base_output: str | Path | None = None,
+    rounding: str | None = None,
+    rounding_damping: float = ROUNDING_DAMPING,
+    alternations: int = ALTERNATIONS,
     tokenizer: PreTrainedTokenizerBase | None = None,
     solver: str = "krylov",
     iterations: int | None = None,
@@ -69,8 +80,13 @@ def build_adapter(
             `quailora.calibration.data.load_calibration`.
         output_dir: the adapter's folder, new or empty: adapter, `report.json`, `report.md`, `quailora.json` and a model
             card.
-        quantization: how the base will be loaded; None is NF4 with double quantization, computing in the checkpoint's
-            dtype.
+        quantization: how the base will be loaded, a BitsAndBytesConfig, or how it is made, a GPTQConfig, which takes a
+            `base_output`; None is NF4 with double quantization, computing in the checkpoint's dtype.
+        base_output: where to write the quantized base, a new or empty folder: an ordinary checkpoint, which the adapter
+            then names as its base. None: the base follows from the checkpoint and `quantization`, by nearest rounding.
+        rounding: how the codes of a base that is written are chosen: "calibrated", for the layer's outputs, with the
+            factors in turn, or "nearest". None is "calibrated" with a `base_output`.
+        rounding_damping, alternations: of calibrated rounding; see `quailora.quantization.config.RoundingConfig`.
         tokenizer: None takes the checkpoint's own.
         solver, iterations, damping: see `quailora.solve`.
         samples, sequence_length, seed: how much calibration data is taken, and the seed of the draw.
@@ -100,6 +116,14 @@ def build_adapter(
     """
     output = Path(output_dir)
     check_new_folder(output)
+    rounds = RoundingConfig(
+        rounding or (NEAREST if base_output is None else CALIBRATED), rounding_damping, alternations
+    )
+    if base_output is None and rounds.rounding == CALIBRATED:
+        raise AdapterError(
+            "calibrated codes do not follow from the weights, so that their base has to be written: give base_output "
+            "(--base-output)"
+        )
     processes, solver_config = Processes(distributed), SolverConfig(solver, iterations, damping, seed)
     data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
     meter = Meter(default_device(device), MemoryConfig(memory_budget, host_memory_budget, batch_size))
@@ -110,7 +134,11 @@ def build_adapter(
     )
     check_config(config)
     quantization = quantization or config_for(Format.nf4, dtype)
-    form = from_config(quantization)
+    form = from_config(quantization).loaded_in(dtype)
+    if form.planned is not None and base_output is None:
+        raise AdapterError(f"a base in {form.describe()} has to be written: give base_output (--base-output)")
+    if base_output is not None:
+        form.checkpoint_config("")  # or an error, before anything is read
 
     with meter.setting_up():
         model, capped = targeted_skeleton(source, quantization, dtype, config)
@@ -120,20 +148,35 @@ def build_adapter(
         raise AdapterError(f"no quantized linear is targeted: {enumerate_reasons(left)}")
     check_can_be_saved(model, stream)
     data = read_calibration(source, calibration, data_config, tokenizer=tokenizer)
-    run = Run(stream, targets, left, data, form, solver_config, meter, processes)
-    record = make_record(source, dtype, form, solver_config, data, config)
-    workspace = None
+    quantized = quantized_linears(model, stream)
+    form = form.of_modules(partly(quantized, stream))
+    unadapted = None if base_output is None else sorted(set(quantized) - {target.name for target in targets})
+    run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted)
+    record = make_record(source, dtype, form, solver_config, data, config, rounds, base_output)
+    workspace = base = None
     if processes.is_main:
+        if base_output is not None:
+            base = BaseOutput(Path(base_output), stream, form, quantized)
         workspace = Workspace(output, _identity(run, record, batch_size), resume=resume)
+        if base is not None and not workspace.finished:
+            base.discard()
+    by_calibration = CalibratedQ(form, rounds, solver_config, run.stages)
+    by_weights = GivenQ(lambda name, weight: form.quantize(weight), solver_config, run.stages)
 
     def finish(index: int, solved: list[Solved], shrunk: list[dict[int, int]]) -> None:
         assert workspace is not None, "only the main process has results"
+        adapted = []
         for each in solved:
-            each.target.assign(each.factors, seed)
-        tensors = take(model, [each.target for each in solved])
+            if each.target is not None and each.factors is not None:
+                each.target.assign(each.factors, seed)
+                adapted.append(each.target)
+        tensors = take(model, adapted)
         if any(shrunk) or "shrunk" in workspace.chosen:
             workspace.choose(shrunk=[list(of_rank.items()) for of_rank in shrunk])
-        workspace.save_block(index, tensors, [each.row for each in solved])
+        if base is not None:
+            base.write_block(index, {each.name: each.quantized for each in solved if each.quantized is not None})
+        rows = [each.row for each in solved if each.row is not None]
+        workspace.save_block(index, tensors, rows, {each.name: each.digest for each in solved if each.row is None})
 
     try:
         finished, chosen = processes.broadcast((workspace.finished, workspace.chosen) if workspace else ([], {}))
@@ -142,7 +185,7 @@ def build_adapter(
             workspace.choose(batch_size=plan.batch_size)
         run.solve(
             plan,
-            lambda target, weight: form.quantize(weight),
+            by_calibration if rounds.rounding == CALIBRATED else by_weights,
             finish,
             folder=output.resolve().parent,
             finished=finished,
@@ -152,12 +195,20 @@ def build_adapter(
         )
         report = None
         if workspace:
-            report = run.report(plan, workspace.layers, record, *_capped(capped), *_resumed(finished))
+            report = run.report(
+                plan, workspace.layers, record, *_capped(capped), *_resumed(finished), digests=workspace.digests
+            )
+            if base is not None:
+                with run.stages("write"):
+                    base.finish(base_card(report.record))
             with workspace.finish() as folder, run.stages("write"):
                 made = workspace.tensors()
+                if base is not None:
+                    adapter_config: Any = model.peft_config["default"]
+                    adapter_config.base_model_name_or_path, adapter_config.revision = str(base.folder), None
                 save(model, folder, made | rest(model, stream, seed, made))
                 report.save(folder)
-                write_files(folder, {"README.md": model_card(record, report)})
+                write_files(folder, {"README.md": model_card(report.record, report)})
     except KeyboardInterrupt as interruption:
         raise KeyboardInterrupt(f"interrupted{_kept(workspace)}") from interruption
     except QuailoraError as error:
@@ -179,6 +230,7 @@ def _identity(run: Run, record: dict[str, Any], batch_size: int | None) -> dict[
         "calibration": {k: v for k, v in record["calibration"].items() if k not in ("source", "seed")},
         "solver": record["solver"],
         "targets": {target.name: [target.rank, target.scaling] for target in run.targets},
+        "rounding": {name: record["base"].get(name) for name in ("rounding", "rounding_settings", "path")},
         "batch_size": batch_size,
         "device": run.meter.device.type,
         "processes": run.processes.size,

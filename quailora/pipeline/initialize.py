@@ -24,6 +24,7 @@ from quailora.modeling.model_class import auto_class_of
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
+from quailora.pipeline.quantize import GivenQ
 from quailora.pipeline.setup import Run, enumerate_reasons
 from quailora.quantization.protocol import QuantizedWeight
 from quailora.quantization.registry import from_module, read
@@ -110,7 +111,10 @@ def initialize(
     rounding = known.get("rounding", NEAREST)
     run = Run(stream, targets, left, data, form, solver_config, meter, Processes())
 
-    def quantized_weight(target: Target, weight: Tensor) -> QuantizedWeight:
+    by_name = {target.name: target for target in targets}
+
+    def quantized_weight(name: str, weight: Tensor) -> QuantizedWeight:
+        target = by_name[name]
         quantized = read(target.base).to(weight.device)  # a base may be spread over several devices
         verify(
             target.name,
@@ -130,15 +134,16 @@ def initialize(
     with tempfile.TemporaryDirectory(prefix="quailora-") as folder:
         run.solve(
             plan,
-            quantized_weight,
+            GivenQ(quantized_weight, solver_config, run.stages),
             lambda index, solved, shrunk: found.extend(solved),
             folder=Path(folder),
             progress=progress,
         )
     record = make_record(source, dtype, form, solver_config, data, config, rounding)
-    report = run.report(plan, [each.row for each in found], record)
+    report = run.report(plan, [each.row for each in found if each.row is not None], record)
     for each in found:
-        each.target.assign(each.factors, seed)
+        assert each.factors is not None
+        by_name[each.name].assign(each.factors, seed)
     return report
 
 

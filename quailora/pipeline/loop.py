@@ -9,9 +9,9 @@ for block in blocks:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -32,46 +32,37 @@ from quailora.modeling.blocks import Block, linear_weight
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.block import BlockRun
 from quailora.pipeline.distributed import Processes
-from quailora.quantization.protocol import QuantizedWeight
+from quailora.pipeline.quantize import Initialized, QuantizeAndSolve
+from quailora.pipeline.stages import Stages
+from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.quantization.verify import digest
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import LayerReport
-from quailora.solvers.config import SolverConfig
-from quailora.solvers.inputs import Linear
-from quailora.solvers.solve import LoraFactors, solve_group
+from quailora.solvers.solve import LoraFactors
 
 T = TypeVar("T")
 
 
-@dataclass
-class Stages:
-    """Seconds spent by stage. On CUDA, work that is queued in one stage may be waited for in another."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
-
-
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """A linear that has its factors: they are on the CPU."""
+    """A linear that has its Q, which is kept if a base is written, and its factors if an adapter is on it; on the
+    CPU."""
 
-    target: Target
-    factors: LoraFactors
-    row: LayerReport
+    name: str
+    digest: str
+    quantized: QuantizedWeight | None = None
+    target: Target | None = None
+    factors: LoraFactors | None = None
+    row: LayerReport | None = None
 
 
 @dataclass
 class Loop:
     """What the loop over the blocks works with.
 
-    quantized_weight: the Q of a target, given its full-precision weight (m, n).
+    initialize: finds Q and the factors of linears that share an input.
+    base: the base that will be written: every Q is kept, and linears that no token reached are rounded to nearest; None
+        keeps none.
     finish: called with the index of a block, what was solved of it, and the `shrunk` of every rank; on the main process
         only.
     folder: where hidden states go if the plan has them on disk.
@@ -84,8 +75,8 @@ class Loop:
 
     model: StreamedModel
     plan: Plan
-    solver: SolverConfig
-    quantized_weight: Callable[[Target, Tensor], QuantizedWeight]
+    initialize: QuantizeAndSolve
+    base: QuantizedBase | None
     finish: Callable[[int, list[Solved], list[dict[int, int]]], None]
     processes: Processes
     progress: Progress
@@ -101,11 +92,14 @@ class Loop:
         self._batches: list[Batch] = []
         self._calls: list[list[Call]] = []  # by batch and block
 
-    def run(self, targets: Collection[Target], batches: Sequence[Batch], finished: Collection[int]) -> None:
-        """Find the factors of every target. Blocks in `finished` are only propagated through."""
+    def run(self, targets: Mapping[str, Target | None], batches: Sequence[Batch], finished: Collection[int]) -> None:
+        """Find Q of every linear in `targets`, and the factors where it has a target. Blocks in `finished` are only
+        propagated through."""
         model = self.model
         block_of = {name: index for index, block in enumerate(model.blocks) for name in block.linears()}
-        waiting = {t.name: t for t in targets if t.name in block_of and block_of[t.name] not in finished}
+        waiting = {
+            name: target for name, target in targets.items() if name in block_of and block_of[name] not in finished
+        }
         last = max((block_of[name] for name in waiting), default=-1)
         # The caller's autocast must reach neither the full-precision forward pass nor H.
         with (
@@ -196,7 +190,7 @@ class Loop:
     def _largest_batch(self) -> int:
         return max((len(batch.input_ids) for batch in self._batches), default=0)
 
-    def _block(self, index: int, waiting: dict[str, Target], states: HiddenStates) -> None:
+    def _block(self, index: int, waiting: dict[str, Target | None], states: HiddenStates) -> None:
         size = self.shrunk.get(index, math.inf)
         while self._largest_batch() > size:
             self._halve(index, states)
@@ -217,69 +211,72 @@ class Loop:
                     grams = self.processes.all_reduce(grams, self.model.device)
             reached = {name: waiting.pop(name) for name in captured if name in grams}
             solved += self._solve(reached, linears, grams, overwrite=last_pass)
+        if self.base is not None and self.processes.is_main:
+            with self.stages("quantize"):
+                solved += [_unreached(name, linears[name], self.base) for name in linears if name in waiting]
         for each in solved:
-            self.progress.layer(each.row)
+            if each.row is not None:
+                self.progress.layer(each.row)
         shrunk = self.processes.gather(self.shrunk)
         if solved:
             with self.stages("write"):
                 self.finish(index, solved, shrunk)
 
     def _solve(
-        self, targets: dict[str, Target], linears: dict[str, nn.Module], grams: dict[str, Gram], overwrite: bool
+        self, targets: dict[str, Target | None], linears: dict[str, nn.Module], grams: dict[str, Gram], overwrite: bool
     ) -> list[Solved]:
         """What all ranks solved, on the main process; nothing elsewhere. Empties `grams`: each H is freed after use."""
         owners = self.processes.assign({name: linears[name].get_parameter("weight").numel() for name in targets})
-        mine: list[tuple[str, LoraFactors, LayerReport]] = []
+        mine: list[Solved] = []
         while grams:
             gram = next(iter(grams.values()))
             names = [name for name, its in grams.items() if its is gram]
-            own = [name for name in names if owners[name] == self.processes.rank]
+            own = {name: targets[name] for name in names if owners[name] == self.processes.rank}
             if own:
-                weights = [linear_weight(linears[name]) for name in own]
-                mine += self._solve_group([targets[name] for name in own], weights, gram, overwrite)
+                mine += self._solve_group(own, {name: linear_weight(linears[name]) for name in own}, gram, overwrite)
             for name in names:
                 del grams[name]
             del gram
             self.trim()
-        of_ranks = self.processes.gather(mine)
-        found = {name: Solved(targets[name], factors, row) for of_one in of_ranks for name, factors, row in of_one}
-        return [found[name] for name in targets if name in found]
+        found = {each.name: each for of_one in self.processes.gather(mine) for each in of_one}
+        return [replace(found[name], target=targets[name]) for name in targets if name in found]
 
     def _solve_group(
-        self, targets: Sequence[Target], weights: Sequence[Tensor], gram: Gram, overwrite: bool
-    ) -> list[tuple[str, LoraFactors, LayerReport]]:
-        """Linears that share an input."""
+        self, targets: Mapping[str, Target | None], weights: dict[str, Tensor], gram: Gram, overwrite: bool
+    ) -> list[Solved]:
+        """Linears that share an input. `overwrite`: the block will not run again, and weights may be overwritten."""
         start = perf_counter()
-        with self.stages("quantize"):
-            quantized = [self.quantized_weight(*each) for each in zip(targets, weights, strict=True)]
-        with self.stages("solve"):
-            factors = solve_group(
-                [
-                    Linear(weight, q, target.rank, target.name)
-                    for target, weight, q in zip(targets, weights, quantized, strict=True)
-                ],
-                gram,
-                self.solver,
-                overwrite_weights=overwrite,  # the block will not run again
-            )
-            factors = [replace(found, A=found.A.cpu(), B=found.B.cpu()) for found in factors]
-        seconds = (perf_counter() - start) / sum(weight.numel() for weight in weights)
-        return [
-            (target.name, found, _row(target, found, gram.tokens, seconds * weight.numel(), digest(q)))
-            for target, weight, q, found in zip(targets, weights, quantized, factors, strict=True)
-        ]
+        ranks = {name: target.rank for name, target in targets.items() if target is not None}
+        found = self.initialize(weights, ranks, gram, overwrite=overwrite)
+        seconds = (perf_counter() - start) / sum(weight.numel() for weight in weights.values())
+        solved = []
+        for name, each in found.items():
+            quantized = None if self.base is None else each.quantized.to(_CPU)
+            factors, row = each.factors, None
+            its_digest = digest(each.quantized)
+            if factors is not None:
+                row = _row(name, each, gram.tokens, seconds * weights[name].numel(), its_digest)
+                factors = replace(factors, A=factors.A.cpu(), B=factors.B.cpu())
+            solved.append(Solved(name, its_digest, quantized, factors=factors, row=row))
+        return solved
 
 
 def _prefix(block: Block) -> str:
     return f"{block.name}."
 
 
-def _row(target: Target, factors: LoraFactors, tokens: int, seconds: float, digest: str) -> LayerReport:
+def _row(name: str, found: Initialized, tokens: int, seconds: float, digest: str) -> LayerReport:
+    factors = found.factors
+    assert factors is not None
+
+    def per_token(objectives: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(math.sqrt(2 * each / tokens) for each in objectives)
+
     return LayerReport(
-        name=target.name,
+        name=name,
         outputs=len(factors.A),
         inputs=len(factors.B),
-        rank=target.rank,
+        rank=factors.A.shape[1],
         tokens=tokens,
         weight_error=factors.error_norm,
         weight_error_after=factors.residual_norm,
@@ -288,9 +285,16 @@ def _row(target: Target, factors: LoraFactors, tokens: int, seconds: float, dige
         jitter=factors.jitter,
         seconds=seconds,
         digest=digest,
+        alternations=tuple(zip(per_token(found.before), per_token(found.after), strict=True)),
     )
 
 
+def _unreached(name: str, linear: nn.Module, base: QuantizedBase) -> Solved:
+    quantized = base.quantize(linear_weight(linear)).to(_CPU)
+    return Solved(name, digest(quantized), quantized)
+
+
+_CPU = torch.device("cpu")
 _SMALLER = "lower memory_budget (--memory-budget), batch_size (--batch-size 1), or sequence_length (--sequence-length)"
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -63,7 +63,11 @@ class Workspace:
             if known is not None:
                 self._check_same(known["identity"])
                 self.chosen = known["chosen"]
-            self._rows = dict(self._read_blocks())
+            self._rows: dict[int, list[LayerReport]] = {}
+            self._digests: dict[str, str] = {}
+            for index, rows, digests in self._read_blocks():
+                self._rows[index] = rows
+                self._digests |= digests
             self._lock = held.pop_all()
 
     @property
@@ -76,18 +80,31 @@ class Workspace:
         """The rows of the report of all finished blocks."""
         return [row for index in self.finished for row in self._rows[index]]
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Those of quantized linears that no adapter is on."""
+        return dict(self._digests)
+
     def choose(self, **chosen: Any) -> None:
         """Keep what was chosen for the run and decides its bits, for a run that resumes it."""
         self.chosen |= chosen
         with writing(self.folder), replaced(self._record) as partial:
             partial.write_text(to_json({"identity": self._identity, "chosen": self.chosen}), encoding="utf-8")
 
-    def save_block(self, index: int, tensors: dict[str, Tensor], rows: list[LayerReport]) -> None:
-        """Keep what a block has: from now on it is finished."""
+    def save_block(
+        self,
+        index: int,
+        tensors: dict[str, Tensor],
+        rows: list[LayerReport],
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
+        """Keep what a block has: from now on it is finished. digests: of its linears that no adapter is on."""
         path = self.folder / f"block-{index:04}.safetensors"
+        kept = {"layers": json.dumps([asdict(row) for row in rows]), "digests": json.dumps(dict(digests or {}))}
         with writing(path, f"block {index} could not be kept"), replaced(path) as partial:
-            save_file(tensors, partial, metadata={"layers": json.dumps([asdict(row) for row in rows])})
+            save_file(tensors, partial, metadata=kept)
         self._rows[index] = rows
+        self._digests |= digests or {}
 
     def tensors(self) -> dict[str, LazyTensor]:
         """The adapter's tensors of all finished blocks."""
@@ -142,15 +159,15 @@ class Workspace:
                 f"same again, or {_DISCARD}"
             )
 
-    def _read_blocks(self) -> Iterator[tuple[int, list[LayerReport]]]:
+    def _read_blocks(self) -> Iterator[tuple[int, list[LayerReport], dict[str, str]]]:
         for path in sorted(self.folder.iterdir()):
             if path.name.startswith(".block-") or path.name.startswith(".run.json"):
                 path.unlink()  # somebody died while writing it
             elif match := _BLOCK.fullmatch(path.name):
                 try:
                     with safe_open(path, framework="pt") as file:
-                        rows = json.loads(file.metadata()["layers"])
-                    yield int(match[1]), [LayerReport(**row) for row in rows]
+                        rows, digests = (json.loads(file.metadata()[name]) for name in ("layers", "digests"))
+                    yield int(match[1]), [LayerReport(**row) for row in rows], digests
                 except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
                     raise QuailoraError(f"{path} is damaged ({error}): {_DISCARD}") from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from quailora import ops
 from quailora.adapters.targets import Target
@@ -18,8 +18,10 @@ from quailora.memory.budget import Meter
 from quailora.memory.planner import TOKENS_PER_BATCH, Plan, make_plan
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
-from quailora.pipeline.loop import Loop, Solved, Stages
-from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
+from quailora.pipeline.loop import Loop, Solved
+from quailora.pipeline.quantize import QuantizeAndSolve
+from quailora.pipeline.stages import Stages
+from quailora.quantization.protocol import QuantizedBase
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import LayerReport, Report
 from quailora.solvers.config import SolverConfig
@@ -32,6 +34,7 @@ class Run:
     stream: the full-precision model; W comes in its dtype.
     targets, left: the linears to find factors for, and the other adapted modules with the reason for each.
     form: how the base is quantized.
+    unadapted: the linears that no adapter is on and that are quantized all the same, where a base is written.
     """
 
     stream: StreamedModel
@@ -42,6 +45,7 @@ class Run:
     solver: SolverConfig
     meter: Meter
     processes: Processes
+    unadapted: Sequence[str] | None = None
     stages: Stages = field(default_factory=Stages)
     notes: list[str] = field(default_factory=list)
 
@@ -51,7 +55,7 @@ class Run:
         processes, meter = self.processes, self.meter
         plan = make_plan(
             self.stream,
-            {target.name: target.rank for target in self.targets},
+            {target.name: target.rank for target in self.targets} | dict.fromkeys(self.unadapted or (), 0),
             self.form,
             self.solver,
             samples=-(-len(self.data) // processes.size),
@@ -68,7 +72,7 @@ class Run:
     def solve(
         self,
         plan: Plan,
-        quantized_weight: Callable[[Target, Tensor], QuantizedWeight],
+        initialize: QuantizeAndSolve,
         finish: Callable[[int, list[Solved], list[dict[int, int]]], None],
         *,
         folder: Path,
@@ -85,8 +89,8 @@ class Run:
             loop = Loop(
                 model=self.stream,
                 plan=plan,
-                solver=self.solver,
-                quantized_weight=quantized_weight,
+                initialize=initialize,
+                base=None if self.unadapted is None else self.form,
                 finish=finish,
                 processes=self.processes,
                 progress=bar,
@@ -97,12 +101,24 @@ class Run:
                 shrunk=dict(shrunk or {}),
                 notes=self.notes,
             )
-            loop.run(self.targets, list(self.processes.shard(self.data).batches(plan.batch_size)), finished)
+            targets = dict.fromkeys(self.unadapted or ()) | {target.name: target for target in self.targets}
+            loop.run(targets, list(self.processes.shard(self.data).batches(plan.batch_size)), finished)
 
-    def report(self, plan: Plan, layers: list[LayerReport], record: dict[str, Any], *notes: str) -> Report:
-        """What was done. Raises AdapterError where no targeted linear received a token."""
+    def report(
+        self,
+        plan: Plan,
+        layers: list[LayerReport],
+        record: dict[str, Any],
+        *notes: str,
+        digests: Mapping[str, str] | None = None,
+    ) -> Report:
+        """What was done.
+
+        digests: of quantized linears that no adapter is on.
+        Raises AdapterError where no targeted linear received a token.
+        """
         left = self.left | _unreached(self.targets, layers, self.stream)
-        base = record["base"] | {"digests": {row.name: row.digest for row in layers}}
+        base = record["base"] | {"digests": {row.name: row.digest for row in layers} | dict(digests or {})}
         every = [*_notes(self.stream, self.data, layers), *self.notes, *notes]
         return Report(layers, left, every, record | {"base": base}, self.stages.seconds, self.meter.figures(plan.peak))
 

@@ -5,7 +5,7 @@ m and n are a linear's outputs and inputs; b is the number of elements that shar
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeGuard, TypeVar
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quailora.errors import AdapterError, CheckpointError
 from quailora.ops import cpu_matmul
+from quailora.quantization.feedback import Curvature, round_with_feedback
 from quailora.quantization.protocol import QuantizedBase
 
 _LABELS = {"nf4": "NF4", "fp4": "FP4", "int8": "LLM.int8"}
@@ -283,6 +284,69 @@ class BitsAndBytes(QuantizedBase):
             weight, blocksize=self.blocksize, compress_statistics=self.double, quant_type=self.method
         )
         return self._four_bit(codes, state)
+
+    def calibrated(self, weight: Tensor, curvature: Curvature) -> "FourBit":
+        """As the protocol has it: absmax is that of nearest rounding, and codes are chosen with errors fed back."""
+        if self.blocksize is None:
+            return super().calibrated(weight, curvature)  # type: ignore[return-value]  # raises
+        rows, columns = weight.shape
+        if columns % self.blocksize:
+            raise CheckpointError(
+                f"its {columns} inputs are not whole blocks of {self.blocksize}, which calibrated rounding to "
+                f"{self.name} takes: use --rounding nearest (rounding='nearest')"
+            )
+        nearest = self.quantize(weight)
+        assert isinstance(nearest, FourBit)
+        absmax = nearest.absmax.dequantize() if isinstance(nearest.absmax, NestedAbsmax) else nearest.absmax
+        levels, codes_of = bnb.functional.get_4bit_type(self.method, weight.device).sort()
+        rounded = round_with_feedback(
+            weight,
+            curvature,
+            bits=4,
+            symmetric=True,
+            group=self.blocksize,
+            scales=absmax.view(rows, columns // self.blocksize),
+            levels=levels,
+        )
+        codes = codes_of.to(torch.uint8)[rounded.codes.long()].view(-1, 2)
+        return replace(nearest, codes=codes[:, 0] << 4 | codes[:, 1])
+
+    def checkpoint_config(self, blocks: str) -> dict[str, Any]:
+        if self.blocksize is None:
+            return super().checkpoint_config(blocks)  # raises
+        return self.to_config().to_dict()
+
+    def tensors(self, weight: "FourBit", dtype: torch.dtype) -> dict[str, Tensor]:
+        absmax, offset, nested = weight.absmax, None, None
+        if isinstance(absmax, NestedAbsmax):
+            nested = bnb.functional.QuantState(
+                absmax=absmax.absmax, code=absmax.table, blocksize=absmax.blocksize, dtype=torch.float32
+            )
+            offset, absmax = absmax.offset, absmax.codes
+        state = bnb.functional.QuantState(
+            absmax=absmax,
+            shape=torch.Size(weight.shape),
+            code=bnb.functional.get_4bit_type(weight.quant_type, "cpu"),
+            blocksize=weight.blocksize,
+            quant_type=weight.quant_type,
+            dtype=dtype,
+            offset=offset,
+            state2=nested,
+        )
+        packed = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+        return {"weight": weight.codes.view(-1, 1)} | packed
+
+    def load(self, name: str, tensor: Callable[[str], Tensor]) -> "FourBit":
+        parts = ["absmax", "quant_map", f"quant_state.bitsandbytes__{self.method}"]
+        if self.double:
+            parts += ["nested_absmax", "nested_quant_map"]
+        try:
+            state = bnb.functional.QuantState.from_dict(
+                {f"weight.{part}": tensor(f"weight.{part}") for part in parts}, torch.device("cpu")
+            )
+            return self._four_bit(tensor("weight"), state)
+        except (KeyError, ValueError, AssertionError) as error:
+            raise CheckpointError(f"{name} is not a whole {self.name} weight of bitsandbytes: {error!r}") from error
 
     def _four_bit(self, codes: Tensor, state: Any) -> "FourBit":
         """From codes in any storage dtype and a bitsandbytes QuantState."""

@@ -6,8 +6,8 @@ This is OPTQ (GPTQ, arXiv 2210.17323), in the equivalent form of LDLQ (QuIP, arX
     H + λ · mean(diag H) · I = U D Uᵀ,    U unit upper triangular, D diagonal,
 
 column j is rounded to the nearest level of w_j + Σ_{i<j} e_i U_ij, where e = w - q are the errors so far. The damped
-objective is then Σ_j D_j ‖what rounding column j left‖², so D_j says how much an error in column j costs, and no inverse
-of H is needed. m and n are a linear's outputs and inputs.
+objective is then Σ_j D_j ‖what rounding column j left‖²: D_j says how much an error in column j costs, and
+nothing needs the inverse of H. m and n are a linear's outputs and inputs.
 """
 
 from __future__ import annotations

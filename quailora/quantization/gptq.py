@@ -9,7 +9,7 @@ m and n are a linear's outputs and inputs; g is the number of columns that share
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
@@ -29,6 +29,10 @@ _WORD = 32  # bits of a packed word; also how many codes are packed together, in
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 
 
+class PlannedLinear(nn.Linear):
+    """A linear on the meta device that a base being made will hold quantized."""
+
+
 @dataclass(frozen=True)
 class GPTQ(QuantizedBase):
     """How the linears of a GPTQ base are quantized.
@@ -37,7 +41,7 @@ class GPTQ(QuantizedBase):
     """
 
     library = "gptq"
-    formats = ("int2", "int3", "int4")
+    planned = PlannedLinear
 
     bits: int
     group_size: int = 128  # WHOLE_ROWS: one group to a row
@@ -81,10 +85,6 @@ class GPTQ(QuantizedBase):
             modules=None if modules is None else tuple(sorted(name for group in modules for name in group)),
         )
 
-    @classmethod
-    def config_for(cls, name: str, dtype: torch.dtype, *, double: bool, compute: torch.dtype | None) -> Any:
-        return GPTQConfig(bits=int(name.removeprefix("int")), group_size=64, sym=True, desc_act=False)
-
     def loaded_in(self, dtype: torch.dtype) -> Self:
         """The same in another dtype: fp32 is taken as fp16, which its kernels compute in then."""
         return replace(self, dtype=torch.float16 if dtype == torch.float32 else dtype)
@@ -94,7 +94,12 @@ class GPTQ(QuantizedBase):
         return GPTQConfig(**(self._settings() | {"backend": "auto_trainable"}))
 
     def _settings(self) -> dict[str, Any]:
-        settings = {"bits": self.bits, "group_size": self.group_size, "sym": self.symmetric, "desc_act": False}
+        settings: dict[str, Any] = {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.symmetric,
+            "desc_act": False,
+        }
         if self.modules is not None:
             settings["modules_in_block_to_quantize"] = [list(self.modules)]
         return settings
@@ -190,26 +195,27 @@ class GPTQ(QuantizedBase):
         return columns if self.group_size == WHOLE_ROWS else self.group_size
 
     def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
-        """Codes are a byte each here. Rounding holds what is rounded and its errors in fp32, and U with H's reversal."""
+        """Codes are a byte each here. Rounding holds what is rounded and its errors in fp32, and U."""
         elements = outputs * inputs
         groups = outputs * (inputs // self._group(inputs) if inputs % self._group(inputs) == 0 else 1)
         return elements + 3 * groups, 9 * elements + 12 * inputs * inputs
 
-    def prepare(self, model: nn.Module, config: Any, dtype: torch.dtype) -> None:
-        """Mark the linears of the blocks that will be quantized: those of the width that the format takes."""
-        raise NotImplementedError
-
     def obstacle(self, outputs: int, inputs: int) -> str | None:
-        """Why a weight of this shape cannot be held; None if it can."""
         if inputs % _WORD or outputs % _WORD:
-            return f"{outputs} x {inputs} is not made of whole words of {_WORD} codes"
+            return f"its {outputs} x {inputs} weight is not made of whole words of {_WORD} codes"
         if inputs % self._group(inputs):
-            return f"{inputs} inputs are not whole groups of {self.group_size}"
+            fitting = [size for size in GROUP_SIZES if inputs % size == 0]
+            raise AdapterError(
+                f"its {inputs} inputs are not whole groups of {self.group_size}: take group_size {fitting[-1]} "
+                f"(--group-size), or {WHOLE_ROWS} for whole rows"
+            )
         return None
 
-    def tensors(self, weight: GPTQWeight) -> dict[str, Tensor]:
-        """The tensors of a checkpoint, by the last part of their names."""
-        rows, columns = weight.shape
+    def of_modules(self, names: tuple[str, ...] | None) -> Self:
+        return replace(self, modules=names)
+
+    def tensors(self, weight: GPTQWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+        columns = weight.shape[1]
         top = (1 << self.bits) - 1
         zeros = (weight.zeros.T.to(torch.int32) - 1) & top  # version 1 stores them less one
         return {
@@ -219,8 +225,19 @@ class GPTQ(QuantizedBase):
             "g_idx": torch.arange(columns, dtype=torch.int32) // self._group(columns),
         }
 
+    def notes(self) -> str:
+        return f"""
+## Loading
+
+Training takes [gptqmodel](https://github.com/ModelCloud/GPTQModel) and optimum. On a CPU, ask for a backend that can be
+trained: `from_pretrained(..., quantization_config=GPTQConfig(bits={self.bits}, backend="auto_trainable"))`. PEFT's
+`target_modules="all-linear"` finds nothing on a GPTQ base: give names, as the adapter does.
+
+Do not save this base again through transformers: it writes zeros of another version under the same label, and the copy
+is wrong. Copy the folder.
+"""
+
     def load(self, name: str, tensor: Callable[[str], Tensor]) -> GPTQWeight:
-        """The inverse of `tensors`; `tensor` gives one by its last name. Raises CheckpointError for a damaged one."""
         return self._from_tensors({part: tensor(part) for part in _TENSORS}, zeros_less_one=1, name=name)
 
     def _from_tensors(self, tensors: Mapping[str, Tensor], *, zeros_less_one: int, name: str) -> GPTQWeight:
@@ -271,10 +288,6 @@ class GPTQWeight:
         return replace(self, **moved)
 
 
-class PlannedLinear(nn.Linear):
-    """A linear on the meta device that a base being made will hold quantized."""
-
-
 def pack(codes: Tensor, bits: int) -> Tensor:
     """(k, m) of codes -> (k · bits / 32, m) int32: a stream of bits down each column, low bits first. 32 divides k."""
     count, columns = codes.shape
@@ -311,8 +324,3 @@ def _is_gptqmodel_linear(thing: object) -> bool:
     if "gptqmodel" not in sys.modules or not isinstance(thing, nn.Module):
         return False
     return type(thing).__module__.startswith("gptqmodel.") and all(hasattr(thing, name) for name in _TENSORS)
-
-
-def quantized_stems(names: Iterable[str]) -> list[str]:
-    """The linears that are quantized, of a checkpoint with tensors of these names."""
-    return sorted(name.removesuffix(".qweight") for name in names if name.endswith(".qweight"))

@@ -8,7 +8,7 @@ m and n are a linear's outputs and inputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Protocol, Self
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quailora.errors import AdapterError
+from quailora.quantization.feedback import Curvature
 
 
 class QuantizedWeight(Protocol):
@@ -112,6 +113,12 @@ class QuantizedBase(ABC):
         """
         raise AdapterError(f"the codes of {self.describe()} do not follow from the weights alone: load the base itself")
 
+    def calibrated(self, weight: Tensor, curvature: Curvature) -> QuantizedWeight:
+        """The quantized weight of W (m, n), any floating dtype, with the errors of rounding fed back; see
+        `quantization.feedback`. Raises AdapterError where the base has no such rounding, CheckpointError for a weight
+        that cannot be quantized."""
+        raise AdapterError(f"{self.describe()} has no calibrated rounding: its codes follow from the weights alone")
+
     def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
         """Bytes of the quantized weight (m, n), and of what quantizing it on `device` takes besides, at most; for plans
         within a memory budget. As long as a base does not say: 8 bits with an fp32 scale for every 64 elements, and
@@ -122,6 +129,42 @@ class QuantizedBase(ABC):
     @classmethod
     def config_for(cls, name: str, dtype: torch.dtype, *, double: bool, compute: torch.dtype | None) -> Any:
         """See `registry.config_for`; `name` is one of `formats`."""
+        raise NotImplementedError
+
+    # What a base needs that is written as a checkpoint.
+
+    planned: ClassVar[type[nn.Linear] | None] = None  # stands for a linear where transformers cannot say what it makes
+
+    def loaded_in(self, dtype: torch.dtype) -> Self:
+        """The same for a model whose weights are loaded in `dtype`."""
+        return self
+
+    def obstacle(self, outputs: int, inputs: int) -> str | None:
+        """Why a linear of this shape stays in full precision; None if it is quantized. Raises AdapterError where other
+        settings should be taken."""
+        return None
+
+    def of_modules(self, names: tuple[str, ...] | None) -> Self:
+        """The same, with only the linears of these names within a block quantized; None for all."""
+        return self
+
+    def checkpoint_config(self, blocks: str) -> dict[str, Any]:
+        """`quantization_config` in config.json; `blocks` names the list of blocks, such as model.layers. Raises
+        AdapterError for a base that cannot be written."""
+        raise AdapterError(f"a base in {self.describe()} is not written as a checkpoint: leave base_output out")
+
+    def tensors(self, weight: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of a quantized weight in a checkpoint, by what follows the linear's name; `dtype` is that of the
+        model."""
+        raise NotImplementedError
+
+    def notes(self) -> str:
+        """What the card of a written base says of the format, in Markdown."""
+        return ""
+
+    def load(self, name: str, tensor: Callable[[str], Tensor]) -> QuantizedWeight:
+        """The inverse of `tensors`: `tensor` gives one, by what follows the name. Raises CheckpointError for a damaged
+        one."""
         raise NotImplementedError
 
     @classmethod

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 
-LIBRARIES = ("bitsandbytes",)
+LIBRARIES = ("bitsandbytes",)  # whose versions are in records
 
 
 class Format(StrEnum):
@@ -40,8 +40,9 @@ def register(base: type[QuantizedBase]) -> type[QuantizedBase]:
 def bases() -> list[type[QuantizedBase]]:
     """All of them, ours first."""
     from quailora.quantization.bitsandbytes import BitsAndBytes
+    from quailora.quantization.gptq import GPTQ
 
-    return [BitsAndBytes, *_registered]
+    return [BitsAndBytes, GPTQ, *_registered]
 
 
 def base_for(thing: object) -> type[QuantizedBase]:

@@ -22,13 +22,13 @@ def model_card(record: dict[str, Any], report: Report, folder: str = "path/to/th
     """
     base = record["base"]
     quantization = from_dict(base["quantization"])
-    config_class, config = quantization.code()
+    written = base.get("path")
     revision = f"    revision={base['revision']!r},\n" if base["revision"] else ""
     auto_class = base.get("auto_class", CAUSAL_LM)
     remote = "    trust_remote_code=True,\n" if base.get("trust_remote_code") else ""
     return f"""---
 library_name: peft
-base_model: {json.dumps(base["checkpoint"], ensure_ascii=False)}
+base_model: {json.dumps(written or base["checkpoint"], ensure_ascii=False)}
 base_model_relation: adapter
 pipeline_tag: {"text-generation" if auto_class == CAUSAL_LM else "image-text-to-text"}
 tags:
@@ -50,21 +50,7 @@ left (geometric mean). `report.md` lists every layer.
 
 ## Use
 
-Load the base quantized exactly as here:
-
-```python
-from peft import PeftModel
-from transformers import {auto_class}, {config_class}
-
-quantization = {config}
-model = {auto_class}.from_pretrained(
-    {base["checkpoint"]!r},
-{revision}{remote}    dtype={base["dtype"]!r},
-    quantization_config=quantization,
-)
-model = PeftModel.from_pretrained(model, {folder!r}, is_trainable=True)
-```
-
+{_loading_written(base, auto_class, folder) if written else _loading(base, auto_class, revision + remote, folder)}
 Training and serving the adapter do not need quailora.
 
 ## Do not merge it into the full-precision weights
@@ -76,4 +62,70 @@ before or after training, use
 - `quailora merge`, which writes the dense checkpoint Q + scaling · B A, or
 - `quailora convert`, which turns what training learned into an adapter for the full-precision weights. It needs this
   folder as it is now, so keep a copy before you train.
+"""
+
+
+def _loading(base: dict[str, Any], auto_class: str, arguments: str, folder: str) -> str:
+    config_class, config = from_dict(base["quantization"]).code()
+    return f"""Load the base quantized exactly as here:
+
+```python
+from peft import PeftModel
+from transformers import {auto_class}, {config_class}
+
+quantization = {config}
+model = {auto_class}.from_pretrained(
+    {base["checkpoint"]!r},
+{arguments}    dtype={base["dtype"]!r},
+    quantization_config=quantization,
+)
+model = PeftModel.from_pretrained(model, {folder!r}, is_trainable=True)
+```
+"""
+
+
+def _loading_written(base: dict[str, Any], auto_class: str, folder: str) -> str:
+    return f"""The base is a checkpoint of its own, {base["path"]}, and no other will do:
+
+```python
+from peft import PeftModel
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained({base["path"]!r}, dtype={base["dtype"]!r})
+model = PeftModel.from_pretrained(model, {folder!r}, is_trainable=True)
+```
+
+If the base is moved, `base_model_name_or_path` in `adapter_config.json` has to follow.
+"""
+
+
+def base_card(record: dict[str, Any]) -> str:
+    """The text of README.md of a base that was written."""
+    base = record["base"]
+    quantization = from_dict(base["quantization"])
+    auto_class = base.get("auto_class", CAUSAL_LM)
+    settings = base.get("rounding_settings")
+    how = "Its codes are those of nearest rounding."
+    if settings:
+        how = (
+            "Its codes were chosen by calibration: error feedback (GPTQ, arXiv 2210.17323) with damping "
+            f"{settings['damping']:g}, in turn with the factors of the adapter, {settings['alternations']} times."
+        )
+    return f"""---
+library_name: transformers
+base_model: {json.dumps(base["checkpoint"], ensure_ascii=False)}
+base_model_relation: quantized
+pipeline_tag: {"text-generation" if auto_class == CAUSAL_LM else "image-text-to-text"}
+tags:
+- quailora
+{chr(10).join(f"- {tag}" for tag in quantization.tags)}
+---
+
+# {base["checkpoint"]}, quantized: {quantization.describe()}
+
+{how} It was made together with a LoRA adapter that undoes most of what is left of the quantization error, and is meant
+to be fine-tuned with that adapter; alone it is worse.
+
+{settings_table(record)}
+{quantization.notes()}
 """

@@ -16,6 +16,7 @@ from quailora.calibration.data import Calibration
 from quailora.errors import AdapterError
 from quailora.files import read_json
 from quailora.modeling.checkpoint import Checkpoint
+from quailora.quantization.config import RoundingConfig
 from quailora.quantization.protocol import QuantizedBase
 from quailora.quantization.registry import LIBRARIES, from_dict
 from quailora.quantization.verify import CALIBRATED, NEAREST
@@ -34,13 +35,20 @@ def make_record(
     solver: SolverConfig,
     data: Calibration,
     config: LoraConfig,
-    rounding: str = NEAREST,
+    rounding: RoundingConfig | str = NEAREST,
+    base_output: str | Path | None = None,
 ) -> dict[str, Any]:
     """The record as plain JSON.
 
     dtype: what the weights of the base are loaded as before they are quantized.
-    rounding: how the codes of the base were chosen; see `quantization.verify`.
+    rounding: how the codes of the base were chosen.
+    base_output: the folder that the base is written to, where it is; the adapter loads it from there.
     """
+    given = rounding if quantization.nearest else CALIBRATED  # of a base that was found
+    chosen = rounding.rounding if isinstance(rounding, RoundingConfig) else given
+    written: dict[str, Any] = {} if base_output is None else {"path": str(Path(base_output).resolve())}
+    if isinstance(rounding, RoundingConfig) and chosen == CALIBRATED:
+        written["rounding_settings"] = {"damping": rounding.damping, "alternations": rounding.alternations}
     return {
         "quailora": quailora.__version__,
         "base": {
@@ -51,8 +59,9 @@ def make_record(
             "auto_class": checkpoint.auto_class,
             "dtype": str(dtype).removeprefix("torch."),
             "quantization": quantization.to_dict(),
-            "rounding": rounding if quantization.nearest else CALIBRATED,
-        },
+            "rounding": chosen,
+        }
+        | written,
         "solver": asdict(solver),
         "calibration": {
             "source": data.source,

@@ -35,6 +35,8 @@ class LayerReport:
     jitter: float  # what als added to a singular system, relative to its diagonal; usually 0
     seconds: float  # to quantize and solve
     digest: str = ""  # of the codes and scales of Q; see `quantization.verify`
+    # Where Q and the factors were found in turn: output_error and output_error_after of each alternation.
+    alternations: tuple[tuple[float, float], ...] = ()
 
     @property
     def kind(self) -> str:

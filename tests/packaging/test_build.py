@@ -309,7 +309,7 @@ def test_a_wheel_made_from_the_source_distribution_works(source: Path, tmp_path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     code = (
-        "import torch; from quailora import _C, extension; h = torch.zeros(3, 3)\n"
+        "import torch; from quailora import _C; from quailora.ops import extension; h = torch.zeros(3, 3)\n"
         "extension.gram_(h, torch.ones(2, 3)); print(_C.__file__, int(h.sum()))"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}

@@ -1,0 +1,154 @@
+"""A quantized base written as an ordinary checkpoint, a block at a time: what `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+
+from quailora.adapters.merge import generation_config
+from quailora.calibration.tokenizer import load_tokenizer
+from quailora.errors import AdapterError
+from quailora.files import LazyTensor, check_new_folder, replaced, write_files, write_tensors, writing
+from quailora.modeling.checkpoint import INDEX, read_header
+from quailora.modeling.streamed_model import StreamedModel
+from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
+from quailora.quantization.registry import is_quantized
+
+
+class BaseOutput:
+    """The folder of a base while it is filled: `.NAME.quailora-base` beside NAME, which takes that name when it is
+    whole.
+
+    One file of tensors for each block, and one for what is outside of them.
+
+    Args:
+        folder: where the base goes: absent or empty.
+        stream: the full-precision model.
+        quantized: the names of the linears that are quantized.
+
+    Raises:
+        AdapterError: a base of this kind is not written; or a linear's weight is not a tensor of its own in the
+            checkpoint, so that its quantized one has no name.
+        QuailoraError: the folder is not empty.
+    """
+
+    def __init__(self, folder: Path, stream: StreamedModel, base: QuantizedBase, quantized: Iterable[str]) -> None:
+        check_new_folder(folder)
+        self.folder = folder.resolve()
+        self._stream, self._base = stream, base
+        self._partial = self.folder.parent / f".{self.folder.name}.quailora-base"
+        blocks = stream.blocks[0].name.rpartition(".")[0]
+        self._settings = base.checkpoint_config(blocks)
+        self._stems: dict[str, str] = {}  # linear -> what its tensors' names begin with in the checkpoint
+        for name in quantized:
+            key = stream.source(f"{name}.weight")
+            if key is None or not key.endswith(".weight"):
+                raise AdapterError(
+                    f"the checkpoint does not store the weight of {name} as one tensor of its own: a base of this "
+                    "model cannot be written"
+                )
+            self._stems[name] = key.removesuffix(".weight")
+
+    def discard(self) -> None:
+        """Remove what an unfinished run has left."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def write_block(self, index: int, quantized: Mapping[str, QuantizedWeight]) -> None:
+        """Write the tensors of a block: the quantized ones given, and the others from the checkpoint."""
+        tensors: dict[str, LazyTensor] = {}
+        stored = dict.fromkeys(self._stream.keys(f"{self._stream.blocks[index].name}."))
+        for name, weight in quantized.items():
+            stem = self._stems[name]
+            del stored[f"{stem}.weight"]
+            for part, tensor in self._base.tensors(weight, self._stream.dtype).items():
+                tensors[f"{stem}.{part}"] = LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
+        self._write(_shard(index), tensors | self._from_checkpoint(stored))
+
+    def finish(self, card: str) -> None:
+        """Write the rest: what is outside the blocks, configuration, tokenizer, index, model card. Then the folder has
+        its name."""
+        source = self._stream.checkpoint
+        shards = {index: self._partial / _shard(index) for index in range(len(self._stream.blocks))}
+        outside = set(source.tensors)
+        for index, path in shards.items():
+            block = self._stream.keys(f"{self._stream.blocks[index].name}.")
+            if path.exists():
+                outside -= set(block)
+        self._write(_REST, self._from_checkpoint(outside))
+        config = copy.deepcopy(source.config)
+        config.quantization_config = self._settings
+        config.dtype = self._stream.dtype
+        with writing(self.folder):
+            config.save_pretrained(self._partial)
+            if (generation := generation_config(source)) is not None:
+                generation.save_pretrained(self._partial)
+            if (tokenizer := load_tokenizer(source)) is not None:
+                tokenizer.save_pretrained(self._partial)
+            write_files(self._partial, {INDEX: self._index(), "README.md": card})
+            check_new_folder(self.folder)
+            if self.folder.exists():
+                self.folder.rmdir()
+            self._partial.replace(self.folder)
+
+    def _index(self) -> str:
+        checkpoint = {path: dict(read_header(path)) for path in sorted(self._partial.glob("model-*.safetensors"))}
+        size = sum(entry.nbytes for entries in checkpoint.values() for entry in entries.values())
+        weight_map = {name: path.name for path, entries in checkpoint.items() for name in entries}
+        return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+
+    def _from_checkpoint(self, keys: Iterable[str]) -> dict[str, LazyTensor]:
+        """Tensors as the checkpoint holds them."""
+        source = self._stream.checkpoint
+        found = {}
+        for key in keys:
+            entry = source.tensors[key]
+            found[key] = LazyTensor(entry.shape, entry.torch_dtype, entry.read)
+        return found
+
+    def _write(self, name: str, tensors: dict[str, LazyTensor]) -> None:
+        path = self._partial / name
+        with writing(path):
+            self._partial.mkdir(parents=True, exist_ok=True)
+            with replaced(path) as unfinished:
+                write_tensors(unfinished, tensors)
+
+
+def quantized_linears(model: PeftModel, stream: StreamedModel) -> list[str]:
+    """The linears of the blocks that the skeleton of a base has quantized."""
+    plain: Any = model.get_base_model()
+    held = {name.removesuffix(".base_layer") for name, module in plain.named_modules() if is_quantized(module)}
+    return [name for block in stream.blocks for name in block.linears() if name in held]
+
+
+def partly(quantized: Collection[str], stream: StreamedModel) -> tuple[str, ...] | None:
+    """The names, within a block, of the quantized linears, where other linears are not; None where all are.
+
+    Raises AdapterError where a name does not tell one that is from one that is not, as loaders compare endings.
+    """
+    every = {name: name.removeprefix(f"{block.name}.") for block in stream.blocks for name in block.linears()}
+    names = tuple(sorted({every[name] for name in quantized}))
+    left = [name for name in every if name not in set(quantized)]
+    if confused := [name for name in left if name.endswith(names)]:
+        raise AdapterError(
+            f"{confused[0]} stays in full precision, and the format cannot tell it from one that does not"
+        )
+    return names if left else None
+
+
+_REST = "model-outside-blocks.safetensors"
+
+
+def _shard(index: int) -> str:
+    return f"model-block-{index:04}.safetensors"
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
