@@ -1,5 +1,5 @@
-"""The base that an adapter belongs on: its record, and whether a checkpoint, a quantization or a loaded model is that
-base."""
+"""The record of the base that an adapter was made for, and whether a checkpoint, a quantization or a loaded model is
+that base."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from quailora.reporting.record import RECORD, read_record
 
 
 def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None:
-    """The record of the base an adapter was made for: beside it; beside `initial`; or in the folder above, which is a
-    trainer's output folder.
+    """The record of the base an adapter was made for: next to the adapter; next to `initial`, if given; or in the
+    parent folder, which for a trainer's checkpoint is the output folder.
 
     Raises:
-        AdapterError: `adapter` does not exist; or `initial` is asked, and has no record.
+        AdapterError: `adapter` does not exist; or `initial` is looked into and has no record.
     """
     if not adapter.is_dir():
-        raise AdapterError(f"{adapter} does not exist, or is no folder: give that of an adapter")
+        raise AdapterError(f"{adapter} does not exist or is not a folder: give an adapter's folder")
     record = read_record(adapter) or read_record(initial or adapter.parent)
     if record is None and initial is not None:
         raise AdapterError(
@@ -43,20 +43,21 @@ def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None
 
 
 def for_full_precision(base: dict[str, Any]) -> bool:
-    """Whether an adapter belongs on the full-precision weights of its base, by its record: `convert` made it."""
+    """Whether, by its record, an adapter is for the full-precision weights of its base: `convert` made it."""
     return base.get("full_precision") is True
 
 
 def as_recorded(checkpoint: Checkpoint, base: dict[str, Any] | None) -> Checkpoint:
     """The checkpoint with the auto class that the adapter was made for: on another class it would be inactive. Without
-    a record it is the checkpoint as it is."""
+    a record, the checkpoint unchanged."""
     return checkpoint if base is None else checkpoint.loaded_with(base.get("auto_class", CAUSAL_LM))
 
 
 def loading(
     base: dict[str, Any] | None, checkpoint: Checkpoint, config: QuantizationConfigMixin | None, adapter: Path
 ) -> tuple[QuantizationConfigMixin, torch.dtype]:
-    """How the base of `adapter` is quantized and what its weights are loaded as: by its record, or else by `config`.
+    """How the base of `adapter` is quantized, and the dtype its weights are loaded in: from its record, else from
+    `config` and the checkpoint.
 
     Raises:
         MismatchError: the record names another checkpoint, or another quantization than `config`.
@@ -72,18 +73,18 @@ def loading(
     if base["fingerprint"] != checkpoint.fingerprint:
         raise MismatchError(
             f"{adapter} was made for {base['checkpoint']} (fingerprint {base['fingerprint']}), and {checkpoint.name} "
-            f"has other weights (fingerprint {checkpoint.fingerprint}): the factors undo the quantization error of "
-            "that checkpoint only"
+            f"has other weights (fingerprint {checkpoint.fingerprint}): the factors correct the quantization error "
+            "of that checkpoint only"
         )
     recorded = from_dict(base["quantization"])
     if config is not None and (differences := recorded.differences(from_config(config))):
         raise MismatchError(
-            f"{adapter} was made for a base in {recorded.describe()}; asked for is another: "
-            f"{'; '.join(differences)}. On another base its factors do harm"
+            f"{adapter} was made for a base in {recorded.describe()}, which is not the one given: "
+            f"{'; '.join(differences)}. On another base, its factors make the model worse"
         )
     dtype = getattr(torch, str(base["dtype"]), None)
     if not isinstance(dtype, torch.dtype):
-        raise AdapterError(f"dtype {base['dtype']!r} in the {RECORD} of {adapter} is no dtype of torch")
+        raise AdapterError(f"dtype {base['dtype']!r} in the {RECORD} of {adapter} is not a dtype of torch")
     return recorded.to_config(), dtype
 
 
@@ -95,28 +96,28 @@ def check_base(
     checkpoint: str | Path | Checkpoint | None = None,
     initial: str | Path | None = None,
 ) -> None:
-    """Make sure that a loaded model is the base that an adapter was made for: one line before training.
+    """Check that a loaded model is the base that an adapter was made for: one line before training.
 
-    Whatever loads an adapter puts it on any base there is. On another than its own it does harm, and nothing fails.
-    Compared are which linears are quantized, how each of them is, and the digests of their codes and scales with those
-    in the record. Where some differ, or none are recorded, the first and the last of them are compared with what
-    quantizing the checkpoint's weight gives.
+    PEFT loads an adapter on any base. On the wrong one it makes the model worse, without an error. This compares which
+    linears are quantized, the settings of each, and the digests of their codes and scales with those in the record. If
+    some digests differ, or none are recorded, the first and the last of those linears are compared with the result of
+    quantizing the checkpoint's weights.
 
     Args:
-        model: as transformers has loaded it, or a PeftModel over it; not yet sharded by a trainer.
-        adapter: the folder of the start, or of what was trained from it.
+        model: as transformers loaded it, or a PeftModel around it; not yet sharded by a trainer.
+        adapter: the folder of the initialized adapter, or of one trained from it.
         checkpoint: the full-precision checkpoint of the base; None is what the model was loaded from.
-        initial: the adapter that training started from, where `adapter` has no record of its base.
+        initial: the adapter that training started from, if `adapter` has no record of its base.
 
     Raises:
-        MismatchError: it is another base; with the linear, and what differs.
+        MismatchError: it is another base; names the linear, and what differs.
         AdapterError: `adapter` has no record, or weights of the model are not in memory.
         CheckpointError: the checkpoint cannot be read.
     """
     folder = Path(adapter)
     base = base_of(folder, Path(initial) if initial else None)
     if base is None:
-        raise AdapterError(f"{folder} has no {RECORD}: name the adapter that training started from, as initial")
+        raise AdapterError(f"{folder} has no {RECORD}: give the adapter that training started from as initial")
     plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     held: dict[str, Any] = {
         name.removesuffix(".base_layer"): module for name, module in plain.named_modules() if is_quantized(module)
@@ -177,7 +178,7 @@ def device_of(linear: nn.Module) -> torch.device:
 
 
 def recorded_base(model: nn.Module) -> dict[str, Any] | None:
-    """The record of the base in the folder that a model was loaded from, where it was saved quantized with one."""
+    """The record in the folder that a model was loaded from, if it was saved quantized together with one."""
     folder = Path(getattr(model, "name_or_path", ""))
     record = read_record(folder) if folder.is_dir() else None
     return record["base"] if record else None

@@ -20,22 +20,22 @@ from quailora.reporting.record import RECORD, lora_record, read_record
 def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *, rank: int | None = None) -> None:
     """Write what training learned, scaling (B A - B₀ A₀), as an adapter for the *full-precision* weights.
 
-    An adapter that starts at W - Q holds the quantization error besides what it learned; on the full-precision weights
-    only the second is wanted. The difference has rank at most r + r₀; its factors come from thin QRs and a small SVD in
-    fp64, so that two large, nearly equal products do not have to cancel in bf16 later.
+    An adapter initialized to W - Q contains the quantization error besides what it learned, and on the full-precision
+    weights only the latter is wanted. The difference has rank at most r + r₀. Its factors are computed with thin QRs
+    and a small SVD in fp64, so that two large, nearly equal products do not have to cancel in bf16 later.
 
-    The record in `output_dir` says that it belongs on the full-precision weights: `quailora eval` puts it there, and
-    `merge` refuses it.
+    The record in `output_dir` says that the adapter is for the full-precision weights: `quailora eval` applies it to
+    those, and `merge` refuses it.
 
     Args:
         initial: the adapter that training started from.
         trained: the adapter after training.
         output_dir: new or empty.
-        rank: truncate to the best approximation of this rank; None keeps all, r + r₀.
+        rank: truncate to the best approximation of this rank; None keeps the full rank, at most r + r₀.
 
     Raises:
-        AdapterError: the two do not adapt the same modules, are one and the same, seem to be swapped, or are no plain
-            LoRA adapters.
+        AdapterError: the two do not adapt the same modules, are identical, seem to be swapped, or are not plain LoRA
+            adapters.
     """
     output, before, after = Path(output_dir), Path(initial), Path(trained)
     check_new_folder(output)
@@ -50,33 +50,33 @@ def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *,
         )
     if different := set(old.modules) ^ set(new.modules):
         raise AdapterError(
-            f"{before} and {after} adapt different modules, {sorted(different)[0]} for one: they do not belong together"
+            f"{before} and {after} adapt different modules, such as {sorted(different)[0]}: they do not belong together"
         )
     embedding = next((key for key in new.tensors if ".lora_embedding_" in key), None)
     if embedding is not None:
-        raise AdapterError(f"{after} has {embedding}: only what linears learned can be converted")
+        raise AdapterError(f"{after} has {embedding}: only adapters of linears can be converted")
     if new.config.target_parameters:
         raise AdapterError(
-            f"{after} adapts parameters, {new.config.target_parameters[0]} for one, and not only linears "
-            "(target_parameters): only what linears learned can be converted"
+            f"{after} adapts parameters (target_parameters), such as {new.config.target_parameters[0]}, and not only "
+            "linears: only adapters of linears can be converted"
         )
     if old.tensors.keys() == new.tensors.keys() and all(torch.equal(v, new.tensors[k]) for k, v in old.tensors.items()):
         raise AdapterError(
-            f"{before} and {after} hold the same factors: nothing was learned, or training was saved over its start"
+            f"{before} and {after} hold the same factors: nothing was learned, or training overwrote the initial one"
         )
     tensors = {key: value for key, value in new.tensors.items() if ".lora_A." not in key and ".lora_B." not in key}
     ranks = {}
     for module in new.modules:
         (a0, b0), (a1, b1) = old.factors(module), new.factors(module)
         if a0.shape[1] != a1.shape[1] or b0.shape[0] != b1.shape[0]:
-            raise AdapterError(f"{module} has other shapes in {before} than in {after}: they do not belong together")
+            raise AdapterError(f"{module} has different shapes in {before} and {after}: they do not belong together")
         lora_b, lora_a = _compressed(torch.cat([b1, -b0], dim=1), torch.cat([a1, a0]), rank)
         tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = lora_a, lora_b
         ranks[module.removeprefix("base_model.model.")] = lora_a.shape[0]
     config = new.config
     config.r = max(ranks.values())
     config.rank_pattern = {name: r for name, r in ranks.items() if r != config.r}
-    config.alpha_pattern = dict(config.rank_pattern)  # alpha = r: the scaling is in the factors
+    config.alpha_pattern = dict(config.rank_pattern)  # alpha = r, so PEFT's scaling is 1: it is in the factors
     config.lora_alpha, config.use_rslora, config.init_lora_weights = config.r, False, True
     with new_folder(output) as partial:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})

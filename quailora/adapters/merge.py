@@ -45,23 +45,24 @@ def merge(
     """Write the dense checkpoint W' = Q + scaling B A: what the quantized base with its adapter computes, as ordinary
     weights.
 
-    Every linear that the base holds quantized becomes its Q, adapted or not; all else is copied. The tokenizer is that
-    beside the adapter, where training has saved one, or else the checkpoint's. Embeddings that were resized for new
-    tokens are the adapter's, and `vocab_size` follows them. Shard by shard; the model is never in memory as a whole.
+    Every linear that is quantized in the base becomes its Q, adapted or not; everything else is copied. The tokenizer
+    is the one next to the adapter, if training saved one there, else the checkpoint's. Embeddings that were resized for
+    new tokens are the adapter's, and `vocab_size` is set to match. It works shard by shard; the whole model is never in
+    memory.
 
     Args:
         checkpoint: the full-precision checkpoint of the base.
         adapter: the folder of a trained, or just initialized, adapter.
         output_dir: new or empty.
-        initial: the adapter that training started from, where `adapter` has no record of its base; without it, the
-            folder above `adapter` is looked into.
+        initial: the adapter that training started from, if `adapter` has no record of its base; None looks in the
+            parent folder of `adapter`.
         quantization: how the base is quantized, such as a BitsAndBytesConfig, if there is no record; if there is one,
             it must agree.
-        dtype: of the weights written; None is the checkpoint's. Rounding Q + scaling B A to bf16 costs about 2⁻⁹ of
-            each weight.
+        dtype: of the weights written; None is the checkpoint's. Rounding Q + scaling B A to bf16 changes each weight by
+            up to 2⁻⁹ of it.
 
     Raises:
-        MismatchError, AdapterError, CheckpointError: as `base_record.loading`; or weights that cannot be merged.
+        MismatchError, AdapterError, CheckpointError: as for `base_record.loading`; or weights that cannot be merged.
     """
     output, folder = Path(output_dir), Path(adapter)
     check_new_folder(output)
@@ -69,8 +70,8 @@ def merge(
     made_for = base_of(folder, Path(initial) if initial else None)
     if made_for and for_full_precision(made_for):
         raise AdapterError(
-            f"{folder} was converted for the full-precision weights: there is no Q to merge it with. PEFT's "
-            "merge_and_unload is right for it, on the full-precision model"
+            f"{folder} was converted for the full-precision weights: there is no Q to merge it with. use "
+            "PEFT's merge_and_unload on the full-precision model"
         )
     source = as_recorded(source, made_for)
     config, load_dtype = loading(made_for, source, quantization, folder)
@@ -78,12 +79,12 @@ def merge(
     base = quantized_skeleton(source, config, load_dtype)
     trained = SavedAdapter(folder)
     if tokens := next((key for key in trained.tensors if ".token_adapter." in key), None):
-        raise AdapterError(f"{folder} has {tokens} (trainable_token_indices): rows of embeddings cannot be merged")
+        raise AdapterError(f"{folder} has {tokens} (trainable_token_indices): single rows cannot be merged")
     rows = resize_to(base, folder)
     model = adapted_skeleton(base, trained.config, source)
     put(model, trained.tensors)
     if lacking := unfilled(model):
-        raise AdapterError(f"{folder / WEIGHTS} lacks {lacking[0]}, which its configuration names: save it anew")
+        raise AdapterError(f"{folder / WEIGHTS} lacks {lacking[0]}, which its configuration names: save it again")
     stream = StreamedModel(source, place, load_dtype)
     merged = model.get_base_model()
     names: dict[str, list[str]] = {}
@@ -143,8 +144,8 @@ def _merged(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """The weight that the quantized base with its adapter multiplies with, for one parameter of the plain model,
-    oriented as stored. `dequantized` gives Q for a linear's name and W."""
+    """One parameter of the plain model as the quantized base with its adapter has it, in the stored orientation.
+    `dequantized` gives Q for a linear's name and W."""
     parent, _, leaf = name.rpartition(".")
     module: Any = model.get_submodule(parent)
     if hasattr(module, "modules_to_save"):
@@ -154,7 +155,7 @@ def _merged(
     base = module if layer is None else module.get_base_layer()
     own: Tensor = getattr(base, leaf)
     if own.device.type != "meta":
-        return own  # The adapter brings this parameter itself: a bias that was trained.
+        return own  # The adapter has this parameter itself: a bias that was trained.
     if leaf != "weight":
         return tensor
     quantized = is_quantized(base)
@@ -186,8 +187,7 @@ def _check_mergeable(model: nn.Module, stored: set[str]) -> None:
 def _end_with(
     tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, generation: GenerationConfig | None
 ) -> None:
-    """Training may have given the tokenizer another end of a sequence than the checkpoint's: a server stops at that
-    too."""
+    """Make a server stop at the tokenizer's end-of-sequence token too: training may have changed it."""
     end, both = tokenizer.eos_token_id, [config] if generation is None else [config, generation]
     each: Any
     for each in both:

@@ -1,4 +1,4 @@
-"""New tokens: models with resized embeddings, whose rows the checkpoint lacks."""
+"""New tokens: models with resized embeddings, which have rows that the checkpoint lacks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 
 def resize_to(model: PreTrainedModel, adapter: Path) -> int | None:
-    """Give the model's embeddings as many rows as those in an adapter folder, and return how many; None where it
-    has none, or as many as the model. New rows hold no meaningful values yet.
+    """Resize the model's embeddings to those in an adapter folder, and return the number of rows; None if the folder
+    has no embeddings, or of the same size. New rows have no meaningful values yet.
 
     PEFT saves embeddings under the same name, whether `modules_to_save` names them or the vocabulary was resized.
 
-    model: as transformers makes it, before PEFT wraps it; it may be on the meta device.
+    model: the transformers model, before PEFT wraps it; it may be on the meta device.
     """
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
@@ -34,22 +34,22 @@ def resize_to(model: PreTrainedModel, adapter: Path) -> int | None:
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """The rows of the model's input embeddings: the token ids it takes are below this."""
+    """The number of rows of the model's input embeddings. Token ids must be below it."""
     embedding: Any = model.get_input_embeddings()
     return int(embedding.weight.shape[0])
 
 
 def add_rows(embedding: nn.Embedding, rows: Tensor) -> None:
-    """Let an embedding of n tokens also look up tokens n, n + 1, ..., whose rows (k, h) are given.
+    """Make an embedding of n tokens also look up tokens n, n + 1, ... in `rows` (k, h).
 
-    Its own weight is not copied, and may come and go as in a `StreamedModel`.
+    Its own weight is not copied, so a `StreamedModel` can load and release it.
     """
-    embedding.padding_idx = None  # matters for gradients only; torch would check it against the number of new rows
+    embedding.padding_idx = None  # only gradients use it, and torch would check it against the number of new rows
     look_up, known = embedding.forward, embedding.num_embeddings
 
     def forward(ids: Tensor) -> Tensor:
         found, new = look_up(ids.clamp(max=known - 1)), ids >= known
-        if new.any():  # through the module, which may scale what it looks up
+        if new.any():  # with the module, which may scale its output
             weight = rows.to(found.device, embedding.weight.dtype)
             found[new] = torch.func.functional_call(embedding, {"weight": weight}, ids[new] - known)
         return found

@@ -1,4 +1,4 @@
-"""The tensors of an adapter, out of a PEFT model into its folder and back. PEFT itself writes the configuration."""
+"""Saving the tensors of an adapter from a PEFT model, and loading them. PEFT itself writes the configuration."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from quailora.modeling.streamed_model import StreamedModel
 
 
 def check_can_be_saved(model: PeftModel, source: StreamedModel) -> None:
-    """Check, before hours are spent, that every tensor PEFT will save is made here or is in the checkpoint.
+    """Check, before hours are spent, that every tensor PEFT will save is computed here or is in the checkpoint.
 
     Raises:
-        AdapterError: naming the tensor and the setting it comes from.
+        AdapterError: naming the tensor.
     """
     for key in unfilled(model):
         if ".lora_" not in key and source.source(_base_name(key)) is None:
@@ -33,8 +33,8 @@ def check_can_be_saved(model: PeftModel, source: StreamedModel) -> None:
 
 
 def take(model: PeftModel, targets: Iterable[Target]) -> dict[str, torch.Tensor]:
-    """The tensors of targets that have their factors, by the names PEFT saves them under; the model's own are on the
-    meta device again."""
+    """Move the factors of these targets out of the model: its parameters are on the meta device again. Returns them by
+    the names that PEFT saves them under."""
     sides = [side[t.adapter] for t in targets for side in (t.layer.lora_A, t.layer.lora_B)]
     wanted = {id(parameter) for side in sides for parameter in side.parameters()}
     taken = {}
@@ -48,8 +48,8 @@ def take(model: PeftModel, targets: Iterable[Target]) -> dict[str, torch.Tensor]
 
 
 def rest(model: PeftModel, source: StreamedModel, seed: int, made: Collection[str]) -> dict[str, LazyTensor]:
-    """What PEFT would save besides the tensors `made`: LoRA's own start where it was left alone, the checkpoint's
-    tensors for `modules_to_save`."""
+    """What PEFT would save besides the tensors `made`: LoRA's default initialization for the modules without factors,
+    and the checkpoint's tensors for `modules_to_save`."""
     names = {id(parameter): _saved_name(name) for name, parameter in model.named_parameters(remove_duplicate=False)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,7 +71,7 @@ def rest(model: PeftModel, source: StreamedModel, seed: int, made: Collection[st
 
 
 def save(model: PeftModel, folder: Path, tensors: dict[str, LazyTensor]) -> None:
-    """The adapter, as `model.save_pretrained` writes it: PEFT writes the configuration, the tensors are streamed."""
+    """Save the adapter as `model.save_pretrained` does. PEFT writes the configuration; the tensors are streamed."""
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     assert expected.keys() == tensors.keys(), sorted(expected.keys() ^ tensors.keys())[:3]
     nothing = {name: torch.empty(0) for name in model.state_dict()}
@@ -80,17 +80,17 @@ def save(model: PeftModel, folder: Path, tensors: dict[str, LazyTensor]) -> None
 
 
 def put(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Give an adapter's parameters their values, by the names PEFT saves them under; they may be on the meta device.
+    """Set an adapter's parameters, given by the names that PEFT saves them under. They may be on the meta device.
 
     Raises:
-        AdapterError: a tensor that the model has no place for, or of another shape.
+        AdapterError: a tensor has no parameter in the model, or another shape.
     """
     parameters = model.named_parameters(remove_duplicate=False)
     places = {_saved_name(name): (name, parameter) for name, parameter in parameters}
     for saved, value in tensors.items():
-        key = saved.replace(".modules_to_save.", ".")  # PEFT saves resized embeddings under this name as well
+        key = saved.replace(".modules_to_save.", ".")  # PEFT also saves resized embeddings under this name
         if key not in places:
-            raise AdapterError(f"the adapter has {key}, for which {type(model.get_base_model()).__name__} has no place")
+            raise AdapterError(f"the adapter has {key}, which {type(model.get_base_model()).__name__} does not have")
         name, parameter = places[key]
         if parameter.shape != value.shape:
             raise AdapterError(f"{key} is {list(value.shape)} in the adapter and {list(parameter.shape)} in the model")
@@ -99,7 +99,7 @@ def put(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def unfilled(model: PeftModel) -> list[str]:
-    """What PEFT would save of the model, and has no values yet: the names."""
+    """The names of tensors that PEFT would save and that have no values yet."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return [key for key, tensor in state.items() if tensor.device.type == "meta"]
 
@@ -122,10 +122,10 @@ def _allocate(layer: LoraLayer, adapter: str) -> None:
 
 
 def _saved_name(parameter: str) -> str:
-    """What PEFT saves a parameter of its model as."""
+    """The name that PEFT saves a parameter under."""
     return parameter.replace(".modules_to_save.default.", ".").replace(".default", "")
 
 
 def _base_name(key: str) -> str:
-    """The base model's name of a tensor that PEFT saves beside the LoRA weights."""
+    """The base model's name of a tensor that PEFT saves besides the LoRA weights."""
     return key.removeprefix("base_model.model.").replace(".base_layer.", ".")

@@ -1,4 +1,4 @@
-"""An adapter in a folder, as PEFT and trainers save it: its configuration, and its tensors once they are checked."""
+"""An adapter in a folder, as PEFT and trainers save it: its configuration and its checked tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quailora.errors import AdapterError
 
 
 class SavedAdapter:
-    """The tensors of an adapter on disk, with the scaling PEFT would apply taken into B."""
+    """The tensors of an adapter on disk. `factors` has PEFT's scaling in B."""
 
     def __init__(self, folder: Path) -> None:
         self.config = read_config(folder)
@@ -31,9 +31,9 @@ class SavedAdapter:
         )
         if lone := sorted(a ^ b):
             lacking = f"{lone[0]}.lora_{'B' if lone[0] in a else 'A'}.weight"
-            raise AdapterError(f"{folder / WEIGHTS} lacks {lacking}: save it anew")
+            raise AdapterError(f"{folder / WEIGHTS} lacks {lacking}: save the adapter again")
         if not a:
-            raise AdapterError(f"{folder} adapts no linear")
+            raise AdapterError(f"{folder} does not adapt any linear")
         self.modules = sorted(a)
         for key, tensor in self.tensors.items():
             if not tensor.isfinite().all():
@@ -45,7 +45,7 @@ class SavedAdapter:
             raise AdapterError(f"{folder} has {biased} (lora_bias=True): only W' = Q + scaling B A is written, no bias")
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """(r, n) and (m, r) whose product in reverse order is scaling B A."""
+        """A (r, n) and scaling B (m, r)."""
         a, b = self.tensors[f"{module}.lora_A.weight"].double(), self.tensors[f"{module}.lora_B.weight"].double()
         name = module.removeprefix("base_model.model.")
         pattern = self.config.alpha_pattern or {}
@@ -55,24 +55,24 @@ class SavedAdapter:
 
 
 def read_config(folder: Path) -> LoraConfig:
-    """The LoRA configuration of an adapter folder. Raises AdapterError where there is none."""
+    """The LoRA configuration of an adapter folder. Raises AdapterError if there is none."""
     if not (folder / "adapter_config.json").is_file():  # or PEFT would look for it on the hub
         raise AdapterError(f"{folder} {'holds no adapter_config.json' if folder.is_dir() else 'does not exist'}")
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError) as error:
-        raise AdapterError(f"{folder} holds no LoRA adapter: {' '.join(str(error).split())[:200]}") from error
+        raise AdapterError(f"{folder} does not hold a LoRA adapter: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(config, LoraConfig) or config.use_dora:
         raise AdapterError(f"{folder} is not a plain LoRA adapter")
     return config
 
 
 def check_weights(folder: Path) -> None:
-    """Raises AdapterError where the weights of an adapter are a pickle, or are saved empty."""
+    """Raises AdapterError if the weights of an adapter are a pickle or were saved empty."""
     if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
         raise AdapterError(
-            f"{folder} has its weights in adapter_model.bin, a pickle, which can run code when it is read: load the "
-            "adapter with PEFT where you trust it, and save it with save_pretrained(..., safe_serialization=True)"
+            f"{folder} has its weights in adapter_model.bin, a pickle, which can run code when it is read: if "
+            "you trust it, load the adapter with PEFT and save it with save_pretrained(..., safe_serialization=True)"
         )
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -82,6 +82,6 @@ def check_weights(folder: Path) -> None:
     if empty:
         raise AdapterError(
             f"{empty[0]} in {folder / WEIGHTS} is empty (and {len(empty) - 1} more tensors), as DeepSpeed ZeRO-3 saves "
-            "them where it does not gather the weights: set stage3_gather_16bit_weights_on_model_save, or make the "
-            "weights whole with zero_to_fp32.py, and save the adapter again"
+            "them if it does not gather the weights: set stage3_gather_16bit_weights_on_model_save, or gather the "
+            "weights with zero_to_fp32.py, and save the adapter again"
         )

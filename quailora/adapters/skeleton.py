@@ -1,5 +1,5 @@
-"""The quantized base with its adapter, on the meta device: transformers and PEFT decide there what is quantized, what
-is adapted, and at which rank and scaling."""
+"""The quantized base with its adapter on the meta device. transformers and PEFT themselves decide what is quantized and
+adapted, and with which rank and scaling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from quailora.quantization.registry import from_config, is_quantized
 
 
 def quantized_skeleton(checkpoint: Checkpoint, config: QuantizationConfigMixin, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model as transformers would quantize it, with no weights: which linears are quantized, and how.
+    """The base model as transformers would quantize it, without weights: which linears are quantized, and how.
 
     Raises:
         AdapterError: transformers quantizes no linear of this model.
@@ -67,10 +67,10 @@ def _plan_linears(model: PreTrainedModel, base: QuantizedBase) -> None:
 
 
 def adapted_skeleton(base: PreTrainedModel, config: LoraConfig, checkpoint: Checkpoint) -> PeftModel:
-    """`get_peft_model` over a base on the meta device: no LoRA weight has memory yet.
+    """`get_peft_model` for a base on the meta device: no LoRA weight has memory yet.
 
     Raises:
-        AdapterError: a target module that the model does not have (with the nearest names), or a setting PEFT refuses.
+        AdapterError: a target module that is not in the model (with the closest names), or a setting that PEFT refuses.
     """
     _check_names(base, config)
     if config.target_modules == "all-linear":
@@ -84,7 +84,7 @@ def adapted_skeleton(base: PreTrainedModel, config: LoraConfig, checkpoint: Chec
             model = get_peft_model(base, config, low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"PEFT refuses this LoRA configuration: {error}") from error
-    if isinstance(config.target_modules, set):  # written as it comes, a set would change the file from run to run
+    if isinstance(config.target_modules, set):  # the order of a set would change from run to run
         config.target_modules = sorted(config.target_modules)
     return model
 
@@ -93,10 +93,10 @@ def targeted_skeleton(
     checkpoint: Checkpoint, quantization: QuantizationConfigMixin, dtype: torch.dtype, config: LoraConfig
 ) -> tuple[PeftModel, list[str]]:
     """The base as transformers would quantize it, wrapped by PEFT, on the meta device; and the linears narrower than r,
-    such as a mixture's 1 x n gate. `config` gets a rank for each of those: its smaller side.
+    such as the 1 x n gate of a mixture of experts. In `config`, each of those gets the rank of its smaller side.
 
     Raises:
-        AdapterError: as `quantized_skeleton` and `adapted_skeleton`; or every targeted linear is narrower than r.
+        AdapterError: as for `quantized_skeleton` and `adapted_skeleton`; or every targeted linear is narrower than r.
     """
     model = adapted_skeleton(quantized_skeleton(checkpoint, quantization, dtype), config, checkpoint)
     adapted = {
@@ -118,7 +118,7 @@ def targeted_skeleton(
     for name, layer in narrow.items():
         rank = _smaller_side(layer)
         ranks[name] = rank
-        # The scaling stays as it was; a larger one would train these linears at a higher rate. PEFT takes floats too.
+        # The scaling stays the same: a larger one would train these linears at a higher rate. PEFT accepts floats too.
         alphas[name] = float(layer.scaling["default"]) * (math.sqrt(rank) if config.use_rslora else rank)  # type: ignore[assignment]
     # PEFT takes the first pattern that matches.
     config.rank_pattern = ranks | (config.rank_pattern or {})
@@ -128,7 +128,7 @@ def targeted_skeleton(
 
 
 def _check_names(base: PreTrainedModel, config: LoraConfig) -> None:
-    """Every entry of a list of names matches a module, and a regular expression at least one, as PEFT matches them."""
+    """Check that each target name, or the regular expression, matches a module, as PEFT matches them."""
     targets = config.target_modules
     if not targets or targets == "all-linear":
         return
@@ -139,7 +139,7 @@ def _check_names(base: PreTrainedModel, config: LoraConfig) -> None:
         try:
             found = any(re.fullmatch(pattern, name) for name in modules)
         except re.error as error:
-            raise AdapterError(f"{option}: '{wanted}' is no regular expression: {error}") from error
+            raise AdapterError(f"{option}: '{wanted}' is not a regular expression: {error}") from error
         if not found:
             linears = {name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
             near = difflib.get_close_matches(wanted.rpartition(".")[2], linears, cutoff=0.4) or sorted(linears)

@@ -1,4 +1,4 @@
-"""What an adapter can initialize: the quantized linears that it adapts, and whether its configuration allows it."""
+"""The linears to initialize: the quantized ones that an adapter adapts, if its configuration allows it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from quailora.solvers.solve import LoraFactors
 
 @dataclass(frozen=True)
 class Target:
-    """A linear of the base model that LoRA adapts and the base holds quantized.
+    """A quantized linear of the base model that LoRA adapts.
 
-    scaling: what PEFT multiplies `lora_B.weight @ lora_A.weight` with: alpha / r, or alpha / sqrt(r) with rsLoRA.
+    scaling: PEFT's factor of `lora_B.weight @ lora_A.weight`: alpha / r, or alpha / sqrt(r) with rsLoRA.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Target:
         return self.layer.get_base_layer()
 
     def assign(self, factors: LoraFactors, seed: int = 0) -> None:
-        """Put the factors in place: scaling * lora_B.weight @ lora_A.weight = A Bᵀ, whatever alpha is, with both sides
+        """Set lora_A and lora_B so that scaling * lora_B.weight @ lora_A.weight = A Bᵀ for any alpha, with the two
         balanced."""
         root = self.scaling**0.5
         lora_a, lora_b = self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
@@ -59,14 +59,14 @@ def check_config(config: Any) -> LoraConfig:
     """Return `config` if factors with A Bᵀ ≈ W - Q are a valid initialization for it.
 
     Raises:
-        AdapterError: otherwise; with the setting, why, and what to use instead.
+        AdapterError: otherwise; says which setting, why, and what to use instead.
     """
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"{type(config).__name__} is not a LoRA configuration: use peft.LoraConfig")
     if config.use_dora:
         raise AdapterError(
-            "use_dora=True: DoRA rescales every row of the adapted weight by its own norm, so factors that undo the "
-            "quantization error are not what its forward pass needs; use plain LoRA"
+            "use_dora=True: DoRA rescales every row of the adapted weight by its own norm, so factors that correct "
+            "the quantization error are wrong for it; use plain LoRA"
         )
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise AdapterError(
@@ -75,17 +75,17 @@ def check_config(config: Any) -> LoraConfig:
         )
     if config.layer_replication:
         raise AdapterError(
-            "layer_replication makes blocks that the checkpoint does not have: their inputs are not defined"
+            "layer_replication adds blocks that the checkpoint does not have: their inputs are not known"
         )
     return config
 
 
 def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Target], dict[str, str]]:
-    """The quantized linears that `adapter` adapts; and the other adapted modules, which keep LoRA's default
-    initialization, each with the reason.
+    """The quantized linears that `adapter` adapts; and the other modules that it adapts, which keep LoRA's default
+    initialization, with the reason for each.
 
     Raises:
-        AdapterError: a scaling that is not positive, a router that PEFT cannot run, or a variant of LoRA whose product
+        AdapterError: a scaling that is not positive, a router that PEFT cannot run, or a variant of LoRA whose update
             is not B A.
     """
     targets, left = [], {}
@@ -105,7 +105,7 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
             )
         elif adapter in layer.lora_variant:
             raise AdapterError(
-                f"{name} uses {type(layer.lora_variant[adapter]).__name__}, whose product is not that of plain LoRA"
+                f"{name} uses {type(layer.lora_variant[adapter]).__name__}, whose update is not that of plain LoRA"
             )
         elif is_router(base):
             raise AdapterError(
@@ -113,7 +113,7 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
                 "it out of target_modules (--target-modules), or add it to exclude_modules (--exclude-modules)"
             )
         elif not is_quantized(base):
-            left[name] = f"the base keeps this {type(base).__name__} in full precision: there is no error to undo"
+            left[name] = f"the base keeps this {type(base).__name__} in full precision: there is no error to correct"
         else:
             rank, scaling = layer.r[adapter], float(layer.scaling[adapter])
             if rank > min(base.in_features, base.out_features):
@@ -130,8 +130,8 @@ def find_targets(model: PeftModel, adapter: str = "default") -> tuple[list[Targe
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether a module subclasses nn.Linear but gives no single tensor, as the routers of Llama 4 and PhiMoE do: PEFT
-    wraps it and then cannot run it."""
+    """Whether a module subclasses nn.Linear but does not return a single tensor, like the routers of Llama 4 and
+    PhiMoE: PEFT wraps it and then cannot run it."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward or is_quantized(module):
         return False
     x = torch.zeros(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
@@ -140,7 +140,7 @@ def is_router(module: nn.Module) -> bool:
 
 
 def fill(module: nn.Module | Any, leaf: str, value: torch.Tensor) -> None:
-    """Give a parameter its value, whether it is on the meta device or has memory already."""
+    """Set a parameter, which may be on the meta device."""
     old = getattr(module, leaf)
     if old.device.type == "meta":
         value = nn.Parameter(value.to(dtype=old.dtype, device="cpu").contiguous(), requires_grad=old.requires_grad)

@@ -47,10 +47,10 @@ app.command()(doctor)
 
 
 def main() -> None:
-    """The console script: what a user can mend is one line on standard error and exit status 1; a bug keeps its
-    traceback."""
-    # One progress bar and our own words are what a person should see, not the libraries' remarks on our use of them.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which only commands do
+    """The console script. An error that the user can fix is one line on standard error and exit status 1; a bug keeps
+    its traceback."""
+    # The user should see one progress bar and our own messages, not the libraries' warnings about our use of them.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read on import, which happens only in commands
     for library in LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)}|peft|transformers|torch)\b")

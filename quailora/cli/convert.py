@@ -13,10 +13,10 @@ def convert(
     trained: Annotated[Path, typer.Argument(metavar="TRAINED", help="The adapter after training.")],
     output: Annotated[Path, typer.Option(help="Where the new adapter goes: a new or empty folder.")],
     rank: Annotated[
-        int | None, typer.Option(help="Truncate to this rank. Default: keep all, at most 2 r.", min=1)
+        int | None, typer.Option(help="Truncate to this rank. Default: the full rank, at most 2 r.", min=1)
     ] = None,
 ) -> None:
-    """Write what training learned, TRAINED less INITIAL, as an adapter for the full-precision weights."""
+    """Write what training learned, TRAINED minus INITIAL, as an adapter for the full-precision weights."""
     from quailora import convert as write
 
     write(initial, trained, output, rank=rank)

@@ -21,16 +21,18 @@ def doctor(
         bool, typer.Option("--all", help="Print every case, not only the worst of each operation.")
     ] = False,
     tune: Annotated[
-        bool, typer.Option("--tune", help="First time the settings of the kernels on each GPU; keep the fastest.")
+        bool, typer.Option("--tune", help="First time the kernels' settings on each GPU, and keep the fastest.")
     ] = False,
     only: Annotated[
         str | None,
-        typer.Option("--device", help="Only this one; without it, or on a GPU without our code for it, an error."),
+        typer.Option(
+            "--device", help="Check only this device; fail if it is missing, or a GPU served by plain PyTorch."
+        ),
     ] = None,
 ) -> None:
-    """Versions and devices; which backend serves each operation here, and whether it computes what it should.
+    """Show versions and devices, and the backend of each operation; check that each computes what it should.
 
-    Ends with an error where an operation does not, so that one can rely on it in scripts.
+    Exits with an error if one does not, so it can be used in scripts.
     """
     import platform
     from importlib.metadata import version
@@ -51,7 +53,7 @@ def doctor(
     unsound = [operation for device in devices for operation in _examined(device, every)]
     if unsound:
         raise QuailoraError(
-            f"{', '.join(dict.fromkeys(unsound))}: not what the reference gives. Do not trust results of this "
+            f"{', '.join(dict.fromkeys(unsound))}: results differ from the reference. Do not trust results of this "
             "installation on that device; please report the tables above"
         )
     if only is not None and gpus:
@@ -74,13 +76,13 @@ def _tune(gpus: list[torch.device]) -> None:
             fastest = tuning.tune(gpu)
         except OSError as error:
             raise QuailoraError(
-                f"the timings cannot be kept: {error}; XDG_CACHE_HOME may name another folder"
+                f"the timings cannot be saved: {error}; XDG_CACHE_HOME may name another folder"
             ) from error
-        typer.echo(f"{len(fastest)} settings kept in {settings.timings_file(gpu)}")
+        typer.echo(f"{len(fastest)} settings saved in {settings.timings_file(gpu)}")
 
 
 def _examined(device: torch.device, every: bool) -> list[str]:
-    """Print the tables of a device. Returns the operations that do not compute what they should."""
+    """Print the tables of a device. Returns the operations whose results are wrong."""
     import torch
 
     from quailora.doctor import Finding, copy_speed, examine
@@ -108,7 +110,7 @@ def _examined(device: torch.device, every: bool) -> list[str]:
         sound = [finding for finding in of_one if finding.sound]
         if every:
             shown = of_one
-        else:  # and all that are not sound, or were timed
+        else:  # and every case that is not sound or was timed
             shown = [max(sound, key=lambda finding: finding.error / finding.allowed)] if sound else []
             shown += [each for each in of_one if not each.sound or (each.speed and each not in shown)]
         for i, finding in enumerate(shown):

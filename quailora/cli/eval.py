@@ -39,21 +39,21 @@ def evaluate(
     quant: QuantOption = None,
     double_quant: CheckedDoubleOption = None,
     compute_dtype: ComputeOption = None,
-    samples: Annotated[int, typer.Option(help="Sequences to measure on.", min=1)] = 64,
+    samples: Annotated[int, typer.Option(help="Number of sequences to evaluate on.", min=1)] = 64,
     sequence_length: LengthOption = None,
     column: ColumnOption = None,
     split: SplitOption = "test",
     batch_size: BatchOption = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: DeviceOption = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     auto_class: AutoClassOption = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the results to this file.")] = None,
 ) -> None:
-    """Perplexity and KL divergence: full precision, quantized, and with the adapter on the one it belongs on.
+    """Perplexity and KL divergence of the full-precision model, the quantized model, and the model with the adapter.
 
-    Both models are on the device together.
+    Both models are on the device at the same time.
     """
     from quailora.calibration.data import CalibrationConfig, read_calibration
     from quailora.evaluate import compare

@@ -52,7 +52,7 @@ def init(
     ] = None,
     rank_pattern: Annotated[
         str | None,
-        typer.Option(help="Ranks that differ from --rank, such as q_proj=8,down_proj=128; names may be patterns."),
+        typer.Option(help="Ranks that differ from --rank, such as q_proj=8,down_proj=128; names may be regexes."),
     ] = None,
     alpha_pattern: Annotated[
         str | None, typer.Option(help="Alphas that differ from --alpha, in the same form.")
@@ -65,16 +65,18 @@ def init(
     compute_dtype: ComputeOption = None,
     dtype: LoadedOption = None,
     solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
-    iterations: Annotated[int | None, typer.Option(help="Depth of krylov (3), alternations of als (20).")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="Depth of krylov (default 3) or alternations of als (20).")
+    ] = None,
     damping: Annotated[
-        float | None, typer.Option(help="Share of the mean of H's diagonal that is added to it.")
+        float | None, typer.Option(help="Added to H's diagonal, as a fraction of its mean. Default: 1e-4.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
     sequence_length: LengthOption = None,
     column: ColumnOption = None,
     split: SplitOption = "train",
     batch_size: BatchOption = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of samples, and of the solver.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling and of the solver.")] = 0,
     memory_budget: MemoryOption = None,
     host_memory_budget: HostMemoryOption = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run.")] = True,
@@ -82,11 +84,11 @@ def init(
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     auto_class: AutoClassOption = None,
-    progress: Annotated[bool, typer.Option(help="Show how far the run is on standard error.")] = True,
+    progress: Annotated[bool, typer.Option(help="Show progress on standard error.")] = True,
 ) -> None:
     """Make an adapter initialized to reduce the quantization error of CHECKPOINT.
 
-    Under torchrun the processes share the work, one to each GPU.
+    Under torchrun, the processes share the work, each on its own GPU.
     """
     from peft import LoraConfig
 
@@ -147,7 +149,7 @@ def init(
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends the command with what is kept, in one line, and the shell's own exit status for it."""
+    """Ctrl-C ends the command with one line that says what is kept, and the usual exit status 130."""
     try:
         yield
     except KeyboardInterrupt as interruption:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what their values mean. Nothing heavy is imported before a command runs."""
+"""Options that several commands share, and parsing their values. No heavy import happens before a command runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class AutoClass(StrEnum):
-    """The classes of transformers that a base can be loaded with."""
+    """The transformers classes that a base can be loaded with."""
 
     causal_lm = "AutoModelForCausalLM"
     image_text_to_text = "AutoModelForImageTextToText"
@@ -41,17 +41,20 @@ DataOption = Annotated[
         "name of a data set on the Hugging Face hub."
     ),
 ]
-ColumnOption = Annotated[str | None, typer.Option(help="The field of the records to use, where it is not a usual one.")]
-SplitOption = Annotated[str, typer.Option(help="Which split of a data set from the hub.")]
+ColumnOption = Annotated[
+    str | None, typer.Option(help="The field of the records to use, if not one of the usual ones.")
+]
+SplitOption = Annotated[str, typer.Option(help="Split of a data set.")]
 LengthOption = Annotated[
     int | None,
-    typer.Option(help="Tokens in one sequence. Default: 2048, or as many as the model has positions.", min=1),
+    typer.Option(help="Tokens in one sequence. Default: 2048, or the model's maximum if that is less.", min=1),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to compute, such as cuda:0 or cpu. Default: CUDA if there is one.")
+    str | None, typer.Option(help="Device to compute on, such as cuda:0 or cpu. Default: CUDA if there is a GPU.")
 ]
 QuantOption = Annotated[
-    Format | None, typer.Option(help="How the base is quantized. Default: nf4, or what the adapter was made for.")
+    Format | None,
+    typer.Option(help="How the base is quantized. Default: as in the adapter's record, or nf4."),
 ]
 DoubleOption = Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Double quantization (4 bits).")]
 CheckedDoubleOption = Annotated[
@@ -59,36 +62,36 @@ CheckedDoubleOption = Annotated[
     typer.Option("--double-quant/--no-double-quant", help="Double quantization (4 bits), with --quant. Default: yes."),
 ]
 ComputeOption = Annotated[
-    Dtype | None, typer.Option(help="What a 4-bit base computes in. Default: what its weights are loaded as.")
+    Dtype | None, typer.Option(help="Compute dtype of a 4-bit base. Default: the dtype its weights are loaded in.")
 ]
 LoadedOption = Annotated[
     Dtype | None,
     typer.Option(
-        help="What the base's weights are loaded as before they are quantized, which decides their codes: as the "
-        "training will load them. Default: the checkpoint's dtype."
+        help="The dtype that training loads the base's weights in before they are quantized; it changes the quantized "
+        "values. Default: the checkpoint's dtype."
     ),
 ]
 RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 AutoClassOption = Annotated[
     AutoClass | None,
     typer.Option(
-        help="What the training loads the model with; their names of modules differ. Default: as the adapter's record "
-        "says, or else what makes the class in config.json."
+        help="The class that training loads the model with; the two name modules differently. Default: as in the "
+        "adapter's record, else the one that gives the class in config.json."
     ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint on the hub.")]
 MemoryOption = Annotated[
     str | None,
     typer.Option(
-        help="What may be allocated on the device, such as 12GiB; on a CPU, by how much resident memory may grow. "
-        "Default: nine tenths of what is free."
+        help="Memory that may be allocated on the device, such as 12GiB; on a CPU, by how much resident memory may "
+        "grow. Default: 90 % of the free memory."
     ),
 ]
 HostMemoryOption = Annotated[
     str | None,
     typer.Option(
-        help="What hidden states may take of the host's memory beside a GPU; where that is too little they go to disk. "
-        "Default: nine tenths of what is free."
+        help="With a GPU, host memory that hidden states may take; if they need more, they go to disk. "
+        "Default: 90 % of the free memory."
     ),
 ]
 BatchOption = Annotated[
@@ -122,7 +125,7 @@ def parse_target_modules(text: str) -> str | list[str]:
 def check_quantization_options(quant: Format | None, double: bool | None, compute: Dtype | None) -> None:
     if quant is None and (double is not None or compute is not None):
         given = "--compute-dtype" if double is None else "--double-quant" if double else "--no-double-quant"
-        raise QuailoraError(f"{given} says how --quant quantizes the base: give that too, or leave both to the record")
+        raise QuailoraError(f"{given} needs --quant: give both, or neither to use the adapter's record")
 
 
 def quantization_config(quant: Format, double: bool | None, compute: Dtype | None, dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""`quailora plan`: what a run would take."""
+"""`quailora plan`: the memory, FLOPs and time of a run."""
 
 from __future__ import annotations
 
@@ -39,22 +39,24 @@ def plan(
     compute_dtype: ComputeOption = None,
     dtype: LoadedOption = None,
     solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
-    iterations: Annotated[int | None, typer.Option(help="Depth of krylov (3), alternations of als (20).")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="Depth of krylov (default 3) or alternations of als (20).")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
     sequence_length: LengthOption = None,
     batch_size: BatchOption = None,
     device: Annotated[
         str | None,
-        typer.Option(help="Where it would be computed; cuda need not be here. Default: CUDA if there is one, or cpu."),
+        typer.Option(help="Device of the run; cuda may be absent here. Default: CUDA if there is a GPU, else cpu."),
     ] = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     auto_class: AutoClassOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """What `init` would take: memory by its use, FLOPs, and an estimate of the time.
+    """Show what `init` would need: memory by use, FLOPs, and an estimate of the time.
 
-    No weight is read or downloaded: for a model on the hub, the headers of its files are enough.
+    No weights are read or downloaded; for a model on the hub, the headers of its files are enough.
     """
     from json import dumps
 

@@ -1,4 +1,4 @@
 """Memory: the plan of a run, its budget, and the host's allocator.
 
-It knows shapes, and nothing of adapters or of the pipeline.
+It works from shapes, and knows nothing of adapters or the pipeline.
 """

@@ -1,4 +1,4 @@
-"""Freed host memory: glibc's malloc keeps it for later use, and until then it counts as the process's."""
+"""Freed host memory. glibc's malloc keeps it for reuse, so it still counts as the process's memory."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from functools import cache
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 _OWN_PAGES = 256 * 2**10
-_GLIBC_MAX = 32 * 2**20  # where glibc's own mmap threshold, which grows with what is freed, stops; trim is twice that
+_GLIBC_MAX = 32 * 2**20  # glibc's mmap threshold grows up to this as memory is freed; trim is twice that
 
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Within it, allocations of 256 KiB or more get pages of their own, which go back as soon as they are freed.
+    """Within it, allocations of 256 KiB or more get pages of their own, which are returned as soon as they are freed.
 
     Resident memory is then close to what is live; without it, gaps between tensors add half to the peak of a small
     model. It costs a page fault for every 4 KiB allocated: a quarter of the time for SmolLM2-135M, less for wider
-    models. So it is only for a tight budget. Afterwards the thresholds are where glibc's own growth would stop.
+    models. So it is only for a tight budget. Afterwards the thresholds are the largest that glibc itself would choose.
     """
     libc = _glibc()
     if libc is None:
@@ -37,7 +37,7 @@ def freed_at_once() -> Iterator[None]:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory of all threads' heaps back to the operating system."""
+    """Return freed memory of all threads' heaps to the operating system."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

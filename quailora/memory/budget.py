@@ -1,4 +1,4 @@
-"""The memory budget of a run: amounts as text, what is free, and what was really taken."""
+"""The memory budget of a run: parsing and printing amounts, free memory, and the measured peak."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNITS = {"": 1, "B": 1} | {f"{letter}{binary}B": (1024 if binary else 1000) ** 
                             for power, letter in enumerate("KMGT", 1) for binary in ("i", "")}  # fmt: skip
 
 # With a fragmented heap the peak is at most this many times what was planned: 1.6 was measured. With more room than
-# that the heap is left alone, which is faster.
+# that the heap is left as it is, which is faster.
 _FRAGMENTED = 2
 
 _OF_FREE = 0.9  # of free memory, by default: other processes may need some
@@ -28,9 +28,9 @@ _OF_FREE = 0.9  # of free memory, by default: other processes may need some
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What a run may take; see `build_adapter`.
+    """How much memory a run may use; see `build_adapter`.
 
-    Raises QuailoraError for what is not an amount of memory, CalibrationError for a batch size below 1.
+    Raises QuailoraError for anything that is not an amount of memory, CalibrationError for a batch size below 1.
     """
 
     memory_budget: int | str | None = None
@@ -54,15 +54,15 @@ class MemoryConfig:
 
 
 class Meter:
-    """Created where a run begins: memory is counted from there.
+    """Created at the start of a run: memory is counted from there.
 
-    On a GPU the budget is what torch's allocator may hold more than it does then; it is enforced within the `with`. On
-    a CPU it is how much the resident memory of the process may grow, which the plan keeps to and nothing enforces.
+    On a GPU the budget limits by how much torch's allocator may grow, and is enforced within the `with`. On a CPU it
+    limits by how much the resident memory of the process may grow; the plan keeps to it, but nothing enforces it.
     """
 
     def __init__(self, device: torch.device, config: MemoryConfig) -> None:
         self.device, self.config = device, config
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # that share the host
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this host
         sharing = 1 if device.type == "cuda" else processes
         cpu = torch.device("cpu")
         self.budget = int(config.device_bytes or _OF_FREE * free_memory(device) / sharing)
@@ -75,23 +75,23 @@ class Meter:
 
     @contextmanager
     def setting_up(self) -> Iterator[None]:
-        """For making skeletons: each of their parameters is on the CPU for a moment, and the gaps that this leaves in
-        the heap would grow with the depth. Before there is a plan, any budget named on a CPU counts as tight."""
+        """For making models on the meta device: each parameter is on the CPU for a moment, and the gaps left in the
+        heap would grow with the depth. Before there is a plan, any budget given for a CPU counts as tight."""
         with freed_at_once() if self._limits_the_host else nullcontext():
             yield
 
     def held(self) -> int:
-        """Bytes of the budget that are taken already."""
+        """Bytes of the budget that are already in use."""
         if self._limits_the_host:
             return_freed_memory()
         return max(0, self._held() - self._start)
 
     def expect(self, planned: int) -> None:
-        """Take note of the planned peak: a budget on a CPU is tight if a fragmented heap could exceed it."""
+        """Set the planned peak. A budget on a CPU is tight if a fragmented heap could exceed it."""
         self._tight = self._limits_the_host and _FRAGMENTED * planned > self.budget
 
     def trim(self) -> None:
-        """Give freed memory back to the operating system, where the budget is tight."""
+        """Return freed memory to the operating system if the budget is tight."""
         if self._tight:
             return_freed_memory()
 
@@ -126,7 +126,7 @@ class Meter:
 
 
 def _highest_resident() -> int:
-    """The most that was resident since the process began, in bytes."""
+    """The peak resident memory since the process started, in bytes."""
     info = psutil.Process().memory_info()
     if hasattr(info, "peak_wset"):  # Windows
         return info.peak_wset

@@ -1,17 +1,17 @@
-"""A memory budget and shapes -> a plan: what is where, the micro-batch, and in how many passes a block runs.
+"""From a memory budget and shapes, a plan: the micro-batch, where hidden states are kept, and the passes over a block.
 
-For each block a run has in memory, one after the other,
+For each block, a run has in memory, one phase after the other:
 
     load       its weights, while they are read
     forward    its weights and the next block's, which are read ahead; one H (n x n, fp32) for each distinct input of
                the pass; activations of one micro-batch
-    solve      weights, the H not used yet; then quantized weights, E and the solver's thin matrices, for one group of
-               linears that share an input at a time
+    solve      weights and the H not used yet; quantized weights, E and the solver's thin matrices for one group of
+               linears that share an input
 
-and before the first block the embeddings. The hidden states of all tokens are kept besides, in host memory or in a
-file. On a CPU, device and host are one memory and everything counts; on a GPU only what torch allocates there.
+and, before the first block, the embeddings. The hidden states of all tokens are kept too, in host memory or in a file.
+On a CPU, device and host share one memory and everything counts; on a GPU only what torch allocates there does.
 
-All of it is arithmetic on shapes, rounded up where shapes do not tell; nothing is read or run.
+All of it is arithmetic on shapes, rounded up where shapes do not determine the size. Nothing is read or run.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from quailora.modeling.streamed_model import StreamedModel
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.registry import SOLVERS
 
-TOKENS_PER_BATCH = 8192  # enough for matrix products to be efficient, and little beside a block's weights
-_FEWER_TOKENS = 2048  # still efficient; below, each halving of the batch costs time
+TOKENS_PER_BATCH = 8192  # enough for efficient matrix products, and small next to a block's weights
+_FEWER_TOKENS = 2048  # still efficient; below this, each halving of the batch costs time
 
-# What shapes do not tell: allocators round up and leave gaps, BLAS packs its operands, threads have stacks. A GPU's
-# caching allocator keeps pieces of 2 MiB and up, and cuBLAS takes a workspace of 32 MiB (on Hopper; 8 elsewhere). A CPU
-# with AVX-512 took 40 MiB, one with AVX2 20 MiB.
+# What shapes do not show: allocators round up and leave gaps, BLAS packs its operands, threads have stacks. A GPU's
+# caching allocator allocates 2 MiB or more at a time, and cuBLAS takes a workspace of 32 MiB (on Hopper; 8 elsewhere).
+# A CPU with AVX-512 took 40 MiB, one with AVX2 20 MiB.
 _SLACK = 0.03
 _LIBRARIES = {
     "cpu": (40 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 30) * 2**20,
@@ -55,7 +55,7 @@ _PHASES = ("embeddings", "load", "forward", "solve")
 class Part:
     """Something that takes memory.
 
-    where: "device", "host" or "disk". phase: when, see the top of this module; "all" is throughout.
+    where: "device", "host" or "disk". phase: as at the top of this module; "all" is throughout.
     """
 
     name: str
@@ -66,13 +66,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run proceeds and what it takes. For each phase, `parts` are those of its most demanding block."""
+    """How a run proceeds and what memory it takes. For each phase, `parts` are those of the block that needs most."""
 
     device: str
     batch_size: int
     states: str  # where hidden states are between blocks: "host" or "disk"
     prefetch: bool
-    passes: tuple[tuple[tuple[str, ...], ...], ...]  # by block: the linears whose H each pass adds up
+    passes: tuple[tuple[tuple[str, ...], ...], ...]  # by block: the linears whose H each pass accumulates
     parts: tuple[Part, ...]
     budget: int
     flops: dict[str, int]  # "forward", "H", "solve"
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def host(self) -> int:
-        """Bytes of host memory beside a GPU; on a CPU there is only the device's memory."""
+        """Bytes of host memory, for a GPU; on a CPU there is only the device's memory."""
         return self._total("host", "all")
 
     @property
@@ -97,7 +97,7 @@ class Plan:
         return sum(part.bytes for part in self.parts if part.where == where and part.phase in (phase, "all"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """Plain values, for JSON."""
         return asdict(self) | {"peak": self.peak, "host": self.host, "disk": self.disk}
 
     def text(self) -> str:
@@ -144,11 +144,10 @@ def make_plan(
 
     targets: linears by name, with the rank of each.
     samples, sequence_length: the number of sequences, and the length of the longest.
-    memory_budget: of the device; None is nine tenths of what is free. On a CPU everything counts against it.
-    host_memory_budget: what hidden states may take of the host's memory beside a GPU; None is nine tenths of what is
-        free.
-    batch_size: the only one to consider; None chooses.
-    held: bytes of the budget that the process holds already.
+    memory_budget: of the device; None is 90 % of what is free. On a CPU everything counts against it.
+    host_memory_budget: how much host memory hidden states may take, for a GPU; None is 90 % of what is free.
+    batch_size: the only one to consider; None considers several.
+    held: bytes of the budget that the process already uses.
     device: where the run will be, if not the device of `stream`; it need not be present.
     timed: measure how fast this device multiplies, and estimate the time.
 
@@ -156,7 +155,9 @@ def make_plan(
     """
     planner = _Planner(stream, dict(targets), base, solver, samples, sequence_length, device or stream.device, held)
     if memory_budget is None and planner.device.type == "cuda" and not torch.cuda.is_available():
-        raise QuailoraError("there is no CUDA device here to ask what is free: give a memory_budget (--memory-budget)")
+        raise QuailoraError(
+            "there is no CUDA device here, so its free memory is not known: give memory_budget (--memory-budget)"
+        )
     budget = int(0.9 * free_memory(planner.device)) + held if memory_budget is None else memory_budget
     batches = [min(batch_size, samples)] if batch_size else _batches(samples, sequence_length)
     smallest: tuple[Plan, dict[str, str]] | None = None
@@ -171,7 +172,7 @@ def make_plan(
 
 
 def _batches(samples: int, length: int) -> list[int]:
-    """Sizes to consider: about 8192 tokens, and halves of that down to one sequence."""
+    """Sizes to consider: about 8192 tokens, halved repeatedly down to one sequence."""
     sizes = [min(samples, max(1, TOKENS_PER_BATCH // length))]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
@@ -182,7 +183,7 @@ def _too_little(plan: Plan, blocks: dict[str, str], batch_size: int | None) -> s
     phase = max(_PHASES, key=lambda phase: plan._total("device", phase))
     parts = [part for part in plan.parts if part.where == "device" and part.phase in (phase, "all")]
     largest = sorted(parts, key=lambda part: part.bytes, reverse=True)[:3]
-    smallest = ceil(plan.peak / 2**20)  # in whole MiB, so that the budget named really is enough
+    smallest = ceil(plan.peak / 2**20)  # in whole MiB, rounded up so that this budget is enough
     what = ", ".join(f"{part.name} {describe_bytes(part.bytes)}" for part in largest)
     fixed = f" with batch_size (--batch-size) {batch_size}" if batch_size and batch_size > 1 else ""
     return (
@@ -213,14 +214,14 @@ class _Planner:
     def preferences(self, batches: Sequence[int], host_budget: int | None) -> Iterator[tuple[str, bool, int, int]]:
         """(states, prefetch, batch size, passes), the fastest first.
 
-        Down to 2048 tokens a smaller batch costs next to nothing, so it is given up first. Then reading ahead: without
-        it the device waits for each block to be read, a few percent of the time with 4 M tokens. Hidden states on disk
-        cost about as much on a CPU. Products of fewer than 2048 tokens are slower by more than that. Another pass is
-        another forward pass, which almost doubles the time: the last resort.
+        Down to 2048 tokens a smaller batch costs next to nothing, so it is tried first. Next, no reading ahead: the
+        device then waits for each block to be read, a few percent of the time with 4 M tokens. Hidden states on disk
+        cost about as much on a CPU. Products of fewer than 2048 tokens cost more than that. Another pass is another
+        forward pass, which almost doubles the time, so it is the last resort.
         """
         places = ["host", "disk"]
         if self.device.type == "cuda":
-            # They take nothing of a GPU's budget; a disk would be slower than the GPU.
+            # They do not count against a GPU's budget, and a disk would be slower than the GPU.
             allowed = int(0.9 * free_memory(torch.device("cpu"))) if host_budget is None else host_budget
             places = ["host" if self.pinned_states(batches[0]) <= allowed else "disk"]
         large = [batch for batch in batches if batch == batches[0] or batch * self.length >= _FEWER_TOKENS]
@@ -234,17 +235,17 @@ class _Planner:
 
     @cached_property
     def hidden(self) -> int:
-        """Bytes of the hidden states of one token."""
+        """Bytes of one token's hidden state."""
         config = self.stream.model.config.get_text_config(decoder=True)
         return config.hidden_size * self.stream.dtype.itemsize
 
     def pinned_states(self, batch: int) -> int:
-        """Bytes of all hidden states in pinned memory, where torch rounds each batch up to a power of two."""
+        """Bytes of all hidden states in pinned memory: torch rounds each batch up to a power of two."""
         of_one = batch * self.length * self.hidden
         return ceil(self.samples / batch) * (1 << (of_one - 1).bit_length())
 
     def plan(self, states: str, prefetch: bool, batch: int, passes: int, budget: int) -> tuple[Plan, dict[str, str]]:
-        """The plan, and which block each phase is most demanding for."""
+        """The plan, and for each phase the block that needs most."""
         found: dict[str, tuple[int, str, list[Part]]] = {}
 
         def phase(name: str, block: str, *parts: tuple[str, int]) -> None:
@@ -258,7 +259,7 @@ class _Planner:
         arguments = called_with(self.stream, batch, self.length)
         phase("embeddings", "the decoder", around, ("loading", self.stream.loading_nbytes(*around_blocks)))
         phase("embeddings", "the decoder", around, ("activations", outside(self.stream, batch, self.length)))
-        # Whether a block returns a tuple is learned by running one of each class on one token.
+        # One block of each class is run on one token, to see whether it returns a tuple.
         once = max(block.weights + block.loading for block in self.blocks)
         phase("embeddings", "the decoder", around, ("a block, for one token", once))
         planned, seen = [], set()
@@ -304,7 +305,7 @@ class _Planner:
         return plan, {name: block for name, (_, block, _) in found.items()}
 
     def _throughout(self, states: str, batch: int, arguments: int, most: int) -> Iterator[Part]:
-        """What is there all the time."""
+        """What is in memory throughout."""
         tokens = self.samples * self.length
         on_gpu = self.device.type == "cuda"
         beside = "host" if on_gpu else "device"  # the host's memory
@@ -333,25 +334,25 @@ class _Planner:
         method, iterations = SOLVERS[self.solver.name], self.solver.iterations
         products = method.products((method.iterations or 0) if iterations is None else iterations)
         linears = [w for block in self.blocks for w in block.linears]
-        # Two for each weight and token; four for each pair of tokens in attention, and channel.
+        # Two for each weight and token; in attention, four for each pair of tokens and channel.
         pairs = 4 * self.length * self.stream.model.config.get_text_config(decoder=True).hidden_size
         forward = [2 * block.multiplied + pairs for block in self.blocks]
         return {
             "forward": tokens * sum(of * len(turns) for of, turns in zip(forward, planned, strict=True)),
-            # One triangle: n² a token.
+            # One triangle: n² per token.
             "H": tokens * sum(group[0].inputs ** 2 for block in self.blocks for group in block.groups),
-            # The objective at the start, on one triangle of H; products with E, and half as many with H.
+            # The initial objective, on one triangle of H; products with E, and half as many with H.
             "solve": sum(
                 w.outputs * w.inputs**2 + products * w.rank * (2 * w.outputs * w.inputs + w.inputs**2) for w in linears
             ),
         }
 
     def seconds(self, plan: Plan) -> float | None:
-        """At the speed of a matrix product here, and an assumed rate of reading; None if the device is not here."""
+        """From the measured speed of a matrix product and an assumed read rate; None if the device is not here."""
         if self.device.type == "cuda" and not torch.cuda.is_available():
             return None
         rate, exact_rate = (_rate(self.device, dtype) for dtype in (self.stream.dtype, torch.float32))
-        # Plain PyTorch adds up H in fp32, the extension in the dtype of the inputs.
+        # Plain PyTorch multiplies in fp32 for H, the extension in the dtype of the inputs.
         h_rate = rate if self.on.extension else exact_rate
         computing = plan.flops["forward"] / rate + plan.flops["H"] / h_rate + plan.flops["solve"] / exact_rate
         reading = plan.read / _READ_RATE
@@ -362,8 +363,8 @@ class _Planner:
 
 
 def _turns(block: BlockSizes, passes: int) -> list[list[int]]:
-    """The groups of a block by pass, so that the H of each take about the same memory; the largest H in the last pass,
-    after which weights may be overwritten."""
+    """The groups of a block by pass, so that the H of each pass take about the same memory. The largest H is in the
+    last pass, after which weights may be overwritten."""
     turns: list[list[int]] = [[] for _ in range(min(passes, max(1, len(block.groups))))]
     squares = [group[0].inputs ** 2 for group in block.groups]
     for i in sorted(range(len(squares)), key=lambda i: -squares[i]):
@@ -379,6 +380,6 @@ def _rate(device: torch.device, dtype: torch.dtype) -> float:
         float((a @ a)[0, 0])  # warm-up
         count, start = 0, perf_counter()
         while (elapsed := perf_counter() - start) < 0.1:
-            float((a @ a)[0, 0])  # the host waits
+            float((a @ a)[0, 0])  # waits for the result
             count += 1
     return 2 * side**3 * count / elapsed

@@ -1,6 +1,6 @@
-"""Bytes that a block takes while it runs and while it is solved for, from the shapes of its parameters.
+"""Memory that a block takes while it runs and while its factors are solved for, from the shapes of its parameters.
 
-Upper bounds: where shapes do not tell what is in memory at the same time, everything is taken to be.
+These are upper bounds: where shapes do not tell what is in memory at the same time, everything is counted.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from quailora.solvers.config import SolverConfig
 from quailora.solvers.registry import SOLVERS
 from quailora.solvers.svd import SVD_DEPTH
 
-_PANEL = 256  # features of H at a time, in the reference operations
-_ROWS = 1024  # rows of E at a time, where it is never in memory as a whole; tokens at a time, in the extension
+_PANEL = 256  # features of H at a time in the reference operations
+_ROWS = 1024  # rows of E at a time if it is never in memory as a whole; tokens at a time in the extension
 
 
 class Base(Protocol):
-    """What a plan needs to know of the quantized base: see `QuantizedBase.memory`."""
+    """What a plan needs to know about the quantized base: see `QuantizedBase.memory`."""
 
     def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run will be, and for what it has fast code.
+    """The device of a run, and what there is fast code for.
 
-    extension: H is added up by the compiled extension. fused: products with E never have E in memory as a whole.
-    widened: the model's products are computed in fp32, with copies of what they multiply.
+    extension: the compiled extension accumulates H. fused: products with E never have all of E in memory.
+    widened: the model's products are computed in fp32, with fp32 copies of the operands.
     """
 
     device: torch.device
@@ -45,7 +45,7 @@ class Device:
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> Device:
-        """As `ops.backends` has it. A GPU that is not present is taken to have Triton and no extension."""
+        """As `ops.backends` says. A GPU that is not present is assumed to have Triton and no extension."""
         if device.type == "cuda" and not torch.cuda.is_available():
             return cls(device, extension=False, fused=True, widened=False)
         gram, product = (ops.backends(device)[name].backend for name in ("gram_", "grouped_error_product"))
@@ -55,7 +55,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Weight:
-    """The weight (m, n) of a linear, in the dtype it is resident in. transposed: of a Conv1D, so that it is copied."""
+    """The weight (m, n) of a linear, in the dtype it is loaded in. transposed: it is a Conv1D's, so it is copied."""
 
     name: str  # within its block
     outputs: int
@@ -67,14 +67,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """The sizes of all blocks of one kind.
+    """The sizes of a block, and of all blocks like it.
 
-    groups: the targeted linears, by the input they share.
+    groups: the targeted linears, grouped by the input they share.
     weights, loading, cast: bytes of its weights, what loading takes besides, and the largest tensor that is cast.
-    features, outputs: elements for each token of all distinct inputs of its linears, and of the results of one
-        module's linears, at most; experts: of both, in the fused experts that a token is sent to.
-    widest, largest: elements for each token of the widest input or result; of the largest matrix.
-    scan: elements of a state-space model's state, for each token.
+    features: elements per token of all distinct inputs of its linears.
+    outputs: elements per token of the outputs of one module's linears, at most.
+    experts: elements per token of inputs and outputs in the fused experts that a token is sent to.
+    widest: elements per token of the widest input or output of a linear.
+    largest: elements of the largest matrix.
+    scan: elements per token of a state-space model's state.
     multiplied: elements of all the matrices that a token is multiplied with.
     """
 
@@ -96,7 +98,7 @@ class BlockSizes:
 
 
 def block_sizes(stream: StreamedModel, targets: Mapping[str, int]) -> list[BlockSizes]:
-    """The sizes of each block, one object for all that are alike; `targets`: linears by name, with their ranks."""
+    """The sizes of each block; blocks that are alike share one object. targets: name of a linear -> its rank."""
     known: dict[Any, BlockSizes] = {}
     found = []
     for block in stream.blocks:
@@ -127,7 +129,7 @@ def _measure(stream: StreamedModel, block: Block, ranks: Mapping[str, int | None
     fused = [p.shape for p in block.module.parameters() if p.dim() == 3]  # (experts, outputs, inputs)
     chosen = getattr(config, "num_experts_per_tok", None) or max((shape[0] for shape in fused), default=0)
     matrices = {name: p.numel() for name, p in block.module.named_parameters() if p.dim() == 2}
-    scans = [size for name, size in matrices.items() if name.endswith("A_log")]  # as every Mamba calls it
+    scans = [size for name, size in matrices.items() if name.endswith("A_log")]  # every Mamba's name for it
 
     def weight(name: str) -> Weight:
         parameter = linears[name].get_parameter("weight")
@@ -159,8 +161,9 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def _sharing(shapes: Mapping[str, tuple[int, int]], hidden: int) -> list[list[str]]:
-    """Linears by the input they share, as far as shapes tell: those of one module with equally many inputs, except the
-    last that returns to the hidden size, as o_proj and down_proj do. (A run compares the tensors themselves.)"""
+    """Linears grouped by the input they share, as far as shapes tell: those of one module with the same number of
+    inputs, except the last one that maps back to the hidden size, as o_proj and down_proj do. (A run compares the
+    tensors themselves.)"""
     by_module: dict[str, list[str]] = {}
     for name in shapes:
         by_module.setdefault(name.rpartition(".")[0], []).append(name)
@@ -175,8 +178,8 @@ def _sharing(shapes: Mapping[str, tuple[int, int]], hidden: int) -> list[list[st
 
 
 def called_with(stream: StreamedModel, batch: int, length: int) -> int:
-    """Bytes of what blocks are called with besides the hidden states: position embeddings, and up to two masks, with
-    a value for each pair of tokens."""
+    """Bytes of what blocks are called with besides the hidden states: position embeddings, and up to two masks with a
+    value for each pair of tokens."""
     config = stream.model.config.get_text_config(decoder=True)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return batch * length * stream.dtype.itemsize * (4 * head + 2 * length)
@@ -190,25 +193,25 @@ def outside(stream: StreamedModel, batch: int, length: int) -> int:
 
 
 def activations(sizes: BlockSizes, stream: StreamedModel, batch: int, length: int, on: Device) -> int:
-    """Bytes in a forward pass at their most, with what adding up H takes besides H.
+    """Peak bytes of a forward pass, with the scratch memory for accumulating H but without H itself.
 
-    In memory are all inputs of linears, the results of one module's, and the hidden states in, between and out.
-    Attention without a fused kernel has a score for each pair of tokens and head.
+    In memory are all inputs of linears, the outputs of one module's linears, and the hidden states before, within and
+    after the block. Attention without a fused kernel has a score for each head and pair of tokens.
     """
     config = stream.model.config.get_text_config(decoder=True)
     tokens, size = batch * length, stream.dtype.itemsize
     row = size * (6 * config.hidden_size + sizes.features + sizes.outputs + sizes.experts)
-    row += config.num_attention_heads * ((2 * size + 4) * length if _unfused(config, on) else 4)  # else log-sum-exps
+    row += config.num_attention_heads * ((2 * size + 4) * length if _unfused(config, on) else 4)  # else: log-sum-exps
     total = tokens * (row + 16 * sizes.scan)  # without a fused kernel: four times in fp32
-    if on.widened:  # fp32 copies of a weight, its input and its result; of what attention takes
+    if on.widened:  # fp32 copies of a weight, its input and its output, and of the inputs of attention
         total += 4 * (sizes.largest + tokens * (sizes.widest + sizes.outputs))
     n = max((w.inputs for w in sizes.linears), default=0)
     return total + adding_up(tokens, n, size, on.extension)
 
 
 def adding_up(tokens: int, n: int, size: int, extension: bool) -> int:
-    """Scratch bytes of adding up an H: the extension packs 1024 tokens at a time, and on a GPU its partial sums take
-    about as much; plain PyTorch takes the tokens without padding, in fp32, and a panel of H."""
+    """Scratch bytes for accumulating an H. The extension packs 1024 tokens at a time, and on a GPU its partial sums
+    take about as much; plain PyTorch needs the tokens without padding in fp32, and a panel of H."""
     if extension:
         return 4 * min(_ROWS, tokens) * n
     masked, widened = size * tokens * n, (0 if size == 4 else 4 * tokens * n)
@@ -216,7 +219,7 @@ def adding_up(tokens: int, n: int, size: int, extension: bool) -> int:
 
 
 def _unfused(config: Any, on: Device) -> bool:
-    """Torch has no fused attention for CPUs where values have another width than keys, as in DeepSeek's."""
+    """Torch has no fused attention on CPUs if values and keys have different widths, as in DeepSeek."""
     latent = hasattr(config, "qk_nope_head_dim") and on.device.type == "cpu"
     return latent or config._attn_implementation not in ("sdpa", "flash_attention_2")
 
@@ -224,7 +227,7 @@ def _unfused(config: Any, on: Device) -> bool:
 def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Device, overwrite: bool) -> tuple[int, int]:
     """Bytes of the quantized weights of linears that share an input, and of what solving for them takes besides.
 
-    overwrite: W is not needed any more, so E may be where an fp32 W is.
+    overwrite: W is no longer needed, so E may overwrite an fp32 W.
     """
     n = group[0].inputs
     codes, work = zip(*(base.memory(w.outputs, n, on.device) for w in group), strict=True)
@@ -239,7 +242,7 @@ def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Devic
             (0 if in_place else sum(4 * w.outputs * n for w in group)),
             8 * largest + largest // 8 + 12 * n * min(_PANEL, tallest),
         )
-    energy = 12 * _PANEL * tallest  # the objective at the start
+    energy = 12 * _PANEL * tallest  # the initial objective
     thin = _thin(group, solver)
     if solver.name == "eigh" and on.fused:
         thin += 4 * largest
@@ -247,7 +250,7 @@ def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Devic
 
 
 def _thin(group: Sequence[Weight], solver: SolverConfig) -> int:
-    """Bytes of a solver's matrices besides E and H; intermediate results of a linear are in fp64."""
+    """Bytes of a solver's matrices besides E and H. Intermediate results of a linear are in fp64."""
     method, n = SOLVERS[solver.name], group[0].inputs
     m, rank = max(w.outputs for w in group), max(w.rank for w in group)
     if solver.name == "eigh":
@@ -255,7 +258,7 @@ def _thin(group: Sequence[Weight], solver: SolverConfig) -> int:
         return 8 * (n * n + 3 * m * n + 5 * k * k)
     depth = (method.iterations or 0) if solver.iterations is None else solver.iterations
     if solver.name == "als":
-        depth = SVD_DEPTH  # where it starts
+        depth = SVD_DEPTH  # of its initial SVD
     width = rank * (depth + 1)
     spans = sum(4 * w.rank * (depth + 1) * (w.outputs + 2 * n) for w in group)
     orthonormalizing = 8 * (m * width + 5 * m * rank)

@@ -1,4 +1,4 @@
-"""Checkpoints, and models of which only the block in use is in memory.
+"""Checkpoints, and models with only the current block in memory.
 
 It knows transformers and safetensors. It must not know quantized weights, solvers or adapters.
 """

@@ -20,8 +20,7 @@ class Block:
     module: nn.Module
 
     def linears(self) -> dict[str, nn.Module]:
-        """Every linear of the block by its full name. GPT-2's Conv1D is one too, with its weight the other way
-        round."""
+        """Every linear of the block by its full name. GPT-2's Conv1D counts as one; its weight is transposed."""
         return {
             f"{self.name}.{name}": module
             for name, module in self.module.named_modules()
@@ -30,14 +29,13 @@ class Block:
 
 
 def linear_weight(linear: nn.Module) -> Tensor:
-    """The weight of a linear as (outputs m, inputs n); Conv1D keeps its own as (n, m)."""
+    """The weight of a linear as (outputs m, inputs n); Conv1D stores it as (n, m)."""
     weight = linear.get_parameter("weight").detach()
     return weight.T.contiguous() if isinstance(linear, Conv1D) else weight
 
 
 def find_blocks(model: PreTrainedModel, decoder: nn.Module) -> list[Block]:
-    """The decoder's blocks: the outermost list of modules as long as the configuration says, wherever it is and
-    whatever its name."""
+    """The decoder's blocks: the outermost list with as many modules as the configuration has layers."""
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
     blocks = next((m for m in lists if len(m) == depth), None)

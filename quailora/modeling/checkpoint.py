@@ -51,18 +51,19 @@ DTYPES = FLOATING | {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_PIECE = 4 * 2**20  # bytes that are cast at once
-_OWN_PAGES = 2**16  # bytes from which a tensor has pages of its own
+_PIECE = 4 * 2**20  # bytes cast at a time
+_OWN_PAGES = 2**16  # tensors of at least this many bytes get pages of their own
 
-# What transformers lets out where config.json has a value that no model can be made of.
+# What transformers raises when config.json has a value that no model can be made from.
 BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
-# What huggingface_hub does where headers cannot be had; errors of its HTTP library, whichever that is, pass through.
+# What huggingface_hub raises when headers cannot be fetched. It lets errors of its HTTP library, whichever that is,
+# pass through.
 _NO_HEADERS: tuple[Any, ...] = (SafetensorsParsingError, ValueError, *HfHubHTTPError.__bases__)
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor stands: its file, safetensors dtype name, shape, and byte range within the file.
+    """Where one tensor is stored: its file, safetensors dtype name, shape, and byte range within the file.
 
     version: the file's size in bytes and time of modification in ns when its header was read.
     """
@@ -85,11 +86,11 @@ class TensorEntry:
         return DTYPES[self.dtype]
 
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The tensor in its shape, in the file's dtype or cast to `dtype` piece by piece, in memory of its own: pages
-        of a mapped file would count as resident until the mapping goes.
+        """The tensor in the file's dtype, or cast to `dtype` piece by piece. It is copied, not mapped:
+        pages of a mapped file would count as resident until the mapping is gone.
 
         Raises:
-            CheckpointError: the file cannot be read, is not the one whose header was read, or torch has no such dtype.
+            CheckpointError: the file cannot be read, has changed since its header was read, or torch has no such dtype.
         """
         dtype = dtype or self.torch_dtype
         tensor = _empty(self.shape, dtype)
@@ -102,8 +103,8 @@ class TensorEntry:
         return tensor
 
     def pieces(self, staging: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """The elements in order: the number of the first of a piece, and the piece, in the file's dtype. It stands in
-        the bytes of `staging`, which the next one overwrites."""
+        """The elements in order, as (index of the first element, piece in the file's dtype). Each piece is a view of
+        `staging`, which the next piece overwrites."""
         staging, elements = staging.view(self.torch_dtype), prod(self.shape)
         for first in range(0, elements, len(staging)):
             piece = staging[: elements - first]
@@ -111,24 +112,24 @@ class TensorEntry:
             yield first, piece
 
     def read_into(self, part: torch.Tensor, first: int = 0) -> None:
-        """Fill a contiguous tensor on the CPU, of the file's dtype, with the elements from number `first` on."""
+        """Fill a contiguous CPU tensor of the file's dtype with the elements from index `first` on."""
         left = as_bytes(part)
         try:
             with self.file.open("rb", buffering=0) as stream:
                 if _version(stream.fileno()) != self.version:
-                    raise CheckpointError(f"{self.file} has changed since it was opened: fetch it again")
+                    raise CheckpointError(f"{self.file} has changed since it was opened: download it again")
                 stream.seek(self.start + first * part.itemsize)
-                while len(left) > 0 and (count := stream.readinto(left)):  # 2 GiB at most come at once
+                while len(left) > 0 and (count := stream.readinto(left)):  # a read returns at most 2 GiB
                     left = left[count:]
         except OSError as error:
-            raise CheckpointError(f"{self.file} cannot be read: {_reason(error)}; fetch it again") from error
+            raise CheckpointError(f"{self.file} cannot be read: {_reason(error)}; download it again") from error
         if len(left) > 0:
-            raise CheckpointError(f"{self.file} ends {len(left)} bytes too early: fetch it again")
+            raise CheckpointError(f"{self.file} ends {len(left)} bytes too early: download it again")
 
 
 @dataclass(frozen=True)
 class UnreadTensor:
-    """A tensor that is read when it is indexed, as transformers' loader does once, with `[...]`."""
+    """A tensor that is read when it is indexed. transformers' loader does so once, with `[...]`."""
 
     read: Callable[[], torch.Tensor]
 
@@ -137,22 +138,23 @@ class UnreadTensor:
 
 
 class Checkpoint:
-    """A full-precision checkpoint of a language model, or of a vision-language model; weights are read when asked for.
+    """A full-precision checkpoint of a language model or a vision-language model. Weights are read when needed.
 
-    Opening reads the headers alone and finds missing shards, truncated files and already quantized checkpoints at once.
+    Opening it reads only the headers, which is enough to find missing shards, truncated files and checkpoints that are
+    already quantized.
 
     Args:
         name_or_path: a folder, or the id of a model on the Hugging Face hub.
         revision: a branch, tag or commit on the hub.
-        trust_remote_code: passed on to transformers; code from a checkpoint runs only where the user says so.
-        auto_class: what the training loads the model with, "AutoModelForCausalLM" or "AutoModelForImageTextToText";
-            None is the one that makes the class in `config.architectures`.
-        headers_only: of a model on the hub whose weights are not here yet, take no more than the headers of its files:
-            dtypes and shapes are known then, and no tensor can be read.
+        trust_remote_code: passed on to transformers; code from a checkpoint runs only if the user allows it.
+        auto_class: the class that training loads the model with, "AutoModelForCausalLM" or
+            "AutoModelForImageTextToText"; None is the one that gives the class in `config.architectures`.
+        headers_only: for a model on the hub that has not been downloaded, fetch only the headers of its files. Dtypes
+            and shapes are then known, but tensors cannot be read.
 
     Raises:
-        CheckpointError: nothing there, not safetensors, a shard missing or truncated, weights that are quantized
-            already, or another `auto_class`.
+        CheckpointError: nothing there, not safetensors, a shard missing or truncated, weights already quantized, or an
+            `auto_class` that is not supported.
     """
 
     def __init__(
@@ -189,7 +191,7 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype that transformers loads this checkpoint in when told "auto": the configuration's, else the
+        """The dtype that transformers loads this checkpoint in with dtype="auto": the configuration's, else the
         tensors'."""
         declared = getattr(self.config.get_text_config(decoder=True), "dtype", None) or getattr(
             self.config, "dtype", None
@@ -203,8 +205,8 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every tensor's name, dtype, shape and a sample of its bytes: the same however it is sharded, and
-        quick."""
+        """A hash of every tensor's name, dtype, shape and a sample of its bytes. It is quick to compute and does not
+        depend on the sharding."""
         digest = hashlib.sha256()
         for name, entry in sorted(self.tensors.items()):
             digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
@@ -214,8 +216,8 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
     def slices(self, names: Iterable[str], dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, UnreadTensor]:
-        """The named tensors, each read (and cast to what `dtypes` says) anew whenever it is indexed; see
-        `TensorEntry.read` for what is raised then."""
+        """The named tensors, each read (and cast as `dtypes` says) every time it is indexed, which may raise what
+        `TensorEntry.read` raises."""
         return {name: UnreadTensor(partial(self.tensors[name].read, (dtypes or {}).get(name))) for name in names}
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -223,10 +225,10 @@ class Checkpoint:
         return self.tensors[name].read()
 
     def has(self, filename: str) -> bool:
-        """Whether there is a file of that name, which is fetched if it is on the hub.
+        """Whether there is a file of that name. If it is on the hub, it is downloaded.
 
         Raises:
-            CheckpointError: the hub cannot say.
+            CheckpointError: the hub cannot be reached.
         """
         return self._locate(filename) is not None
 
@@ -240,13 +242,13 @@ class Checkpoint:
             raise CheckpointError(f"no usable config.json for '{self.name}' {place}: {_reason(error)}") from error
         if getattr(config, "quantization_config", None) is not None:
             raise CheckpointError(
-                f"{self.name} is already quantized: the error of quantization can only be computed from the "
+                f"{self.name} is already quantized: the quantization error can only be computed from the "
                 "full-precision checkpoint it was made from; give that one"
             )
         return config
 
     def _files(self) -> list[Path]:
-        single = self._locate(SINGLE)  # first, as transformers does where a folder has both
+        single = self._locate(SINGLE)  # first, like transformers, in case a folder has both
         if single is not None:
             return [single]
         index = self._locate(INDEX)
@@ -255,7 +257,7 @@ class Checkpoint:
         try:
             shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error!r}; fetch it again") from error
+            raise CheckpointError(f"{index} is not a safetensors index: {error!r}; download it again") from error
         files = []
         for shard in shards:
             if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
@@ -263,7 +265,7 @@ class Checkpoint:
             file = self._locate(shard)
             if file is None:
                 raise CheckpointError(
-                    f"shard {shard} of {self.name} is missing, one of the {len(shards)} in {index.name}: fetch it"
+                    f"shard {shard} of {self.name} is missing, one of the {len(shards)} in {index.name}: download it"
                 )
             files.append(file)
         return files
@@ -276,10 +278,10 @@ class Checkpoint:
             return Path(
                 hf_hub_download(self.name, filename, revision=self.revision, local_files_only=not self._downloads)
             )
-        except EntryNotFoundError:  # offline as well: what the cache has may do
+        except EntryNotFoundError:  # also when offline: the cache may have what is needed
             return None
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise CheckpointError(f"{filename} of '{self.name}' cannot be had: {_reason(error)}") from error
+            raise CheckpointError(f"{filename} of '{self.name}' cannot be downloaded: {_reason(error)}") from error
 
     def _headers_on_hub(self) -> Iterator[tuple[str, TensorEntry]]:
         try:
@@ -287,7 +289,7 @@ class Checkpoint:
         except NotASafetensorsRepoError:
             self._nothing_found()
         except _NO_HEADERS as error:
-            raise CheckpointError(f"the headers of '{self.name}' cannot be had: {_reason(error)}") from error
+            raise CheckpointError(f"the headers of '{self.name}' cannot be downloaded: {_reason(error)}") from error
         for filename, header in found.files_metadata.items():
             for name, tensor in header.tensors.items():
                 file, (start, end) = Path(self.name, filename), tensor.data_offsets
@@ -297,20 +299,20 @@ class Checkpoint:
         found = sorted(path.name for path in self._folder.iterdir()) if self._folder is not None else []
         pickled = [name for name in found if name.endswith((".bin", ".pt", ".pth"))]
         why = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
-        where = "" if self._folder is not None else " on the Hugging Face hub, if that can be reached, nor in its cache"
+        where = "" if self._folder is not None else " on the Hugging Face hub (if it can be reached) or in its cache"
         raise CheckpointError(f"{self.name} has neither {SINGLE} nor {INDEX}{where}{why}")
 
 
 def _reason(error: Exception) -> str:
-    """The libraries' own words, on one line, without the advice that follows."""
+    """The library's own message on one line, cut off after 300 characters."""
     return " ".join(str(error).split())[:300] or repr(error)
 
 
 def read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
-    """The header of a safetensors file: 8 bytes of length (little-endian), JSON, then the data."""
+    """The tensors in the header of a safetensors file: 8 bytes of length (little-endian), JSON, then the data."""
     try:
         with safe_open(file, framework="pt"):
-            pass  # safetensors has now checked that header and file agree to the byte
+            pass  # safetensors has now checked that the header matches the file's size
         with file.open("rb") as stream:
             version = _version(stream.fileno())
             length = int.from_bytes(stream.read(8), "little")
@@ -318,7 +320,8 @@ def read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size
         raise CheckpointError(
-            f"{file} ({size} bytes) is truncated, damaged or no safetensors file: {_reason(error)}; fetch it again"
+            f"{file} ({size} bytes) is truncated, damaged or not a safetensors file: {_reason(error)}; download it "
+            "again"
         ) from error
     header.pop("__metadata__", None)
     for name, tensor in header.items():
@@ -327,8 +330,8 @@ def read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Memory on the CPU that the operating system has back as soon as the tensor is gone. malloc, for all but large
-    tensors, keeps it for the thread that allocated; measured, a block's worth and more."""
+    """CPU memory that goes back to the operating system as soon as the tensor is gone. malloc would keep that of all
+    but large tensors for the thread that allocated it: a block's worth or more, as measured."""
     size = prod(shape) * dtype.itemsize
     if size >= _OWN_PAGES and hasattr(mmap, "MAP_ANONYMOUS"):
         with suppress(OSError):  # no memory: torch will say so

@@ -11,8 +11,8 @@ from quailora.errors import QuailoraError
 
 
 def default_device(device: str | torch.device | None) -> torch.device:
-    """The device named; None is CUDA if there is one, else the CPU. Raises QuailoraError where it cannot be used, or
-    has no fp64."""
+    """The device named; None is CUDA if there is one, else the CPU. Raises QuailoraError if it cannot be used or has no
+    fp64."""
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, dtype=torch.float64, device=chosen).device
@@ -25,8 +25,8 @@ def default_device(device: str | torch.device | None) -> torch.device:
 
 @contextmanager
 def without_torch_modes() -> Iterator[None]:
-    """Within it the caller's inference mode and default device are off: tensors made in inference mode can be neither
-    faked nor edited in place later, and everything here names its device or means the CPU."""
+    """Within it the caller's inference mode and default device are off: tensors made in inference mode cannot
+    be changed in place or used as fake tensors later, and everything here names its device or means the CPU."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         if torch.get_default_device().type != "cpu":

@@ -1,4 +1,4 @@
-"""Weights that are read ahead by a thread, while the block before them computes."""
+"""Weights that a thread reads ahead while the previous block computes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from quailora.modeling.checkpoint import TensorEntry, UnreadTensor
 
-STAGING_BYTES = 32 * 2**20  # page-locked host memory through which a prefetch reaches a GPU
+STAGING_BYTES = 32 * 2**20  # pinned host memory through which a prefetch goes to a GPU
 
 
 class Prefetch:
-    """Tensors of a checkpoint on their way to a device, one after the other, as the dtype they will be used in."""
+    """Reads tensors of a checkpoint to a device, one after the other, in the dtype they will be used in."""
 
     def __init__(
         self, names: list[str], wanted: dict[str, tuple[TensorEntry, torch.dtype]], device: torch.device
@@ -32,15 +32,15 @@ class Prefetch:
         stop, stream = Event(), None
         if device.type == "cuda":
             stream = _copy_stream(device)
-            # The memory of the destinations may still be read, as something freed, by what is queued until now.
+            # Work that is already queued may still read the destinations' memory, as tensors freed since.
             stream.wait_stream(torch.cuda.current_stream(device))
         thread = Thread(target=_fetch, args=(queue, stop, stream), name="quailora-prefetch", daemon=True)
-        # Also when this is dropped without a word, and when Python ends: no daemon may then be in the midst of torch.
+        # It also runs when this object is collected and when Python exits: no daemon thread may be inside torch then.
         self.drop = weakref.finalize(self, _end, stop, thread)
         thread.start()
 
     def tensors(self) -> dict[str, UnreadTensor]:
-        """Each can be had once, and is then no longer held here."""
+        """Each can be taken once, and is not kept here after that."""
         return {key: UnreadTensor(partial(self._take, key)) for key in self._futures}
 
     def _take(self, key: str) -> Tensor:
@@ -49,13 +49,14 @@ class Prefetch:
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all prefetches: torch has 32 to a device and goes round them, so that one may be another's too."""
+    """One for all prefetches: torch has 32 streams for a device and hands them out in turn, so a new one might be one
+    that is in use elsewhere."""
     return torch.cuda.Stream(device)
 
 
 @dataclass
 class _Fetch:
-    """One tensor to be fetched: where from, as what dtype, whom to give it to, and on a GPU its place there."""
+    """One tensor to be read: where from, in which dtype, the future that gets it, and on a GPU its destination."""
 
     entry: TensorEntry
     dtype: torch.dtype
@@ -64,8 +65,8 @@ class _Fetch:
 
 
 def _destination(entry: TensorEntry, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """On a GPU, memory from the pool of the stream that will use it: what another stream had allocated, that stream
-    alone could use again."""
+    """On a GPU, memory allocated on the stream that will use it: what another stream allocates, only that stream can
+    reuse."""
     if device.type != "cuda":
         return None
     with torch.inference_mode(False):  # or the thread could not write to it
@@ -73,12 +74,13 @@ def _destination(entry: TensorEntry, dtype: torch.dtype, device: torch.device) -
 
 
 def _fetch(queue: deque[_Fetch], stop: Event, stream: torch.cuda.Stream | None) -> None:
-    """Work of the thread. It knows the futures alone, not who waits for them, and leaves none open."""
+    """The thread's function. It completes, fails or cancels every future. It must not refer to the Prefetch itself,
+    which could then never be collected."""
     try:
         while queue and not stop.is_set():
             _fetch_one(queue[0], stream)
             queue.popleft()
-    except BaseException as error:  # raised again by whoever asks for what is missing
+    except BaseException as error:  # raised again when a missing tensor is asked for
         for fetch in queue:
             fetch.future.set_exception(error)
         queue.clear()
@@ -87,17 +89,17 @@ def _fetch(queue: deque[_Fetch], stop: Event, stream: torch.cuda.Stream | None) 
 
 
 def _fetch_one(fetch: _Fetch, stream: torch.cuda.Stream | None) -> None:
-    """In a function of its own: a tensor that was handed over must not be held until the next one is there."""
+    """A function of its own, so that a tensor that was handed over is not kept alive until the next one is read."""
     if stream is None or fetch.place is None:
         fetch.future.set_result(fetch.entry.read(fetch.dtype))
         return
-    # torch keeps page-locked memory for ever, and rounds it up to a power of two: so tensors go through it in pieces.
+    # torch never frees pinned memory, and rounds it up to a power of two: so tensors go through it in pieces.
     flat = fetch.place.view(-1)
     with torch.cuda.stream(stream):
         staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
         for first, piece in fetch.entry.pieces(staging):
             flat[first : first + len(piece)].copy_(piece, non_blocking=True)
-            stream.synchronize()  # this thread waits; the block that computes meanwhile does not
+            stream.synchronize()  # only this thread waits, not the block that is computing
     fetch.future.set_result(fetch.place)
 
 

@@ -1,8 +1,8 @@
-"""The decoder blocks of any transformers causal language model, of which only what is in use is in memory.
+"""The decoder blocks of any transformers causal language model, with only what is in use in memory.
 
-The model's skeleton stands on torch's meta device; weights come and go block by block, read through transformers' own
-loading code, so that renamed prefixes, tied embeddings and merged expert weights are what `from_pretrained` would make
-of them.
+The model is on torch's meta device, and weights are loaded and released block by block. They are read with
+transformers' own loading code, so renamed prefixes, tied embeddings and merged expert weights come out as with
+`from_pretrained`.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from quailora.modeling.transformers_internals import Loader, on_meta_device, tie
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a checkpoint with its parameters on the meta device. Buffers, such as rotary frequencies, are
-    real."""
+    """The model of a checkpoint with its parameters on the meta device. Buffers, such as rotary frequencies, have
+    values."""
     kind = "causal language model" if checkpoint.auto_class == CAUSAL_LM else "vision-language model"
     with on_meta_device():
         try:
-            # A copy, for quantizing the skeleton writes into the configuration.
+            # A copy, because quantizing the skeleton changes the configuration.
             model: PreTrainedModel = auto_model(checkpoint.auto_class).from_config(
                 copy.deepcopy(checkpoint.config), dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
             )
         except BAD_CONFIG as error:
             reason = " ".join(str(error).partition("Model type should be one of")[0].split())  # it lists 200 classes
             raise CheckpointError(
-                f"transformers makes no {kind} of the configuration of {checkpoint.name}: "
+                f"transformers has no {kind} for the configuration of {checkpoint.name}: "
                 f"{type(error).__name__}: {reason}"
             ) from error
     return model.eval()
 
 
 class StreamedModel:
-    """A causal language model whose blocks are brought into memory one at a time.
+    """A causal language model whose blocks are loaded one at a time.
 
     Args:
         checkpoint: where the weights are.
-        device: where blocks are brought to.
-        dtype: what the weights are loaded as, and the forward pass computes in.
+        device: where blocks are loaded to.
+        dtype: of the loaded weights, and of the forward pass.
 
     Raises:
-        CheckpointError: a tensor that the decoder needs is missing, of another shape, or not floating point.
+        CheckpointError: a tensor that the decoder needs is missing, has another shape, or is not floating point.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -72,10 +72,10 @@ class StreamedModel:
     def resident(self, *names: str) -> Iterator[None]:
         """Within it the modules of these names (or parameters, by their full names) have their weights, on `device`.
 
-        What was prefetched for the same names is taken over, and waited for; all else is read here.
+        What is being prefetched for the same names is used, and waited for; everything else is read here.
 
         Raises:
-            CheckpointError: the file cannot be read any more, transformers cannot load it, or weights are not finite.
+            CheckpointError: the file can no longer be read, transformers cannot load it, or weights are not finite.
         """
         try:
             self._load(self._matching(names))
@@ -84,10 +84,10 @@ class StreamedModel:
             self._release(names)
 
     def prefetch(self, *names: str) -> None:
-        """Begin to bring what `resident(*names)` will need to `device`, by a thread of its own.
+        """Start reading what `resident(*names)` will need to `device`, in a thread.
 
-        It takes `nbytes` there, on a GPU at once. A prefetch of other names that nobody took is forgotten. What goes
-        wrong in the thread is raised by `resident`.
+        It takes `nbytes` there; on a GPU they are allocated at once. An unused prefetch of other names is dropped.
+        Errors in the thread are raised by `resident`.
         """
         matching = self._matching(names)
         if self._ahead is not None and self._ahead.names == matching:
@@ -97,39 +97,37 @@ class StreamedModel:
         self._ahead = Prefetch(matching, wanted, self.device)
 
     def forget_prefetched(self) -> None:
-        """Drop what was prefetched and not taken; waits for the tensor that is being read."""
+        """Drop what was prefetched and not used; waits for the tensor that is being read."""
         if self._ahead is not None:
             self._ahead.drop()
             self._ahead = None
 
     def nbytes(self, *names: str) -> int:
-        """Bytes on `device` of what `resident(*names)` brings there, and of what `prefetch(*names)` does; nothing is
-        read."""
+        """Bytes on `device` that `resident(*names)` loads, or `prefetch(*names)` reads ahead. Nothing is read."""
         state = self._state()
         return sum(self._size(name, state[name]) for name in self._matching(names) if name in self._sources)
 
     def loading_nbytes(self, *names: str) -> int:
-        """Bytes that `resident(*names)` needs beyond `nbytes` for as long as it loads, at most.
+        """Bytes that `resident(*names)` needs beyond `nbytes` while it loads, at most.
 
-        A parameter that is made of several tensors is alive together with them, one such parameter at a time. Casting
+        A parameter made from several tensors is in memory together with them, one such parameter at a time. Casting
         takes a few MiB more on the host.
         """
         state = self._state()
-        made: dict[str, int] = {}  # several parameters may be made of the same tensors, all at once
+        made: dict[str, int] = {}  # several parameters may be made from the same tensors, all at once
         for name in self._matching(names):
             if name in self._converted and self._sources.get(name):
                 made[self._sources[name][0]] = made.get(self._sources[name][0], 0) + self._size(name, state[name])
         return max(made.values(), default=0)
 
     def outside_blocks(self) -> list[str]:
-        """What of the decoder's state belongs to no block: embeddings, final norm, projections between them."""
+        """The decoder's state outside its blocks: embeddings, final norm, projections between them."""
         prefixes = tuple(f"{block.name}." for block in self.blocks)
         inside = {id(tensor) for tensor in self.decoder.state_dict(keep_vars=True).values()}
         return [n for n, tensor in self._state().items() if id(tensor) in inside and not n.startswith(prefixes)]
 
     def source(self, parameter: str) -> str | None:
-        """The checkpoint's name for a parameter of the model that is stored as it is; None where it is made of
-        several."""
+        """The checkpoint's name for a parameter of the model; None if it is not stored as one tensor of its own."""
         keys = self._sources.get(parameter, [])
         return keys[0] if len(keys) == 1 and parameter not in self._converted else None
 
@@ -141,7 +139,7 @@ class StreamedModel:
         return [name for name in self._state() if name.startswith(names)]
 
     def _keys(self, names: list[str]) -> list[str]:
-        """The checkpoint's tensors that the state of these names is made of."""
+        """The checkpoint's tensors that these entries of the state are made from."""
         return sorted({key for name in names for key in self._sources.get(name, [])})
 
     def _size(self, name: str, tensor: Tensor) -> int:
@@ -151,8 +149,8 @@ class StreamedModel:
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def _state(self) -> dict[str, Tensor]:
-        """All that a checkpoint may store: parameters, and buffers such as the biases of a router. Buffers are small:
-        once loaded they stay."""
+        """Everything that a checkpoint may store: parameters, and buffers such as the biases of a router. Buffers are
+        small and stay in memory once loaded."""
         return self.model.state_dict(keep_vars=True)
 
     def _verify(self) -> None:
@@ -162,7 +160,7 @@ class StreamedModel:
         missing = [name for name in needed if name not in self._sources]
         if missing:
             raise CheckpointError(
-                f"{self.checkpoint.name} does not fit {type(self.model).__name__}: {len(missing)} of {len(needed)} "
+                f"{self.checkpoint.name} does not match {type(self.model).__name__}: {len(missing)} of {len(needed)} "
                 f"tensors are missing, the first is {missing[0]}"
             )
         for name in needed:
@@ -176,7 +174,7 @@ class StreamedModel:
             if self.source(name) and entries[0].shape != tuple(parameters[name].shape):
                 raise CheckpointError(
                     f"{name} is {list(entries[0].shape)} in {entries[0].file.name}, and the configuration says "
-                    f"{list(parameters[name].shape)}: the checkpoint and its config.json do not fit each other"
+                    f"{list(parameters[name].shape)}: the checkpoint and its config.json do not match"
                 )
 
     def _load(self, names: list[str]) -> None:
@@ -190,11 +188,13 @@ class StreamedModel:
             raise CheckpointError(f"{self.checkpoint.name}: transformers could not load {(unloaded or failed)[0]}")
         for name, parameter in parameters.items():
             if parameter.dtype != (planned := self._dtypes[self._sources[name][0]]):
-                raise CheckpointError(f"{name}: this transformers loads it as {parameter.dtype}, expected {planned}")
-            if parameter.is_cuda:  # transformers' threads allocate on the default stream, whatever is the caller's
+                raise CheckpointError(
+                    f"{name}: this version of transformers loads it as {parameter.dtype}, expected {planned}"
+                )
+            if parameter.is_cuda:  # transformers' threads allocate on the default stream, whatever the caller's is
                 parameter.record_stream(torch.cuda.current_stream(parameter.device))
             parameter.requires_grad_(False)
-            if not all(extreme.isfinite() for extreme in parameter.aminmax()):  # NaN is both extremes
+            if not all(extreme.isfinite() for extreme in parameter.aminmax()):  # if there is a NaN, both are NaN
                 raise CheckpointError(
                     f"{name} of {self.checkpoint.name} holds NaN or infinite values as {self.dtype}: the file is "
                     "damaged, or its values are too large for that dtype"
@@ -202,8 +202,8 @@ class StreamedModel:
 
     @contextmanager
     def _taken_over(self, names: list[str]) -> Iterator[dict[str, UnreadTensor]]:
-        """What was prefetched for exactly these names; each tensor can be had once, and what is left goes at the
-        end."""
+        """What was prefetched for exactly these names. Each tensor can be taken once; what is left is dropped
+        at the end."""
         ahead = self._ahead
         if ahead is None or ahead.names != names:
             yield {}
@@ -219,8 +219,8 @@ class StreamedModel:
                 self._set(name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
     def _move_tied(self, names: list[str]) -> None:
-        """A tied weight may be stored under its partner's name (the head's for the embedding): give it to the one that
-        was asked for."""
+        """A tied weight may be stored under its partner's name (the head's instead of the embedding's): move it to the
+        parameter that was asked for."""
         parameters = self._parameters()
         for pair in tied_weights(self.model).items():
             for wanted, partner in (pair, pair[::-1]):

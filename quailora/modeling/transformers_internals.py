@@ -1,7 +1,7 @@
-"""All that reaches into private parts of transformers.
+"""All uses of private parts of transformers.
 
-Seen to work with transformers 5.23. A version that changes these parts fails in tests/unit/modeling and
-tests/integration/test_families.py, and the fix belongs here.
+Tested with transformers 5.23. If another version changes these parts, tests/unit/modeling and
+tests/integration/test_families.py fail, and the fix belongs here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def on_meta_device() -> Iterator[None]:
-    """Within it models are made with their parameters on the meta device and their buffers on the CPU."""
+    """Within it models are created with their parameters on the meta device and their buffers on the CPU."""
     with no_init_weights(), init_empty_weights(include_buffers=False):
         yield
 
@@ -42,11 +42,11 @@ def quantize_skeleton(model: PreTrainedModel, config: Any, dtype: torch.dtype) -
 
 
 class NameMap(NamedTuple):
-    """Which tensors of a checkpoint the state of a model is made of.
+    """Which tensors of a checkpoint the state of a model is made from.
 
-    sources: parameter or buffer of the model -> the checkpoint's tensors that it is made of.
-    converted: those that are not stored as they are: made of several, or of parts of one.
-    landings: tensor of the checkpoint -> the (first) name in the model that it ends up in.
+    sources: parameter or buffer of the model -> the checkpoint's tensors that it is made from.
+    converted: parameters that are not stored as they are, but made from several tensors or from parts of one.
+    landings: tensor of the checkpoint -> the (first) name in the model where it ends up.
     """
 
     sources: dict[str, list[str]]
@@ -55,12 +55,12 @@ class NameMap(NamedTuple):
 
 
 class Loader:
-    """Loads tensors of a checkpoint into parts of a model as `from_pretrained` loads them into all of it: with the same
+    """Loads tensors of a checkpoint into parts of a model as `from_pretrained` does for the whole model: with the same
     renaming, merging, tying and casts.
 
     Args:
         model: the model, on the meta device.
-        dtype: what `from_pretrained` would be given as `dtype`.
+        dtype: as for `from_pretrained`.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -93,8 +93,8 @@ class Loader:
         return found
 
     def plan_dtypes(self, landings: Mapping[str, str]) -> dict[str, torch.dtype]:
-        """Tensor of the checkpoint -> what the loader casts it to: fp32 where the model's class asks for it, else the
-        dtype that the skeleton has where the tensor ends up."""
+        """Tensor of the checkpoint -> the dtype that the loader casts it to: fp32 if the model's class asks for it,
+        else the dtype of the parameter where the tensor ends up."""
         plan, state = self._model._get_dtype_plan(self._dtype), self._model.state_dict(keep_vars=True)
         pattern, globs, _ = build_glob_alternation(list(plan))
         dtypes = {}
@@ -107,7 +107,7 @@ class Loader:
         return dtypes
 
     def load(self, tensors: Mapping[str, Any], device: torch.device) -> list[str]:
-        """Load these tensors of the checkpoint, by its names. Returns the names that transformers could not load."""
+        """Load these tensors, by their names in the checkpoint. Returns the names that transformers could not load."""
         config = LoadStateDictConfig(
             device_map={"": device},
             dtype=self._dtype,
@@ -120,13 +120,13 @@ class Loader:
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
-    """Parameter -> the one that it shares its memory with once the model is loaded."""
+    """Parameter -> the parameter that it shares memory with once the model is loaded."""
     return dict(model.all_tied_weights_keys)
 
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Within it transformers shows no progress bar: it would draw one at every call of its loader."""
+    """Within it transformers shows no progress bar. It would otherwise draw one for every call of its loader."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

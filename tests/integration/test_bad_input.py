@@ -109,8 +109,8 @@ ALL_MASKED: Any = [{"input_ids": row, "attention_mask": torch.zeros(16)} for row
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 KNOWN_AT_ONCE = {
-    "a missing shard": Case(CheckpointError, ("shard model-00002-of-", "is missing", "fetch"), shards_with_one_missing),
-    "a truncated file": Case(CheckpointError, (SINGLE, "bytes", "truncated", "fetch it again"), truncate),
+    "a missing shard": Case(CheckpointError, ("shard model-00002-of-", "missing", "download"), shards_with_one_missing),
+    "a truncated file": Case(CheckpointError, (SINGLE, "bytes", "truncated", "download it again"), truncate),
     "a missing tensor": Case(CheckpointError, ("1 of 20", "model.layers.1.mlp.up_proj.weight"), drop_weight),
     "integers for weights": Case(
         CheckpointError, ("model.layers.0.mlp.up_proj.weight", "I8", "full-precision"), as_integers

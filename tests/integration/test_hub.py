@@ -126,8 +126,8 @@ def test_a_plan_takes_headers_alone(
     ("fault", "said"),
     [
         ("no weights", f"someone/tiny has neither {SINGLE} nor {INDEX}"),
-        ("no access", "the headers of 'someone/tiny' cannot be had: .*403"),
-        ("no safetensors", "the headers of 'someone/tiny' cannot be had: "),
+        ("no access", "the headers of 'someone/tiny' cannot be downloaded: .*403"),
+        ("no safetensors", "the headers of 'someone/tiny' cannot be downloaded: "),
     ],
 )
 def test_headers_that_cannot_be_had_are_named(fault: str, said: str, hub: Hub) -> None:

@@ -303,7 +303,7 @@ def test_doctor_ends_with_an_error_where_an_operation_is_wrong(run: Ran, monkeyp
     finally:
         dispatch._choose.cache_clear()
     assert code == 1
-    assert err.startswith("error: grouped_gram_product, cholesky_solve, solve: not what the reference gives")
+    assert err.startswith("error: grouped_gram_product, cholesky_solve, solve: results differ from the reference")
     assert "1.0e-04" in out and "no kernel image" in " ".join(out.split())
 
 
@@ -372,8 +372,8 @@ def test_what_a_user_can_mend_is_one_line(run: Ran, checkpoint: Path, corpus: Pa
     assert "'tpu9'" in one_line(run, "eval", checkpoint, "--data", corpus, "--device", "tpu9")
     assert str(tmp_path) in one_line(run, "merge", checkpoint, tmp_path, *out)
     for option in (("--no-double-quant",), ("--compute-dtype", "float16")):
-        assert f"{option[0]} says how --quant" in one_line(run, "merge", checkpoint, tmp_path, *out, *option)
-        assert f"{option[0]} says how --quant" in one_line(
+        assert f"{option[0]} needs --quant" in one_line(run, "merge", checkpoint, tmp_path, *out, *option)
+        assert f"{option[0]} needs --quant" in one_line(
             run, "eval", checkpoint, "--data", corpus, "--adapter", tmp_path, *option
         )
     # Before a checkpoint is looked for, which may be a download.

@@ -264,7 +264,7 @@ def test_what_counts(small: StreamedModel) -> None:
     # In page-locked memory each batch takes a power of two: 5 x 512 x 2 KiB is 5 MiB, and takes 8.
     odd = planned(small, GIB, device=CUDA, batch_size=5, **SMALL)
     assert size_of(odd, "hidden states", "host") == math.ceil(64 / 5) * 8 * MIB
-    with pytest.raises(QuailoraError, match="give a memory_budget"):
+    with pytest.raises(QuailoraError, match="give memory_budget"):
         planned(small, None, device=CUDA, **SMALL)
 
 

@@ -235,7 +235,7 @@ def test_a_download_that_was_cut_off_is_not_taken_for_a_model(tmp_path: Path, mo
         Checkpoint("someone/tiny")
     (tmp_path / "model" / INDEX).unlink()
     hub_cache(tmp_path / "model", "someone/weightless", tmp_path / "cache")
-    with pytest.raises(CheckpointError, match=r"neither .* if that can be reached"):
+    with pytest.raises(CheckpointError, match=r"neither .* \(if it can be reached\)"):
         Checkpoint("someone/weightless")
 
 
@@ -420,7 +420,7 @@ def test_a_file_that_is_cut_off_after_opening(
         monkeypatch.setattr(checkpoints, "_version", lambda _: found.tensors["a"].version)
     os.truncate(path, path.stat().st_size - 3)
     message = "has changed since it was opened" if known else "ends 3 bytes too early"
-    with pytest.raises(CheckpointError, match=rf"{SINGLE} {message}: fetch it again"):
+    with pytest.raises(CheckpointError, match=rf"{SINGLE} {message}: download it again"):
         found.tensors["b"].read(dtype)
 
 
@@ -429,12 +429,12 @@ def test_a_file_of_the_same_size_that_took_its_place_is_not_read(tmp_path: Path)
     path = tmp_path / "model" / SINGLE
     save_file({"a": torch.randn(100)}, path)
     os.utime(path, ns=(0, found.tensors["a"].version[1] + 1))
-    with pytest.raises(CheckpointError, match=rf"{SINGLE} has changed since it was opened: fetch it again"):
+    with pytest.raises(CheckpointError, match=rf"{SINGLE} has changed since it was opened: download it again"):
         found.tensor("a")
 
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     found = with_tensors(tmp_path / "model", {"a": torch.randn(100)})
     (tmp_path / "model" / SINGLE).unlink()
-    with pytest.raises(CheckpointError, match=rf"{SINGLE} cannot be read: .*No such file.*; fetch it again"):
+    with pytest.raises(CheckpointError, match=rf"{SINGLE} cannot be read: .*No such file.*; download it again"):
         found.tensor("a")
