@@ -18,26 +18,11 @@ from quailora.kernels.quantize_columns import quantize_columns
 from quailora.ops import reference
 from quailora.ops.reference import Columns
 from tests.helpers import interpreter
+from tests.helpers.columns import assert_same, block
 
 interpreter.install()
 
 CLIPS = (1.0, 0.9, 0.75)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def block(m: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W with an outlier, feedback, and U and D of an H whose columns are correlated. Below the diagonal of U: NaN."""
-    weight = 0.02 * random(m, k, seed=seed)
-    weight[m // 2, k // 3] = 0.5
-    x = random(2 * k, k, seed=seed + 1) + random(2 * k, 1, seed=seed + 2)
-    # H = U D Uᵀ from the last column backwards: the Cholesky factorization of H turned around.
-    lower = torch.linalg.cholesky((x.T @ x).double().flip(0, 1)).flip(0, 1)
-    factor = (lower / lower.diagonal()).float()
-    factor[torch.ones(k, k).tril(-1).bool()] = torch.nan
-    return weight, 0.002 * random(m, k, seed=seed + 3), factor, lower.diagonal().square().float()
 
 
 def check(found: Columns, weight: Tensor, feedback: Tensor, factor: Tensor, importance: Tensor, **options: Any) -> None:
@@ -65,11 +50,6 @@ def _cost(target: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, bits:
     reciprocal, zero = reference._reciprocal(scale)[:, None], zero.float()[:, None]
     codes = (torch.round(target * reciprocal) + zero).clamp(0, 2**bits - 1)
     return ((codes - zero) * scale[:, None] - target).square().mul(importance).sum(dim=1, dtype=torch.float64)
-
-
-def assert_same(found: Columns, expected: Columns) -> None:
-    for name, ours, theirs in zip(Columns._fields, found, expected, strict=True):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -100,7 +80,7 @@ def test_every_clip_and_sign_serves_some_row(symmetric: bool) -> None:
 def test_scales_are_given(k: int, group: int, bits: int, with_zeros: bool) -> None:
     """Of either sign, and 0 for one group; each a part of what a wider matrix has."""
     tensors, groups = block(6, k), k // group
-    scales = 0.05 * random(groups, 12, seed=5).T[::2] / 2 ** (bits - 1)
+    scales = 0.05 * torch.randn(groups, 12, generator=torch.Generator().manual_seed(5)).T[::2] / 2 ** (bits - 1)
     scales[3, 0] = 0
     zeros = (torch.arange(18 * groups) % 2**bits).to(torch.uint8).view(6, 3 * groups)[:, ::3]
     options = {"group": group, "bits": bits, "symmetric": not with_zeros, "clips": ()}
