@@ -42,7 +42,6 @@ from torch import Tensor
 
 from quailora.kernels.settings import FP_FUSION, Setting, target_of
 from quailora.kernels.variants import Variant
-from quailora.ops.reference import Columns
 
 _COLUMNS = 128  # of a tile
 _ROWS = 4
@@ -108,8 +107,10 @@ _SIZES = (
     "scales_row", "scales_column", "zeros_row", "zeros_column",
 )  # fmt: skip
 
+_PARTS = ("scales", "zeros")  # of a wider matrix: they may begin anywhere
 
-@triton.jit(do_not_specialize=_SIZES)
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PARTS)
 def quantize_columns_kernel(
     weight,
     feedback,
@@ -156,6 +157,7 @@ def quantize_columns_kernel(
     top = last.to(tl.float32)
     if GRID == "levels":
         index = tl.arange(0, LEVELS)
+        numbers = index.to(tl.float32)
         level = tl.load(levels + index, mask=index <= last, other=0.0)
         after = tl.load(levels + index + 1, mask=index < last, other=float("inf"))
         middles = (level + after) * 0.5
@@ -186,9 +188,8 @@ def quantize_columns_kernel(
             w = tl.load(weight_rows + j, mask=there, other=0.0)
             x = tl.sum(tl.where(is_j, target, 0.0), axis=1) * reciprocal
             if GRID == "levels":
-                code = tl.sum((middles[None, :] < x[:, None]).to(tl.int32), axis=1)
-                value = scale * tl.sum(tl.where(index[None, :] == code[:, None], level[None, :], 0.0), axis=1)
-                code = code.to(tl.float32)
+                code = tl.sum(tl.where(middles[None, :] < x[:, None], 1.0, 0.0), axis=1)
+                value = scale * tl.sum(tl.where(numbers[None, :] == code[:, None], level[None, :], 0.0), axis=1)
             else:
                 code = tl.clamp(_round(x) + zero, 0.0, top)
                 value = scale * (code - zero)
@@ -215,8 +216,8 @@ def quantize_columns(
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
     levels: Tensor | None = None,
-) -> Columns:
-    """As the reference, in one launch."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, scales, zeros and errors, as the reference."""
     m, k = weight.shape
     assert k <= _COLUMNS and k % group == 0, f"expected up to {_COLUMNS} columns, of whole groups, got {k} of {group}"
     weight, feedback, factor = (
@@ -225,25 +226,24 @@ def quantize_columns(
     grid = "symmetric" if symmetric else "asymmetric"
     if scales is not None:
         grid = "levels" if levels is not None else "given" if zeros is None else "given zeros"
-    found = Columns(
-        codes=torch.empty(m, k, dtype=torch.uint8, device=weight.device),
-        scales=weight.new_empty(m, k // group) if scales is None else scales,
-        zeros=torch.empty(m, k // group, dtype=torch.uint8, device=weight.device),
-        errors=weight.new_empty(m, k),
-    )
+    codes = torch.empty(m, k, dtype=torch.uint8, device=weight.device)
+    chosen_zeros = torch.empty(m, k // group, dtype=torch.uint8, device=weight.device)
+    errors = weight.new_empty(m, k)
     last = (1 << bits) - 1
-    tried = _clips(tuple(clips), last, weight.device) if scales is None else found.scales
+    tried = weight
+    if scales is None:
+        scales, tried = weight.new_empty(m, k // group), _clips(tuple(clips), last, weight.device)
+    zeros = chosen_zeros if zeros is None else zeros
+    levels = weight if levels is None else levels.contiguous()
     widths = [k, weight.stride(0), feedback.stride(0), factor.stride(0)]
     alignment = 16 if all(width % 16 == 0 for width in widths) else 1
     units = [width // alignment for width in widths]
-    of_zeros = found.zeros if zeros is None else zeros
     quantize_columns_kernel[_grid({"m": m, "ROWS": _ROWS})](
-        weight, feedback, factor, importance.contiguous(), tried, found.scales, of_zeros,
-        weight if levels is None else levels.contiguous(), found.codes, found.zeros, found.errors,
-        m, units[0], group, len(clips), last, *units[1:], *found.scales.stride(), *of_zeros.stride(),
+        weight, feedback, factor, importance.contiguous(), tried, scales, zeros, levels, codes, chosen_zeros, errors,
+        m, units[0], group, len(clips), last, *units[1:], *scales.stride(), *zeros.stride(),
         **_constants(grid, bits), ALIGNMENT=alignment, **_setting(target_of(weight.device)), enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
-    return found
+    return codes, scales, chosen_zeros, errors
 
 
 @cache
@@ -282,7 +282,7 @@ def variants(target: str) -> Iterator[Variant]:
             kernel=quantize_columns_kernel,
             signature=pointers | dict.fromkeys(_SIZES, "i32"),
             constexprs=constants | {"ALIGNMENT": alignment},
-            attrs=tuple(pointers),
+            attrs=tuple(name for name in pointers if name not in _PARTS),
             num_warps=setting["num_warps"],
             num_stages=setting["num_stages"],
             maxnreg=setting.get("maxnreg"),

@@ -123,7 +123,8 @@ def quantize_columns(
     zeros: Tensor | None = None,
     levels: Tensor | None = None,
 ) -> Columns:
-    return _kernels("quantize_columns").quantize_columns(
+    found = _kernels("quantize_columns").quantize_columns(
         weight, feedback, factor, importance, group=group, bits=bits, symmetric=symmetric, clips=clips, scales=scales,
         zeros=zeros, levels=levels,
     )  # fmt: skip
+    return Columns(*found)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quailora.kernels import quantize_columns as module
-from quailora.kernels.quantize_columns import quantize_columns
 from quailora.ops import reference
 from quailora.ops.reference import Columns
+from quailora.ops.triton import quantize_columns
 from tests.helpers import interpreter
 from tests.helpers.columns import assert_same, block
 
