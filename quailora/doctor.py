@@ -32,6 +32,10 @@ _ORTHONORMAL, _SOLVED = 1e-5, 1e-3
 # Two solvers that approach the same optimum may differ by this fraction of the objective.
 _OBJECTIVE = 1e-3
 
+# Of two scales that cost the same up to rounding either may be chosen, and then the rest of the row comes out
+# differently; of all rows only a few have such.
+_COLUMNS = 1e-2
+
 _RUNS = 7
 
 # Features of the timed cases: larger than the caches of a GPU, so that its memory sets the speed.
@@ -139,6 +143,8 @@ def _cases(size: int) -> Iterator[_Case]:
     for rank in (16, 33, 64, min(256, size)):
         yield _cholesky_case(rank, size)
         yield _orthonormalize_case(rank, 2 * size)
+    for grid in ("symmetric", "asymmetric", "16 levels"):
+        yield _columns_case(size + 5, min(128, size), grid)
     for solver, overwrite in (("krylov", False), ("als", True)):
         yield _solve_case(solver, overwrite, min(size, 512))  # its optimum takes an eigendecomposition on the CPU
 
@@ -152,6 +158,7 @@ def _large_cases(size: int) -> Iterator[_Case]:
         _gram_case(size, torch.bfloat16, tokens=1024),
         _cholesky_case(64, size),
         _orthonormalize_case(64, 2 * size),
+        _columns_case(size, 128, "symmetric"),
     ]
     for case in cases:
         yield replace(case, timed=True)
@@ -289,6 +296,36 @@ def _orthonormalize_case(rank: int, rows: int) -> _Case:
 
     name = f"{rows} x {rank}, of rank {rank - 1}"
     return _Case("orthonormalize", name, _ORTHONORMAL, [y], lambda y: [ops.orthonormalize(y)], error)
+
+
+def _columns_case(rows: int, columns: int, grid: str) -> _Case:
+    x, group = _inputs(2 * columns, columns), columns // 2
+    lower = torch.linalg.cholesky((x.T @ x).double().flip(0, 1)).flip(0, 1)  # H = U D Uᵀ, U unit upper triangular
+    factor, importance = (lower / lower.diagonal()).float().contiguous(), lower.diagonal().square().float()
+    weight, feedback = _random(rows, columns).mul_(0.02), _random(rows, columns, seed=1).mul_(0.002)
+    operands = [weight, feedback, factor, importance]
+    options: dict[str, Any] = {"group": group, "bits": 4, "symmetric": grid == "symmetric", "clips": (1.0, 0.9, 0.8)}
+    if grid == "16 levels":
+        scales = weight.view(rows, -1, group).abs().amax(dim=2)
+        operands += [scales, torch.linspace(-1, 1, 16).pow(3)]
+
+    def run(operation: Callable[..., reference.Columns], *tensors: Tensor) -> reference.Columns:
+        given = dict(zip(("scales", "levels"), tensors[4:], strict=False))
+        return operation(*tensors[:4], **options, **given)
+
+    def objective(errors: Tensor) -> float:
+        return ((errors.double() @ factor.double() + feedback).square() @ importance.double()).sum().item()
+
+    expected = objective(run(reference.quantize_columns, *operands).errors)
+
+    def error(codes: Tensor, scales: Tensor, zeros: Tensor, errors: Tensor) -> float:
+        each = codes.view(rows, -1, group)
+        values = operands[5][each.int()] if grid == "16 levels" else each.float() - zeros[:, :, None].float()
+        q = (scales[:, :, None] * values).view(rows, columns)
+        return max(_distance(errors, (weight - q).double()), abs(objective(errors) / expected - 1))
+
+    name = f"{rows} x {columns}, {grid}, groups of {group}"
+    return _Case("quantize_columns", name, _COLUMNS, operands, partial(run, ops.quantize_columns), error)
 
 
 def _solve_case(solver: str, overwrite: bool, size: int) -> _Case:

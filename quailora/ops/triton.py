@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quailora.ops.reference import Error, Packed
+from quailora.ops.reference import Columns, Error, Packed
 
 # The most columns of a thin matrix that one launch takes.
 _MAX_COLUMNS = 256
@@ -107,3 +107,24 @@ def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
         done.append(kernel(chunk, torch.cat(done, dim=1) if done else None))
     new = done if basis is None else done[1:]
     return torch.cat(new, dim=1) if len(new) > 1 else new[0]
+
+
+def quantize_columns(
+    weight: Tensor,
+    feedback: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    *,
+    group: int,
+    bits: int,
+    symmetric: bool,
+    clips: Sequence[float],
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    levels: Tensor | None = None,
+) -> Columns:
+    found = _kernels("quantize_columns").quantize_columns(
+        weight, feedback, factor, importance, group=group, bits=bits, symmetric=symmetric, clips=clips, scales=scales,
+        zeros=zeros, levels=levels,
+    )  # fmt: skip
+    return Columns(*found)

@@ -19,8 +19,10 @@ from quailora.ops import reference
 from quailora.quantization.bitsandbytes import BitsAndBytes
 from tests.emulation import ptx
 from tests.emulation.ptx.sample import product_variant
+from tests.helpers.columns import assert_same, block
+from tests.helpers.kernel_changes import slow_unless_changed
 from tests.helpers.rounding import assert_product
-from tests.kernels.test_counts import factor, linear, positive_definite, random, shipped
+from tests.kernels.test_counts import factor, linear, positive_definite, random, round_columns, shipped
 
 
 def kernel(body: str, threads: int = 32) -> str:
@@ -703,3 +705,42 @@ def test_each_system_has_scratch_of_its_own() -> None:
     expected = torch.linalg.inv(torch.linalg.cholesky(systems.double()))
     assert info.tolist() == [0, 0]
     assert (inverse - expected).norm() < 10 * torch.finfo(torch.float32).eps * expected.norm()  # the condition
+
+
+COLUMNS = {  # a form of the kernel -> how many columns, their groups and bits, and what is given
+    "symmetric": (64, 32, 4, ["clips"]),
+    "levels-16-ragged": (26, 13, 4, ["scales", "levels"]),
+    "symmetric-ragged": (39, 13, 3, ["clips"]),
+    "asymmetric": (64, 64, 3, ["clips"]),
+    "asymmetric-ragged": (37, 37, 8, ["clips"]),
+    "given": (128, 64, 2, ["scales"]),
+    "given-ragged": (50, 25, 4, ["scales"]),
+    "given-zeros": (64, 32, 8, ["scales", "zeros"]),
+    "given-zeros-ragged": (33, 11, 4, ["scales", "zeros"]),
+    "levels-16": (64, 32, 4, ["scales", "levels"]),
+    "levels-256": (32, 32, 8, ["scales", "levels"]),
+    "levels-256-ragged": (30, 30, 7, ["scales", "levels"]),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=slow_unless_changed("quantize_columns") if number > 1 else [])
+        for number, name in enumerate(COLUMNS)
+    ],
+)
+def test_columns_are_those_of_the_reference_to_the_bit(name: str) -> None:
+    """One program is whole and one has a single row; memory ends with the arrays. No sum is near enough to another here
+    that its order would choose another scale."""
+    (k, group, bits, given), m = COLUMNS[name], 5
+    tensors, groups = block(m, k), k // group
+    values: dict[str, Any] = {
+        "clips": (1.0, 0.85),
+        "scales": 0.3 * random(m, 3 * groups)[:, 1::3] / 2**bits,
+        "zeros": (torch.arange(m * 3 * groups) % 2**bits).to(torch.uint8).view(m, -1)[:, 1::3],
+        "levels": torch.linspace(-1, 1, 2**bits) ** 3 * 2**bits / 6,
+    }
+    options: dict[str, Any] = {"group": group, "bits": bits, "symmetric": name.startswith("symmetric"), "clips": ()}
+    options |= {key: values[key] for key in given}
+    assert_same(round_columns(name, tensors, **options)[0], reference.quantize_columns(*tensors, **options))

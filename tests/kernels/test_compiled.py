@@ -44,6 +44,8 @@ QUICK = {
     ("gfx942", "gram_product-k64-ieee"),
     ("sm_80", "cholesky-factor-r64"),
     ("sm_90", "cholesky-product-plain-new-32"),
+    ("sm_80", "quantize_columns-symmetric"),
+    ("gfx942", "quantize_columns-levels-16"),
 }
 
 CASES = [

@@ -1,21 +1,26 @@
 """Shipped kernels in their compiled form, executed: results, races, and the bytes and instructions that they cost."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from quailora.kernels import cholesky, error_product_configs, error_products, gram_product
+from quailora.kernels import cholesky, error_product_configs, error_products, gram_product, quantize_columns
 from quailora.kernels.error_products import Codes
 from quailora.kernels.precision import PRECISIONS
 from quailora.kernels.variants import Variant
 from quailora.ops import reference
+from quailora.ops.reference import Columns
 from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.quantization.protocol import QuantizedWeight
 from tests.emulation import ptx
 from tests.helpers import aot
+from tests.helpers.columns import assert_same, block
 from tests.helpers.rounding import assert_product
 
 R = 64  # what the goals are stated for
@@ -293,3 +298,103 @@ def test_a_product_of_the_solves(name: str) -> None:
     ptx.run(variant, {key: value for key, value in arguments.items() if key not in variant.constexprs})
     # Of k products, each of about 1, the sum is near √k and is rounded k times.
     assert (out.sum(dim=1) - exact).abs().max() < 4 * k * 2**-24
+
+
+# ---- columns
+
+
+def round_columns(
+    name: str,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    rewrite: Callable[[str], str] = lambda text: text,
+    **options: Any,
+) -> tuple[Columns, ptx.Counters]:
+    """What the variant makes of W, feedback, U and D, all contiguous, and what it took."""
+    (m, k), group, bits = tensors[0].shape, options["group"], options["bits"]
+    variant, alignment = shipped(quantize_columns, name), 1 if name.endswith("ragged") else 16
+    scales, zeros, levels, clips = (options.get(key) for key in ("scales", "zeros", "levels", "clips"))
+    found = Columns(
+        codes=torch.full((m, k), 255, dtype=torch.uint8),
+        scales=torch.full((m, k // group), torch.nan) if scales is None else scales,
+        zeros=torch.full((m, k // group), 255, dtype=torch.uint8),
+        errors=torch.full((m, k), torch.nan),
+    )
+    of_zeros = found.zeros if zeros is None else zeros
+    arguments = dict(zip(("weight", "feedback", "factor", "importance"), tensors, strict=True)) | {
+        "clips": quantize_columns._clips(tuple(clips), 2**bits - 1, torch.device("cpu")) if clips else found.scales,
+        "scales": found.scales, "zeros": of_zeros, "levels": found.scales if levels is None else levels,
+        "codes": found.codes, "chosen_zeros": found.zeros, "errors": found.errors,
+        "m": m, "group": group, "number": len(clips), "last": 2**bits - 1,
+    }  # fmt: skip
+    arguments |= dict.fromkeys(("k", "weight_units", "feedback_units", "factor_units"), k // alignment)
+    for key, tensor in (("scales", found.scales), ("zeros", of_zeros)):
+        arguments |= {f"{key}_row": tensor.stride(0), f"{key}_column": tensor.stride(1)}
+    return found, ptx.run(variant, arguments, rewrite=rewrite)
+
+
+def test_bytes_of_columns() -> None:
+    """Each program reads its rows once, and for each column j row j of U and column j of W."""
+    m, k, group, clips = 8, 64, 32, (1.0, 0.9)
+    tensors, options = block(m, k), {"group": group, "bits": 4, "symmetric": True, "clips": clips}
+    found, counters = round_columns("symmetric", tensors, **options)
+    assert_same(found, reference.quantize_columns(*tensors, **options))
+    programs, groups = m // quantize_columns._ROWS, k // group
+    assert counters.bytes_read == {
+        "weight": 4 * m * k + 4 * m * k,
+        "feedback": 4 * m * k,
+        "factor": programs * 4 * k * k,
+        "importance": programs * 4 * k,
+        "clips": programs * groups * 4 * len(clips),
+    }
+    assert counters.bytes_written == {
+        "codes": m * k,
+        "errors": 4 * m * k,
+        "scales": 4 * m * groups,
+        "zeros": m * groups,
+    }
+
+
+@pytest.mark.parametrize(("name", "most"), [("given", 65), ("symmetric", 110)])
+def test_instructions_of_columns(name: str, most: int) -> None:
+    """Of a warp on sm_90, for each row: for a column; for a clip with either sign."""
+    needs = aot.resources(aot.compile_for(aot.TARGETS["sm_90"], shipped(quantize_columns, name, "sm_90")))
+    assert sum(needs.loop.values()) / quantize_columns._ROWS <= most
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would launch: torch's operations, and the kernel that it stands in for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (function.is_view or "empty" in function.name())
+        return function(*args, **(kwargs or {}))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **keywords: Any) -> None:
+            self.count += 1
+
+        return launch
+
+
+@pytest.mark.parametrize("given", ["nothing", "scales", "levels"])
+def test_two_launches_for_a_block_of_columns(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product with the errors of all columns before, and the rounding; of the first block only the latter."""
+    m, n, options = 8, 320, {"group": 32, "bits": 4, "symmetric": False, "clips": (1.0, 0.9)}
+    weight, _, factor, importance = block(m, n)
+    errors, nothing = torch.empty(m, n), torch.zeros(m, n)
+    monkeypatch.setattr(quantize_columns, "quantize_columns_kernel", launches := Launches())
+    quantize_columns._clips(options["clips"], 15, weight.device)  # copied to the device once and for all
+    with launches:
+        for start in range(0, n, 128):
+            stop = min(start + 128, n)
+            if given != "nothing":
+                options["scales"] = nothing[:, : (stop - start) // 32]
+            if given == "levels":
+                options["levels"] = nothing[0, :16]
+            feedback = errors[:, :start] @ factor[:start, start:stop] if start else nothing[:, :stop]
+            block_of_u = factor[start:stop, start:stop]
+            quantize_columns.quantize_columns(
+                weight[:, start:stop], feedback, block_of_u, importance[start:stop], **options
+            )
+    assert launches.count == 3 + 2
