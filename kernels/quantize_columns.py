@@ -87,7 +87,9 @@ def _search(target, inside, importance, clips, number, top, SYMMETRIC: tl.conste
         reciprocal = _reciprocal(scale)
         zero = middle
         if not SYMMETRIC:
-            zero = tl.clamp(_round(-low * tl.load(clips + number + i) * reciprocal), 0.0, top)
+            zero = tl.clamp(
+                _round(-low * tl.load(clips + number + i) * reciprocal), 1.0, top
+            )  # version 1 of GPTQ holds no 0
         cost = _cost(target, importance, scale, reciprocal, zero, top)
         better = cost < best
         best = tl.where(better, cost, best)

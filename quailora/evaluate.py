@@ -30,6 +30,8 @@ from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.model_class import auto_model
+from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
+from quailora.modeling.streamed_model import StreamedModel
 from quailora.modeling.transformers_internals import no_progress_bar
 from quailora.pipeline.loop import memory_errors
 from quailora.quantization.registry import evaluating, from_config
@@ -154,6 +156,7 @@ def compare(
     quantization: QuantizationConfigMixin | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
@@ -174,6 +177,7 @@ def compare(
         quantization: of the base, such as a BitsAndBytesConfig; None is that of the adapter's record.
         device: None is CUDA if there is a CUDA device, else the CPU.
         dtype: of both models; None is that of the record, or else of the checkpoint.
+        base: the folder of the quantized base, if one was written with the adapter and has moved since.
         batch_size: sequences per batch. Two (b, t, vocabulary) tensors of logits are in memory at once.
         progress: called after each batch with the number of batches done and their total.
 
@@ -184,28 +188,33 @@ def compare(
         QuailoraError: as for `perplexity`; or the device is out of memory.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-    loaded_in, untrained, converted, base = source.dtype, False, False, None
+    loaded_in, untrained, converted, made_for = source.dtype, False, False, None
     if adapter is not None:
         folder = Path(adapter)
         if not (folder / "adapter_config.json").is_file():
             raise AdapterError(f"{folder} is not an adapter: it has no adapter_config.json")
         check_weights(folder)
-        base = base_of(folder, Path(initial) if initial else None)
-        converted = base is not None and for_full_precision(base)
+        made_for = base_of(folder, Path(initial) if initial else None)
+        converted = made_for is not None and for_full_precision(made_for)
         # Trainers do not copy the record, so an adapter that has one is untrained.
         untrained = read_record(folder) is not None and not converted
-        source = as_recorded(source, base)
-        quantization, loaded_in = loading(base, source, quantization, folder)
+        source = as_recorded(source, made_for)
+        quantization, loaded_in = loading(made_for, source, quantization, folder)
     elif quantization is None:
         raise AdapterError("without an adapter nothing says how the base is quantized: give quantization (--quant)")
     where = default_device(device)
     dtype = dtype or loaded_in
     method = from_config(quantization).name
+    written = QuantizedCheckpoint.recorded(made_for or {}, base)
     of_full, of_quantized, of_adapted = _Tally(), _Tally(), _Tally()
     with memory_errors(where, _SMALLER):
         full = _load(source, where, dtype)
-        quantized = _load(source, where, dtype, quantization)
-        if adapter is not None and base is not None and not converted:
+        quantized = (
+            _load(source, where, dtype, quantization)
+            if written is None
+            else _load_written(source, written, where, dtype)
+        )
+        if adapter is not None and made_for is not None and not converted and written is None:
             check_base(quantized, adapter, checkpoint=source, initial=initial)
         shared, adapted = vocabulary(full), None
         if adapter is not None:
@@ -361,6 +370,17 @@ def _load(
             device_map={"": device},
             quantization_config=quantization,
         )
+    return model
+
+
+def _load_written(
+    source: Checkpoint, written: QuantizedCheckpoint, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The full-precision model with Q in place of W: what the base computes, whatever library would load it."""
+    model = _load(source, device, dtype)
+    stream = StreamedModel(source, torch.device("cpu"), dtype)
+    for name in written.names:
+        model.get_submodule(name).weight.data = written.weight(name, stream).dequantize().to(device, dtype)
     return model
 
 

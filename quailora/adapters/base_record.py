@@ -126,6 +126,9 @@ def check_base(
         if held:
             raise MismatchError(f"{folder} was converted for the full-precision weights, and the model is quantized")
         return
+    if "path" in base:
+        _check_written(held, base, folder)
+        return
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint or plain.name_or_path, revision=base["revision"])
     checkpoint = as_recorded(checkpoint, base)
@@ -169,6 +172,24 @@ def check_base(
                 recorded=digests.get(name),
                 rounding=base.get("rounding", NEAREST),
                 advice=f". Was another checkpoint loaded, or the same in another dtype than {base['dtype']}?",
+            )
+
+
+def _check_written(held: dict[str, Any], base: dict[str, Any], folder: Path) -> None:
+    """Of a base that was written, every linear's digest is known."""
+    form, digests = from_dict(base["quantization"]), base["digests"]
+    if odd := sorted(held.keys() ^ digests.keys()):
+        what = "quantized, and was not" if odd[0] in held else "not quantized, and was"
+        raise MismatchError(f"{folder} was made for the base {base['path']}, and in this model {odd[0]} is {what}")
+    for name, linear in held.items():
+        if differences := form.differences(from_module(linear), layers=False):
+            raise MismatchError(
+                f"{folder} was made for a base in {form.describe()}, and {name} of the model is in another: "
+                f"{'; '.join(differences)}"
+            )
+        if digest(read(linear)) != digests[name]:
+            raise MismatchError(
+                f"{folder} was made for the base {base['path']}, and {name} of the model has other codes"
             )
 
 

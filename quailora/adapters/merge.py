@@ -26,6 +26,7 @@ from quailora.errors import AdapterError
 from quailora.files import check_new_folder, new_folder
 from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
+from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import base_for, from_config, is_quantized
 from quailora.quantization.verify import NEAREST, verify
@@ -39,6 +40,7 @@ def merge(
     *,
     initial: str | Path | None = None,
     quantization: QuantizationConfigMixin | None = None,
+    base: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> None:
@@ -58,6 +60,7 @@ def merge(
             parent folder of `adapter`.
         quantization: how the base is quantized, such as a BitsAndBytesConfig, if there is no record; if there is one,
             it must agree.
+        base: the folder of the quantized base, if one was written with the adapter and has moved since.
         dtype: of the weights written; None is the checkpoint's. Rounding Q + scaling B A to bf16 changes each weight by
             up to 2⁻⁹ of it.
 
@@ -76,12 +79,13 @@ def merge(
     source = as_recorded(source, made_for)
     config, load_dtype = loading(made_for, source, quantization, folder)
     form, dtype = from_config(config), dtype or source.dtype
-    base = quantized_skeleton(source, config, load_dtype)
+    skeleton = quantized_skeleton(source, config, load_dtype)
+    written = QuantizedCheckpoint.recorded(made_for or {}, base)
     trained = SavedAdapter(folder)
     if tokens := next((key for key in trained.tensors if ".token_adapter." in key), None):
         raise AdapterError(f"{folder} has {tokens} (trainable_token_indices): single rows cannot be merged")
-    rows = resize_to(base, folder)
-    model = adapted_skeleton(base, trained.config, source)
+    rows = resize_to(skeleton, folder)
+    model = adapted_skeleton(skeleton, trained.config, source)
     put(model, trained.tensors)
     if lacking := unfilled(model):
         raise AdapterError(f"{folder / WEIGHTS} lacks {lacking[0]}, which its configuration names: save it again")
@@ -97,6 +101,8 @@ def merge(
     known = made_for or {}
 
     def dequantized(name: str, weight: Tensor) -> Tensor:
+        if written is not None:
+            return written.weight(name, stream).to(weight.device).dequantize().float()
         quantized, recorded = form.quantize(weight), known.get("digests", {}).get(name)
         rounding = known.get("rounding", NEAREST)
         verify(name, quantized, form, lambda: weight, source.name, recorded=recorded, rounding=rounding)

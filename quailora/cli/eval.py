@@ -36,6 +36,9 @@ def evaluate(
         Path | None,
         typer.Option(help="The adapter that training started from, if --adapter has no record of its base."),
     ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The folder of the quantized base, if one was written and has moved since.")
+    ] = None,
     quant: QuantOption = None,
     double_quant: CheckedDoubleOption = None,
     compute_dtype: ComputeOption = None,
@@ -76,6 +79,7 @@ def evaluate(
         calibration,
         initial=initial,
         quantization=quantization,
+        base=base,
         device=default_device(device),
         batch_size=batch_size or setup.default_batch_size(calibration),
     )

@@ -29,6 +29,9 @@ def merge(
     initial: Annotated[
         Path | None, typer.Option(help="The adapter that training started from, if ADAPTER has no record of its base.")
     ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The folder of the quantized base, if one was written and has moved since.")
+    ] = None,
     quant: QuantOption = None,
     double_quant: CheckedDoubleOption = None,
     compute_dtype: ComputeOption = None,
@@ -47,5 +50,14 @@ def merge(
     check_quantization_options(quant, double_quant, compute_dtype)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
     quantization = None if quant is None else quantization_config(quant, double_quant, compute_dtype, source.dtype)
-    write(source, adapter, output, initial=initial, quantization=quantization, dtype=torch_dtype(dtype), device=device)
+    write(
+        source,
+        adapter,
+        output,
+        initial=initial,
+        quantization=quantization,
+        base=base,
+        dtype=torch_dtype(dtype),
+        device=device,
+    )
     typer.echo(f"dense checkpoint: {output}")

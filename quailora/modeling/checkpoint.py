@@ -151,6 +151,7 @@ class Checkpoint:
             "AutoModelForImageTextToText"; None is the one that gives the class in `config.architectures`.
         headers_only: for a model on the hub that has not been downloaded, fetch only the headers of its files. Dtypes
             and shapes are then known, but tensors cannot be read.
+        quantized: whether it is one with quantized weights that is asked for.
 
     Raises:
         CheckpointError: nothing there, not safetensors, a shard missing or truncated, weights already quantized, or an
@@ -165,6 +166,7 @@ class Checkpoint:
         trust_remote_code: bool = False,
         auto_class: str | None = None,
         headers_only: bool = False,
+        quantized: bool = False,
     ) -> None:
         self.name = str(name_or_path)
         self.revision = revision
@@ -173,7 +175,7 @@ class Checkpoint:
         if folder.is_file():
             raise CheckpointError(f"{folder} is a file: give the folder that holds {SINGLE} and config.json")
         self._folder = folder if folder.is_dir() else None
-        self._downloads = not headers_only
+        self._downloads, self._quantized = not headers_only, quantized
         self.config = self._read_config()
         self.auto_class = check_auto_class(auto_class or default_auto_class(self.config))
         try:
@@ -240,7 +242,7 @@ class Checkpoint:
         except (OSError, *BAD_CONFIG) as error:
             place = "in this folder" if self._folder else "as a folder here, nor as a model on the Hugging Face hub"
             raise CheckpointError(f"no usable config.json for '{self.name}' {place}: {_reason(error)}") from error
-        if getattr(config, "quantization_config", None) is not None:
+        if getattr(config, "quantization_config", None) is not None and not self._quantized:
             raise CheckpointError(
                 f"{self.name} is already quantized: the quantization error can only be computed from the "
                 "full-precision checkpoint it was made from; give that one"

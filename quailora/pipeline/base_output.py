@@ -16,11 +16,13 @@ from torch import Tensor
 from quailora.adapters.merge import generation_config
 from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import AdapterError
-from quailora.files import LazyTensor, check_new_folder, replaced, write_files, write_tensors, writing
+from quailora.files import LazyTensor, check_new_folder, replaced, to_json, write_files, write_tensors, writing
 from quailora.modeling.checkpoint import INDEX, read_header
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.quantization.registry import is_quantized
+from quailora.reporting.model_card import base_card
+from quailora.reporting.record import RECORD
 
 
 class BaseOutput:
@@ -72,9 +74,9 @@ class BaseOutput:
                 tensors[f"{stem}.{part}"] = LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
         self._write(_shard(index), tensors | self._from_checkpoint(stored))
 
-    def finish(self, card: str) -> None:
-        """Write the rest: what is outside the blocks, configuration, tokenizer, index, model card. Then the folder has
-        its name."""
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write the rest: what is outside the blocks, configuration, tokenizer, index, model card and `record`. Then
+        the folder has its name."""
         source = self._stream.checkpoint
         shards = {index: self._partial / _shard(index) for index in range(len(self._stream.blocks))}
         outside = set(source.tensors)
@@ -92,7 +94,8 @@ class BaseOutput:
                 generation.save_pretrained(self._partial)
             if (tokenizer := load_tokenizer(source)) is not None:
                 tokenizer.save_pretrained(self._partial)
-            write_files(self._partial, {INDEX: self._index(), "README.md": card})
+            texts = {INDEX: self._index(), RECORD: to_json(record), "README.md": base_card(record)}
+            write_files(self._partial, texts)
             check_new_folder(self.folder)
             if self.folder.exists():
                 self.folder.rmdir()

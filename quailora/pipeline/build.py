@@ -32,7 +32,7 @@ from quailora.quantization.config import DEFAULT_DAMPING as ROUNDING_DAMPING
 from quailora.quantization.config import RoundingConfig
 from quailora.quantization.registry import Format, config_for, from_config
 from quailora.quantization.verify import CALIBRATED, NEAREST
-from quailora.reporting.model_card import base_card, model_card
+from quailora.reporting.model_card import model_card
 from quailora.reporting.record import make_record
 from quailora.reporting.report import Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
@@ -200,7 +200,7 @@ def build_adapter(
             )
             if base is not None:
                 with run.stages("write"):
-                    base.finish(base_card(report.record))
+                    base.finish(report.record)
             with workspace.finish() as folder, run.stages("write"):
                 made = workspace.tensors()
                 if base is not None:

@@ -269,8 +269,8 @@ def _row(name: str, found: Initialized, tokens: int, seconds: float, digest: str
     factors = found.factors
     assert factors is not None
 
-    def per_token(objectives: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(math.sqrt(2 * each / tokens) for each in objectives)
+    def per_token(objective: float) -> float:
+        return math.sqrt(2 * objective / tokens)
 
     return LayerReport(
         name=name,
@@ -280,12 +280,14 @@ def _row(name: str, found: Initialized, tokens: int, seconds: float, digest: str
         tokens=tokens,
         weight_error=factors.error_norm,
         weight_error_after=factors.residual_norm,
-        output_error=math.sqrt(2 * factors.initial / tokens),
-        output_error_after=math.sqrt(2 * factors.objective / tokens),
+        output_error=per_token(factors.initial),
+        output_error_after=per_token(factors.objective),
         jitter=factors.jitter,
         seconds=seconds,
         digest=digest,
-        alternations=tuple(zip(per_token(found.before), per_token(found.after), strict=True)),
+        alternations=[
+            [per_token(before), per_token(after)] for before, after in zip(found.before, found.after, strict=True)
+        ],
     )
 
 

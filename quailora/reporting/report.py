@@ -36,7 +36,7 @@ class LayerReport:
     seconds: float  # to quantize and solve
     digest: str = ""  # of the codes and scales of Q; see `quantization.verify`
     # Where Q and the factors were found in turn: output_error and output_error_after of each alternation.
-    alternations: tuple[tuple[float, float], ...] = ()
+    alternations: list[list[float]] = field(default_factory=list)
 
     @property
     def kind(self) -> str:

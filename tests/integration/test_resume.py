@@ -27,7 +27,7 @@ from quailora.calibration import calls, hooks
 from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
 from quailora.errors import QuailoraError
-from quailora.pipeline import block, loop, resume
+from quailora.pipeline import block, quantize, resume
 from quailora.pipeline import build as pipeline
 from quailora.reporting.report import Report
 from tests.helpers import tiny
@@ -173,10 +173,10 @@ def test_neither_h_nor_factors_of_finished_blocks_are_computed_again(model: Path
         solved.extend(linear.name for linear in linears)
         return solve_group(linears, *args, **kwargs)
 
-    solve_group = loop.solve_group
+    solve_group = quantize.solve_group
     updates = mock.Mock(wraps=Gram.update)
     with (
-        mock.patch.object(loop, "solve_group", solve),
+        mock.patch.object(quantize, "solve_group", solve),
         mock.patch.object(Gram, "update", lambda self, *args: updates(self, *args)),
     ):
         report = build(model, tmp_path / "out")

@@ -121,5 +121,7 @@ def test_codes_that_calibration_chose_pass_where_they_are_the_recorded_ones(fold
 
 
 def test_a_library_that_is_not_known_is_named(folder: Path) -> None:
-    with pytest.raises(AdapterError, match="'nowhere', which is not supported here; known: bitsandbytes, tests-int4"):
+    with pytest.raises(
+        AdapterError, match="'nowhere', which is not supported here; known: bitsandbytes, gptq, tests-int4"
+    ):
         quailora.quantization.registry.from_dict({"library": "nowhere"})

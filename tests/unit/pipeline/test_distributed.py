@@ -23,7 +23,7 @@ from quailora.calibration.calls import Call
 from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
 from quailora.errors import QuailoraError
-from quailora.pipeline import distributed, loop
+from quailora.pipeline import distributed, quantize
 from quailora.pipeline.distributed import Processes, _united
 from quailora.pipeline.resume import Workspace
 from quailora.reporting.report import Report
@@ -103,7 +103,7 @@ def failing(rank: int, place: Path, model: Path, output: Path, how: str) -> None
     """The second process fails in its second block."""
     together(rank, 2, place)
     solves = itertools.count()
-    solve_group = loop.solve_group
+    solve_group = quantize.solve_group
 
     def solve(*args: Any, **kwargs: Any) -> Any:
         if rank == 1 and next(solves) == 3:
@@ -112,7 +112,7 @@ def failing(rank: int, place: Path, model: Path, output: Path, how: str) -> None
             raise QuailoraError("the second process met something")
         return solve_group(*args, **kwargs)
 
-    loop.solve_group = solve
+    quantize.solve_group = solve
     build(model, output, distributed=True)
 
 

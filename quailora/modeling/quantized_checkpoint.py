@@ -1,0 +1,70 @@
+"""A quantized base on disk: its weights, one linear at a time, without the library that a model loads them with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quailora.errors import AdapterError, CheckpointError, MismatchError
+from quailora.modeling.checkpoint import Checkpoint
+from quailora.modeling.streamed_model import StreamedModel
+from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
+from quailora.quantization.registry import from_dict
+from quailora.quantization.verify import digest
+
+
+class QuantizedCheckpoint:
+    """The folder of a base that was written.
+
+    Args:
+        folder: the base's.
+        base: how it is quantized.
+        digests: what is recorded of its linears, by name; a weight that differs is refused.
+
+    Raises:
+        CheckpointError: nothing there, or not a whole checkpoint.
+    """
+
+    def __init__(self, folder: str | Path, base: QuantizedBase, digests: Mapping[str, str]) -> None:
+        self.checkpoint = Checkpoint(folder, quantized=True)
+        self._base, self._digests = base, digests
+
+    @classmethod
+    def recorded(cls, base: Mapping[str, Any], moved_to: str | Path | None = None) -> QuantizedCheckpoint | None:
+        """The base that the record of an adapter names; None where none was written."""
+        if "path" not in base:
+            if moved_to is not None:
+                raise AdapterError("this adapter's base was not written to a folder: leave base (--base) out")
+            return None
+        folder = moved_to or base["path"]
+        if not Path(folder).is_dir():
+            raise CheckpointError(f"the base is not at {folder} any more: give its folder as base (--base)")
+        return cls(folder, from_dict(base["quantization"]), base.get("digests", {}))
+
+    @property
+    def names(self) -> list[str]:
+        """The linears that are recorded."""
+        return list(self._digests)
+
+    def weight(self, name: str, stream: StreamedModel) -> QuantizedWeight:
+        """The quantized weight of a linear of `stream`'s model.
+
+        Raises MismatchError where it is not the recorded one, CheckpointError where it is damaged or missing.
+        """
+        stem = (stream.source(f"{name}.weight") or f"{name}.weight").removesuffix(".weight")
+
+        def tensor(part: str) -> Tensor:
+            if f"{stem}.{part}" not in self.checkpoint.tensors:
+                raise CheckpointError(f"{self.checkpoint.name} has no {stem}.{part}")
+            return self.checkpoint.tensor(f"{stem}.{part}")
+
+        quantized = self._base.load(name, tensor)
+        if (known := self._digests.get(name)) and (found := digest(quantized)) != known:
+            raise MismatchError(
+                f"{name} of {self.checkpoint.name} is not the weight that the adapter was made for (digest {found}, "
+                f"recorded {known}): give that base"
+            )
+        return quantized
