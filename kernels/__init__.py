@@ -1,5 +1,5 @@
 """Triton kernels of quailora, imported as `quailora.kernels`.
 
-Nothing but this docstring may stand here: with the clone's root on `sys.path`, transformers' `import kernels`, which
-means the Hugging Face package of that name, runs this file.
+Keep this file empty but for this docstring: with the clone's root on `sys.path`, it is what transformers' `import
+kernels`, meant for the Hugging Face package of that name, runs.
 """

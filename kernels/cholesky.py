@@ -5,16 +5,16 @@
     lower, info = torch.linalg.cholesky_ex(systems)
     inverse = torch.linalg.inv(lower)
 
-`product_kernel` computes `left @ right` or `base - left @ right`. `cholesky_solve` is made of both:
+`product_kernel` computes `left @ right` or `base - left @ right`. `cholesky_solve` uses both:
 
     x = inverse.mT @ (inverse @ right_hand_sides)
     x = x + inverse.mT @ (inverse @ (right_hand_sides - systems @ x))      # one step of refinement
 
 Everything is fp32, with fp32 products: tf32 inside a factorization is wrong by 31 % at a condition of 1e4.
 
-The factorization. One program a system, left-looking, in blocks of 16 rows. R is r rounded up to blocks, the identity
-standing in the rest. Block k needs what earlier blocks have left in memory (L1 and L2), never more than a few tiles in
-registers, so that none spill, whatever r is:
+The factorization. One program per system, left-looking, in blocks of 16 rows. R is r rounded up to whole blocks, padded
+with the identity. Block k reads the results of earlier blocks from memory (L1 and L2) and keeps only a few tiles in
+registers, so that none spill for any r:
 
        0   k            S  = C[:, k] - L[:, :k] L[k, :k]ᵀ     the column of tiles from the diagonal down
      ┌───┐              S[k] = D Dᵀ, one column at a time, D⁻¹ alongside
@@ -24,12 +24,12 @@ registers, so that none spill, whatever r is:
      │   │S │
      └───┴──┘
 
-The next block reads what other threads have written, so a barrier stands between blocks; nowhere else.
+The next block reads what other threads have written, so there is a barrier between blocks, and nowhere else.
 FLOPs: r³/3 for L and r³/3 for V. Bytes: 4 r² in, 4 r² out, the rest stays in cache. It is bound by the latency of its
 r dependent columns.
 
-The products. One program a tile of the output; a product over a long dimension (Yᵀ Y) is split along it, for there are
-few tiles, into partial sums added in a fixed order: the same shapes give the same bits.
+The products. One program per tile of the output. A product over a long dimension (Yᵀ Y) has few tiles, so it is split
+along that dimension into partial sums, added in a fixed order: the same shapes give the same bits.
 FLOPs: 2 per element of (m, k, n). Bytes: each operand once per tile of the other.
 """
 
@@ -45,11 +45,11 @@ from quailora.kernels.padding import padded, round_up
 from quailora.kernels.settings import FP_FUSION
 from quailora.kernels.variants import Variant
 
-# The least that tl.dot takes on every target: the part that goes column by column is as small as can be.
+# The smallest size tl.dot takes on every target, so that the column-by-column part is as small as possible.
 _BLOCK = 16
 
 # A product of fewer programs than this is split: two small ones for each multiprocessor of an A100 or H100 (108, 132).
-# It is a constant, not asked of the device, so that every GPU adds in the same order.
+# It is a constant rather than the device's, so that every GPU adds in the same order.
 _PROGRAMS = 256
 
 # The shortest piece worth a program of its own, and a multiple of the step below.
@@ -61,7 +61,7 @@ _STEP = 32  # of a product, along the dimension it sums over
 # allow. Tiles of 64 would read L2 half as often, but ptxas spills on one target or another however they are set.
 _WARPS = {16: 1, 32: 2}
 
-_STAGES = 3  # of a product: two steps are on their way while one is multiplied
+_STAGES = 3  # of a product: two steps are loading while one is multiplied
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _factor_tile(tile, least, refused, start, first_refused, BLOCK: tl.constexpr
         inverse_row = tl.sum(tl.where(rows == j, inverse, 0.0), axis=0)
         pivot = tl.sum(tl.where(i == j, column, 0.0))
         good = (pivot > tl.sum(tl.where(i == j, least, 0.0))) & (pivot < float("inf"))  # false for NaN
-        # Rounded as IEEE says: the fast forms are off by more, and differ between targets.
+        # IEEE rounding: the fast forms are less accurate, and differ between targets.
         scale = tl.where(good, tl.div_rn(1.0, tl.sqrt_rn(tl.where(good, pivot, 1.0))), 0.0)
         below = tl.where(i > j, column * scale, 0.0)
         inverse_row *= tl.where(good, scale, refused)
@@ -199,9 +199,10 @@ def product_kernel(
 def factor(systems: Tensor, least: Tensor, refused: float) -> tuple[Tensor, Tensor]:
     """V = L⁻¹ (batch, r, r) and `info` (batch,) int32 of systems (batch, r, r) fp32.
 
-    A pivot that is not above its `least` (batch, r) is refused, which `info` tells of the first (1-based, 0 if none).
-    Its column leaves the factorization: no later one is reduced by it. In V, its row is that of 1 / √pivot = `refused`:
-    with 1.0, what the columns before leave of it, at its own length; with 0.0, zeros; with NaN, no solution.
+    A pivot that is not above its `least` (batch, r) is refused; `info` is the first one (1-based, 0 if there is none).
+    Its column is left out of the factorization: no later one is reduced by it. Its row of V is computed with
+    1 / √pivot = `refused`: 1.0 gives what remains of the column after those before it, at its own length; 0.0 gives
+    zeros; NaN gives no solution.
     """
     batch, r, _ = systems.shape
     size = round_up(r, _BLOCK)
@@ -216,9 +217,9 @@ def factor(systems: Tensor, least: Tensor, refused: float) -> tuple[Tensor, Tens
 
 
 def _factor_settings(r: int) -> dict[str, int]:
-    """Up to 32, a system is one or two tiles: one warp, which waits for no other. Above, taller panels keep four busy.
+    """Up to 32, a system is one or two tiles: one warp, so no synchronization. Above, taller panels keep four busy.
 
-    No pipelining: the loops that could be are a few steps long.
+    No pipelining: the loops that could be pipelined have only a few steps.
     """
     tall, warps = (16, 1) if r <= 32 else (64, 4)
     return {"BLOCK": _BLOCK, "TALL": tall, "num_warps": warps, "num_stages": 1}
@@ -249,12 +250,12 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
 
     Returns the solutions (..., r, k) and `info` (...) int32: 0, or the order of the first leading minor that is not
     positive (or not finite); the solution of such a system is NaN. Both triangles of `systems` must be filled: the
-    factor is made of the lower one, the refinement of both.
+    factor uses the lower one, the refinement both.
     """
     r, k = right_hand_sides.shape[-2:]
     c = systems.reshape(-1, r, r)
     inverse, info = factor(c, c.new_zeros(c.shape[:2]), refused=float("nan"))
-    # What is zero here stays so in the solution.
+    # What is zero here stays zero in the solution.
     c, inverse = (padded(each, round_up(r), round_up(r)) for each in (c, inverse))
     y = padded(right_hand_sides.reshape(-1, r, k), round_up(r), round_up(k))
 
@@ -267,8 +268,8 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """The same for every target: all is fp32, and small."""
-    for r in (16, 64):  # the two settings there are; r itself is no constant of the kernel
+    """The same for every target: everything is fp32 and small."""
+    for r in (16, 64):  # the two settings; r itself is not a compile-time constant
         settings = _factor_settings(r)
         pointers = ("systems", "least", "lower", "inverse")
         yield Variant(

@@ -23,7 +23,7 @@ class Codes:
         if quantized.codes.dtype == torch.int8:
             return cls(quantized.codes, quantized.absmax)
         absmax = quantized.absmax if isinstance(quantized.absmax, Tensor) else quantized.absmax.dequantize()
-        # What every byte stands for, asked of the weight itself: so the values are those of the forward pass.
+        # The values of every byte come from the weight itself, so they are those of the forward pass.
         device, blocks = quantized.codes.device, -(-512 // quantized.blocksize)
         every_byte = replace(
             quantized,

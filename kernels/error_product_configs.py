@@ -1,7 +1,7 @@
 """What the kernels of error_products.py are compiled for: the cases that share a compiled kernel, and its settings.
 
-What a kernel is compiled for is told by its constants alone: that a row of E is `units` times ALIGNMENT elements, for
-one. Triton's own habit, to compile anew for sizes that 16 divides, would make more forms than anyone could try.
+Only its constants decide what a kernel is compiled for, such as that a row of E has `units` times ALIGNMENT elements.
+Triton's default, to compile again for sizes that are multiples of 16, would give more forms than could be tested.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ def _alignment(bits: int, n: int) -> int:
 
 
 def constants_of(codes: Codes | None, n: int, columns: int) -> dict[str, Any]:
-    """What `_error_tile` must know of W and Q, for rows of n and tiles of so many columns."""
+    """What `_error_tile` must know about W and Q, for rows of n and tiles of this many columns."""
     blocksize = codes.blocksize if codes is not None and codes.blocksize is not None else 1
     alignment = _alignment(_bits(codes), n)
     return {
@@ -65,7 +65,7 @@ def error_grid(rows: int, n: int) -> tuple[int, int]:
 
 
 def product_grid(setting: Setting, kept: Sequence[int], inner: Sequence[int]) -> tuple[int, int]:
-    """Tiles of the products, and how many programs share the walk of each."""
+    """Tiles of the products, and how many programs share the loop over each."""
     tiles = sum(triton.cdiv(size, setting["KEPT"]) for size in kept)
     return tiles, min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(max(inner), setting["INNER"]))
 
@@ -93,7 +93,7 @@ _COMMON: dict[tuple[str, torch.dtype, torch.dtype], Sequence[str]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """All that the settings of a product depend on, but for the GPU."""
+    """Everything that the settings of a product depend on, except the GPU."""
 
     kind: str  # "4bit", "int8", "dense"
     dtype: torch.dtype  # of W
@@ -126,7 +126,7 @@ class Case:
 
     @classmethod
     def possible(cls) -> "Iterator[Case]":
-        """What `of` may give."""
+        """What `of` may return."""
         types = [("4bit", dtype, compute) for dtype, compute in product(DTYPES, DTYPES)]
         types += [(kind, dtype, dtype) for kind, dtype in product(("int8", "dense"), DTYPES)]
         every = [
@@ -143,7 +143,7 @@ class Case:
         return self.precision in _COMMON.get((self.kind, self.dtype, self.compute), ())
 
     def served(self) -> "Case":
-        """That which makes this product: itself, or one of those that are shared."""
+        """The case that computes this product: itself, or one of the shared ones."""
         case = replace(self, precision="tf32") if self.precision == "bf16" and not self.common else self
         if case.common:
             return case
@@ -161,7 +161,7 @@ class Case:
         return f"error_product-{self.name}"
 
     def settings(self, target: str) -> list[Setting]:
-        """The default; and for the commonest case what else may be faster."""
+        """The default; and, for the most common case, others that may be faster."""
         # As many rows as registers allow, for the fewest re-reads of P; steps as short as tensor cores like them, so
         # that two of them fit the shared memory of every target. Masks take registers too.
         room = _SUMS[self.precision]
@@ -177,7 +177,7 @@ class Case:
         if masked and self.rank >= (128 if self.precision == "tf32" else 256):
             inner = 16
         if self.precision == "bf16x3" and self.form != "even" and self.kind != "4bit":
-            kept, inner = (32 if self.rank == 256 else 64), 16  # fp32 or int8 as it is loaded, beside its two halves
+            kept, inner = (32 if self.rank == 256 else 64), 16  # fp32 or int8 as loaded, plus its two halves
         if self.form == "ragged":  # a pointer for every element and an absmax for every few: more registers
             kept, inner = min(kept, 32 if self.precision == "ieee" and self.rank in (32, 64, 128) else 64), 16
         nvidia = target.startswith("sm_")
@@ -194,14 +194,14 @@ class Case:
             if nvidia:
                 half = 64 if shared_bytes(target) > 99 * 1024 else 32
                 settings += [
-                    # Two steps on their way while one is multiplied.
+                    # Two steps loading while one is multiplied.
                     {"KEPT": 256, "INNER": 32, "num_warps": 8, "num_stages": 3, **limit},
                     # Half the sums, so that two blocks share a multiprocessor, if their shared memory fits it too.
                     {"KEPT": 128, "INNER": half, "num_warps": 8, "num_stages": 2},
                 ]
             else:
                 settings += [
-                    # Nothing is on its way while a step is multiplied, but more blocks run at a time.
+                    # Nothing is loading while a step is multiplied, but more blocks run at a time.
                     {"KEPT": 256, "INNER": 32, "num_warps": 8, "num_stages": 1},
                     # A fifth fewer instructions, with half as many waves to hide latencies.
                     {"KEPT": 256, "INNER": 32, "num_warps": 4, "num_stages": 2},
@@ -212,7 +212,7 @@ class Case:
         return settings
 
     def constants(self, codes: Codes | None, setting: Setting) -> dict[str, Any]:
-        """The compile-time arguments but for those of the setting."""
+        """The compile-time arguments except those of the setting."""
         return {
             "TRANSPOSED": self.transposed,
             "PRECISION": self.precision,

@@ -4,8 +4,8 @@
     partial    (splits, sum of the rows of the products, RANK) fp32
     table      (256,) int64: byte -> the two fp32 values that its nibbles stand for
 
-One kernel makes both products, of up to three linears that share their input. A program keeps a tile of KEPT rows of
-the product in registers and walks along the other side of E, INNER at a time:
+One kernel computes both products, for up to three linears that share their input. A program keeps a tile of KEPT rows
+of the product in registers and loops over the other side of E, INNER at a time:
 
           E P                                  Eᵀ A
              n ->                                 n ->
@@ -15,8 +15,8 @@ the product in registers and walks along the other side of E, INNER at a time:
         |                |                   |                |
         +----------------+                   +----------------+
 
-4096 rows in tiles of 256 are 16 programs, too few for a GPU, so the walk is split among several. Each writes a partial
-product of its own and torch adds them in a fixed order: the same bits every run, which atomics would not give.
+4096 rows in tiles of 256 are 16 programs, too few for a GPU, so the loop is split among several. Each writes its own
+partial product, and torch adds them in a fixed order: the same bits in every run, unlike atomics.
 
 Bytes per element of E, from bf16 and b = 64: W 2, codes 0.5, absmax 0.06 (0.12 or 0.25 where a step, of 32 or 16, is
 shorter than b). P is read once for every tile of KEPT rows: 4 RANK / KEPT more, from L2. The partial products,
@@ -45,7 +45,7 @@ def _select(index, first, second, third):
 
 @triton.jit
 def _load(ptrs, mask, EVEN: tl.constexpr):
-    if EVEN:  # no tile reaches over an edge: a sixth fewer instructions in the loop
+    if EVEN:  # no tile reaches past an edge: a sixth fewer instructions in the loop
         return tl.load(ptrs)
     else:
         return tl.load(ptrs, mask=mask, other=0)
@@ -84,7 +84,7 @@ def _error_tile(
         absmax = _load(absmax_ptr + rows, there, EVEN)
         return weight - codes * absmax[:, None] * (1 / 127)  # in the order of bitsandbytes: the same bits
     else:
-        if ALIGNMENT > 1:  # a row begins with a whole byte: one look-up for two elements
+        if ALIGNMENT > 1:  # a row starts on a whole byte: one look-up for two elements
             pairs_per_row = units * (ALIGNMENT // 2)
             pairs = column // 2 + tl.arange(0, COLUMNS // 2)
             byte_ptrs = codes_ptr + (rows.to(tl.int64) * pairs_per_row)[:, None] + pairs[None, :]
@@ -106,7 +106,7 @@ def _error_tile(
 
 @triton.jit
 def _look_up(table, bytes):
-    """What the high and the low nibble of each byte stand for, fp32."""
+    """The fp32 values of the high and the low nibble of each byte."""
     pairs = tl.reshape(tl.gather(table, tl.reshape(bytes.to(tl.int32), (bytes.numel,)), 0), bytes.shape)
     high = (pairs & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
     low = (pairs >> 32).to(tl.int32).to(tl.float32, bitcast=True)

@@ -152,7 +152,7 @@ def _packed(weight: Tensor, codes: Codes | None) -> tuple[Tensor, Tensor]:
 
 
 def _table(codes: Codes | None, filling: Tensor) -> Tensor:
-    return filling if codes is None or codes.table is None else codes.table  # read only where there are 4-bit codes
+    return filling if codes is None or codes.table is None else codes.table  # read only if there are 4-bit codes
 
 
 # (m, n) of projections in models of 7 to 8 billion parameters: square, to the MLP, and from it.
@@ -160,8 +160,8 @@ _SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
-    """What is worth timing, on synthetic weights: their values do not matter. The products of krylov, and those of als,
-    which has E itself where it may.
+    """The cases to time, on synthetic weights (their values do not matter): the products of krylov, and those of als,
+    which uses E itself where it can.
     """
     cases = [
         *product(("4bit",), (16, 64), ("tf32", "bf16"), (False, True)),

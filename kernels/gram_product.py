@@ -9,9 +9,9 @@ Equivalent to
     h       (n, n) fp32; above the diagonal it may hold anything
     right   (n, k) fp32
 
-A program keeps TILE rows i of the product in registers and walks along tiles j of H. Where j > i it reads tile (j, i)
-and turns it: element (a, b) of H is stored at (max(a, b), min(a, b)). So every tile off the diagonal is asked for
-twice, by programs i and j, and the walk is such that both ask in the same step: in step t, program i is at
+A program keeps TILE rows i of the product in registers and loops over tiles j of H. If j > i it reads tile (j, i) and
+transposes it: element (a, b) of H is stored at (max(a, b), min(a, b)). So every tile off the diagonal is read
+twice, by programs i and j, and the order is such that both read it in the same step: in step t, program i is at
 j = t - i mod the number of tiles. (Four rows of tiles; the numbers are steps.)
 
            j   0  1  2  3
@@ -20,11 +20,11 @@ j = t - i mod the number of tiles. (Four rows of tiles; the numbers are steps.)
         i = 2  2  3  0  1      triangle. It costs no partial products for the transposed half, which would be as large
         i = 3  3  0  1  2      as the triangle when k is 2 TILE, and no atomics: the same bits every run.
 
-That pass is no more than what L2 makes of it. With an LRU cache of an A100's or H100's size, tiles of 32 and programs
+How close it comes to one pass depends on L2. With an LRU cache of an A100's or H100's size, tiles of 32 and programs
 in the order of their launch, a simulation reads 1.0 triangles from memory at n = 4096, 1.26 at 8192 with k = 128 and
 1.47 at 11008, where a row of programs is longer than what runs at a time.
 
-Few tiles make few programs, so the walk is split among several, whose partial products torch adds in a fixed order;
+Few tiles make few programs, so the loop is split among several, whose partial products torch adds in a fixed order;
 step t falls to the same split in all of them. More than WIDTH columns take several programs, which come right after one
 another and so find the tile in L2 as well.
 
@@ -76,7 +76,7 @@ def _gram_product_kernel(
         h_ptrs = h_ptr + top.to(tl.int64)[:, None] * n + left[None, :]
         tile = tl.load(h_ptrs, mask=(top < n)[:, None] & (left < n)[None, :], other=0.0)
         inner = j * TILE + within
-        # On the diagonal this takes either half from the lower triangle; elsewhere the whole tile, as it is or turned.
+        # On the diagonal both halves come from the lower triangle; elsewhere the whole tile, as stored or transposed.
         h = tl.where(rows[:, None] >= inner[None, :], tile, tl.trans(tile))
         right_ptrs = right_ptr + inner.to(tl.int64)[:, None] * k + columns[None, :]
         right = tl.load(right_ptrs, mask=(inner < n)[:, None] & (columns < k)[None, :], other=0.0)
@@ -115,7 +115,7 @@ def _launch(h: Tensor, right: Tensor, precision: str, setting: Setting | None = 
 
 
 def _grid(n: int, k: int, tile: int, width: int) -> tuple[int, int, int]:
-    """Chunks of the columns, rows of tiles, and how many programs share the walk of each."""
+    """Chunks of the columns, rows of tiles, and how many programs share the loop over each."""
     tiles = triton.cdiv(n, tile)
     return triton.cdiv(k, width), tiles, min(triton.cdiv(_PROGRAMS, tiles), tiles)
 
@@ -128,7 +128,7 @@ def _problem(n: int, width: int, precision: str) -> str:
 
 
 def _settings(target: str, n: int, width: int, precision: str) -> list[Setting]:
-    """The default; and for the commonest cases what else may be faster."""
+    """The default; and, for the most common cases, others that may be faster."""
     assert precision in PRECISIONS, precision
     nvidia = target.startswith("sm_")
     # Tiles as wide as registers allow; bf16x3 holds its factors twice, ieee all that a step multiplies at once, and an
@@ -144,7 +144,7 @@ def _settings(target: str, n: int, width: int, precision: str) -> list[Setting]:
     settings = [{"TILE": tile, "num_warps": warps, "num_stages": 2, **limit}]
     if precision == "bf16x3" and n % 16 == 0 and width >= 64:  # what the solvers ask for, of one linear or of three
         if nvidia:
-            # Two tiles on their way while one is multiplied; or half the re-reads of P, where the registers take it.
+            # Two tiles loading while one is multiplied; or half the re-reads of P, where the registers take it.
             settings.append({"TILE": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 255})
             if width == 128 or target == "sm_90":
                 settings.append({"TILE": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 255})
@@ -154,7 +154,7 @@ def _settings(target: str, n: int, width: int, precision: str) -> list[Setting]:
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
-    """What is worth timing, on a synthetic H: its values do not matter."""
+    """The cases to time, on a synthetic H (its values do not matter)."""
     for n, width in product(_SIZES, (64, 128)):
         h, right = torch.randn(n, n, device=device), torch.randn(n, width, device=device)
         yield Problem(

@@ -1,7 +1,7 @@
-"""Orthonormal columns by CholeskyQR, with reorthogonalization and truncation, and with no word to the host.
+"""Orthonormal columns by CholeskyQR, with reorthogonalization and truncation, and without host synchronization.
 
-What is computed is what `reference.orthonormalize` computes, but for the shape: a column that adds nothing to the span
-is not removed but set to zero, since how many there are is known to the device only.
+It computes what `reference.orthonormalize` computes, except for the shape: a column that adds nothing to the span is
+set to zero, not removed, because only the device knows how many there are.
 
 Why not plain CholeskyQR (Q = Y L⁻ᵀ, L Lᵀ = Yᵀ Y): in fp32, Yᵀ Y forgets what is shorter than √(r ε) of its column,
 about 4e-3. Shifted CholeskyQR3 (Fukaya et al., SIAM J. Sci. Comput. 42(1), 2020) adds s·I, so that the factorization
@@ -60,8 +60,8 @@ def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
     The columns of `basis` are orthonormal or zero.
     Returns q (m, k) fp32. A column of `y` that the basis and the columns before it span up to rounding (1.9e-6 of its
     length) gives a zero column, in its place; so at most m - b are nonzero. Where the columns before are so nearly
-    dependent that rounding is more than that (up to 6e-5), and there is room, it may become a direction of chance
-    instead, which does a Rayleigh-Ritz step no harm. Not finite in, NaN out.
+    dependent that rounding is more than that (up to 6e-5), and there is room, it may become a random direction
+    instead, which does not harm a Rayleigh-Ritz step. If the input is not finite, the output is NaN.
     """
 
     def times(left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:

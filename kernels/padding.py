@@ -1,11 +1,11 @@
-"""Zeros around thin matrices, so that kernels find rows that begin at 16 bytes."""
+"""Zero-padding of thin matrices, so that their rows start at multiples of 16 bytes."""
 
 from torch import Tensor
 from torch.nn.functional import pad
 
 
 def padded(x: Tensor, *lengths: int) -> Tensor:
-    """x with zeros up to these lengths of its last dimensions; x itself where it has them."""
+    """x padded with zeros to these lengths of its last dimensions; x itself if it has them already."""
     missing = [length - size for length, size in zip(reversed(lengths), reversed(x.shape), strict=False)]
     return pad(x, [each for length in missing for each in (0, length)]) if any(missing) else x
 

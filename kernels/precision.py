@@ -1,4 +1,4 @@
-"""How precisely a kernel multiplies: the options of every product with E or H, and the `dot` that carries them out.
+"""How precisely a kernel multiplies: the options for every product with E or H, and the `dot` that implements them.
 
     ieee     fp32 multiplications, no tensor cores                      error 1.5e-7 against fp64
     bf16x3   either factor as a sum of two bf16, three tensor products         4e-6
@@ -20,7 +20,7 @@ def dot(a, b, sum, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sum)
     elif PRECISION == "bf16x3":
-        # Spelled out: not every version and target of Triton has it as an input_precision.
+        # Written out: not every version and target of Triton has it as an input_precision.
         a_high, b_high = a.to(tl.bfloat16), b.to(tl.bfloat16)
         a_low = (a - a_high.to(tl.float32)).to(tl.bfloat16)
         b_low = (b - b_high.to(tl.float32)).to(tl.bfloat16)

@@ -1,8 +1,7 @@
 """What a launch may choose, by the GPU it runs on: tile sizes, warps and stages of the pipeline.
 
-Each kernel has a short list of settings for a problem on a target, fastest first as far as can be told without the
-GPU. A launch takes the first, unless `tuning.tune` has timed the list on this very GPU and left a file that names
-another.
+Each kernel has a short list of settings for a problem on a target, with the one expected to be fastest first. A launch
+uses the first, unless `tuning.tune` has timed the list on this GPU and saved a file that names another.
 """
 
 import hashlib
@@ -32,11 +31,11 @@ SHARED_BYTES = {
 
 
 def shared_bytes(target: str) -> int:
-    """As SHARED_BYTES; for a target that is not there, the least that its maker's have."""
+    """As in SHARED_BYTES; for a target that is not listed, the smallest of that vendor's."""
     return SHARED_BYTES.get(target, SHARED_BYTES["gfx942" if target.startswith("gfx") else "sm_86"])
 
 
-# Whether the compiler may contract a multiplication and an addition into one operation, which rounds once. It may not:
+# Whether the compiler may fuse a multiplication and an addition into one operation, which rounds once. It may not:
 # bitsandbytes rounds Q to fp32 before anything is subtracted from it. That costs one instruction per element where Q
 # is fp32 or int8 and none elsewhere: `tl.dot` is made of fused operations whatever this says.
 FP_FUSION = False
@@ -63,7 +62,7 @@ def target_of(device: torch.device) -> str:
 
 
 def chosen(problem: str, settings: Sequence[Setting], device: torch.device) -> Setting:
-    """The setting to launch with: the fastest, where that was timed, else the first."""
+    """The setting to launch with: the fastest one if it was timed, else the first."""
     fastest = _timed(device).get(problem)
     return fastest if fastest in settings else settings[0]
 
@@ -78,7 +77,7 @@ def timings_file(device: torch.device) -> Path:
 
 
 def forget_timings() -> None:
-    """Read the file anew at the next launch; else it is read once."""
+    """Read the file again at the next launch; it is otherwise read once."""
     _timed.cache_clear()
 
 

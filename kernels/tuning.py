@@ -1,7 +1,7 @@
-"""Which setting of a kernel is the fastest on the GPU that is there: timed when asked for, kept in a file.
+"""The fastest settings of each kernel on this GPU: timed on request, saved in a file.
 
 Never inside a solve: a setting decides the order in which a product is summed, so a solve that timed its kernels first
-could give other bits from one run to the next. As it is, a GPU gives the same bits until one tunes again.
+could give different bits from one run to the next. This way, a GPU gives the same bits until it is tuned again.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from quailora.kernels.settings import Problem, Setting
 
 
 def problems(device: torch.device) -> Iterable[Problem]:
-    """What is timed: the commonest cases of each kernel, on synthetic matrices of the sizes that LLMs have."""
+    """What is timed: the most common cases of each kernel, on synthetic matrices of sizes found in LLMs."""
     return itertools.chain(error_products.problems(device), gram_product.problems(device))
 
 
@@ -32,8 +32,8 @@ def tune(
 ) -> dict[str, Setting]:
     """Time the settings of every problem, write the fastest to `settings.timings_file`, and return them by name.
 
-    From then on launches take these settings, in this process too. Problems of one name are sizes of one problem, and
-    their times add up. Raises OSError where the file cannot be written.
+    From then on, launches use these settings, in this process too. Problems of one name are sizes of one problem, and
+    their times add up. Raises OSError if the file cannot be written.
     """
     times: defaultdict[str, list[float]] = defaultdict(list)
     candidates: dict[str, list[Setting]] = {}
@@ -47,6 +47,6 @@ def tune(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(fastest, file, indent=1)
-    os.replace(file.name, path)  # whole or not at all, whoever else reads or writes it
+    os.replace(file.name, path)  # atomic: other processes may read or write it
     settings.forget_timings()
     return fastest

@@ -1,7 +1,7 @@
 """One shipped configuration of a Triton kernel, described so that it can be compiled and executed without a GPU.
 
-Every file of kernels exports `variants(target) -> Iterator[Variant]`: all the configurations that its launch code may
-choose on a target of `settings.SHARED_BYTES`. The tests walk over them: each is compiled, and some of sm_80's are run
+Every file with kernels exports `variants(target) -> Iterator[Variant]`: all the configurations that its launch code may
+choose on a target of `settings.SHARED_BYTES`. The tests go through them: each is compiled, and some of sm_80's are run
 on the CPU in their compiled form.
 """
 
@@ -18,8 +18,8 @@ class Variant:
 
     `signature` and `constexprs` together name every argument of the kernel once. Types are Triton's: "*bf16", "i32",
     "fp32". `attrs` names the arguments that are always divisible by 16 (for a pointer: its address in bytes). Triton
-    needs it for 16-byte loads, and a false one reads out of bounds. `grid` takes all arguments by name, constexprs
-    included, and returns one to three numbers of programs, as in a launch.
+    needs it for 16-byte loads; if it is not true, loads are out of bounds. `grid` takes all arguments by name,
+    constexprs included, and returns one to three numbers of programs, as in a launch.
     """
 
     name: str  # unique in its file, fit for a test's name: "error_products-bf16-r64"

@@ -1,7 +1,7 @@
-"""How the benchmarks take time: candidates run in turn, so that what else the machine does strikes them all alike.
+"""How the benchmarks measure time: candidates run in turn, so that other load on the machine affects all of them alike.
 
-What is wrong is not timed (`require`), what is timed stands beside a counted floor (`copy_rate`, `product_rate`), and
-what is kept says where it was measured (`keep`).
+Wrong results are not timed (`require`), times are compared with a counted floor (`copy_rate`, `product_rate`), and
+saved results say where they were measured (`keep`).
 """
 
 import json
@@ -45,12 +45,12 @@ class Timing:
         return f"{shown} ± {50 * self.spread:.0f} %"
 
     def over(self, other: "Timing") -> float:
-        """How many times as long as `other`: the median of the ratios, each of runs that followed one another."""
+        """The ratio to the time of `other`: the median over rounds of the ratio within a round."""
         return median(mine / its for mine, its in zip(self.seconds, other.seconds, strict=True))
 
 
 def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int = 9) -> dict[str, Timing]:
-    """Run each of `candidates` once unmeasured, then `rounds` rounds of one run each; at least two."""
+    """Run each of `candidates` once untimed, then in `rounds` rounds (two or more), once in each."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(-1, rounds):
         for name, run in candidates.items():
@@ -78,14 +78,14 @@ def require(value: float, allowed: float, what: str) -> None:
 
 
 def copy_rate(device: torch.device, size: int) -> float:
-    """Bytes a second that a copy of `size` bytes moves: each is read and written."""
+    """Bytes per second that a copy of `size` bytes moves, reads and writes counted."""
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     return 2 * size / alternate({"copy": lambda: target.copy_(source)})["copy"].median
 
 
 def product_rate(device: torch.device, side: int) -> float:
-    """FLOPs a second of torch's product of two square matrices, in bf16 or fp32: whichever is faster."""
+    """FLOPs per second of torch's product of two square matrices, in bf16 or fp32, whichever is faster."""
     squares = [torch.randn(side, side, device=device).to(dtype) for dtype in (torch.bfloat16, torch.float32)]
     timings = alternate({str(square.dtype): partial(torch.matmul, square, square) for square in squares})
     return 2 * side**3 / min(timing.median for timing in timings.values())
@@ -118,7 +118,7 @@ def circumstances(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def keep(path: Path | None, device: torch.device, record: Mapping[str, Any]) -> None:
-    """Write `record` as JSON, with versions and machine; nothing where there is no path."""
+    """Write `record` as JSON, with versions and machine; does nothing without a path."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""What a memory budget is worth: a model much larger than the budget, initialized within it on a CPU.
+"""Whether a memory budget is kept: a model much larger than the budget is initialized within it on a CPU.
 
     python benchmarks/end_to_end/memory.py [--size 3b|tiny] [--budget 1.5GiB ...] [--samples 4] [--sequence-length 128]
 
-The model is a Llama of random weights, written block by block, so that neither this script nor quailora ever holds it.
-`quailora.build_adapter` runs once for each budget, in a process of its own, and is measured: the peak of the resident
-memory above its level after the imports, and the seconds of each stage. Needs Linux's /proc.
+The model is a Llama with random weights, written block by block, so neither this script nor quailora ever holds all of
+it. `quailora.build_adapter` runs once for each budget, in a separate process. Measured are the peak resident memory
+above its level after the imports, and the seconds of each stage. Needs Linux's /proc.
 """
 
 import argparse
@@ -34,22 +34,22 @@ TARGETS = "all-linear"
 
 @dataclass(frozen=True)
 class Size:
-    """Of a Llama."""
+    """The shape of a Llama."""
 
     hidden: int
     inner: int
     blocks: int
     heads: int
-    groups: int  # of heads that share keys and values
+    groups: int  # key-value heads
     vocabulary: int
 
 
-# 3b has the shapes of Llama-3.2-3B, but for a smaller vocabulary.
+# 3b has the shapes of Llama-3.2-3B, except for a smaller vocabulary.
 SIZES = {"3b": Size(3072, 8192, 28, 24, 8, 32000), "tiny": Size(256, 768, 4, 4, 2, 512)}
 
 
 def write_model(folder: Path, size: Size) -> int:
-    """A checkpoint of random bf16 weights, a file for each block. Returns how many parameters it has."""
+    """Write a checkpoint of random bf16 weights, one file per block. Returns the number of parameters."""
     config = LlamaConfig(
         hidden_size=size.hidden,
         intermediate_size=size.inner,
@@ -106,14 +106,14 @@ def measure(
     budget: str,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Initialize an adapter, and throw it away: bytes "measured" (resident memory at its most, above what it was),
-    "planned" and "budget", and seconds by "stages"."""
+    """Initialize an adapter and discard it. Returns the bytes "measured" (the growth of peak resident memory),
+    "planned" and "budget", and the seconds of "stages"."""
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     tokens = torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(0))
     targets = targets if isinstance(targets, str) else list(targets)
     lora = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
-        Path("/proc/self/clear_refs").write_text("5")  # the highest mark is now what is resident
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
         start = psutil.Process().memory_info().rss
         data = Calibration(tuple(tokens), "random tokens")
         report = quailora.build_adapter(
@@ -135,8 +135,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--rank", type=int, default=RANK)
-    parser.add_argument("--model", type=Path, help="a folder to keep the model in, or where it is; else it is removed")
-    parser.add_argument("--json", type=Path, help="where to keep the figures")
+    parser.add_argument("--model", type=Path, help="folder of the model, which is kept there; by default it is deleted")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
 
     temporary = None if arguments.model else tempfile.mkdtemp()

@@ -3,8 +3,8 @@ data.
 
     python benchmarks/kernels/damping.py TEXT [--model PATH]
 
-The first tokens of TEXT calibrate, tokens after them measure. H is gathered once per amount; the weights Q + A Bᵀ stand
-in a dense model, which computes what the adapted base would.
+The first tokens of TEXT are for calibration, later ones for evaluation. H is computed once per amount; the weights
+Q + A Bᵀ are put into a dense model, which computes what the adapted base would.
 """
 
 import argparse

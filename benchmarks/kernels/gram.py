@@ -1,13 +1,13 @@
-"""The compiled accumulation of H against torch.addmm in fp32, and against what the machine's matrix units can do.
+"""The compiled accumulation of H, compared with torch.addmm in fp32 and with the peak of the machine's matrix units.
 
     python benchmarks/kernels/gram.py [--tokens 2048] [--features 576 1536 2048 4096] [--rounds 9] [--json PATH]
 
-Each result is first compared with fp64. `addmm` is H + Xᵀ X by torch, all of the square, with X given to it in fp32.
-The floor is that of the triangle: its multiply-adds at the rate of the quicker of the products below, or a copy of the
-bytes of X and of the triangle, read and written, whichever takes longer.
-The shares are of the rate at which the n (n + 1) / 2 values of the triangle come, of the rate of torch's own product of
-two 2048 x 2048 matrices, of that dtype and of bf16, a round of which follows each run. Where the processor multiplies
-bf16 by instructions of their own (AVX512-BF16, AMX), the latter comes near to its peak, and fp32 cannot.
+Each result is first compared with fp64. `addmm` is H + Xᵀ X by torch, of the full square, with X in fp32.
+The floor is for the triangle: its multiply-adds at the rate of the faster of the products below, or a copy of the bytes
+of X and of the triangle, read and written, whichever takes longer.
+The shares compare the FLOPs per second on the n (n + 1) / 2 values of the triangle with those of torch's own product of
+two 2048 x 2048 matrices, in the same dtype and in bf16; one round of it follows each run. If the processor has bf16
+instructions (AVX512-BF16, AMX), the bf16 product comes near its peak, which fp32 cannot reach.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from quailora.ops import extension
 
 PEAK = 2048
 
-# Relative, in the Frobenius norm: several times what sums in fp32 round by, addmm's longer ones included.
+# Relative, in the Frobenius norm: several times the rounding of fp32 sums, including addmm's longer ones.
 TOLERANCE = 1e-6
 
 
@@ -35,7 +35,7 @@ def error(h: Tensor, x: Tensor) -> float:
 
 
 def work(tokens: int, features: int, element: int) -> tuple[float, float]:
-    """FLOPs of the triangle, and bytes: X, of so many bytes an element, and the triangle of H, read and written."""
+    """FLOPs of the triangle, and bytes: X, with `element` bytes each, and the triangle of H, read and written."""
     triangle = features * (features + 1) / 2
     return 2 * tokens * triangle, element * tokens * features + 8 * triangle
 
@@ -46,7 +46,7 @@ HEAD = """\
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """Of a Markdown table, under HEAD."""
+    """A row of the Markdown table under HEAD."""
     addmm, ours = (Timing(tuple(row["seconds"][candidate])) for candidate in ("addmm", "ours"))
     return (
         f"| {row['threads']} | {row['dtype']} | {row['features']} | {row['error']:.1e} | {addmm} | {ours} "
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--features", type=int, nargs="+", default=[576, 1536, 2048, 4096])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="where to keep the figures")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     if reason := extension.obstacle(torch.device("cpu")):
         parser.exit(1, f"quailora._C: {reason}\n")
@@ -100,7 +100,7 @@ def main() -> None:
                     options.rounds,
                 )
                 flops, moved = work(options.tokens, features, x.element_size())
-                relative = flops / (2 * PEAK**3)  # to the work of a matmul
+                relative = flops / (2 * PEAK**3)  # to the FLOPs of the matmul
                 floor = max(relative * min(times["matmul"].median, times["bf16 matmul"].median), moved / rate)
                 shares = {
                     baseline: relative * times[baseline].over(times["ours"]) for baseline in ("matmul", "bf16 matmul")

@@ -1,10 +1,10 @@
-"""bf16 and fp16 products on a CPU: torch's own, and those made in fp32 and rounded, as quailora makes them where the
-CPU has no instructions for them.
+"""bf16 and fp16 products on a CPU: torch's own, and those computed in fp32 and rounded, as quailora does if the CPU has
+no instructions for them.
 
     python benchmarks/kernels/half.py [--tokens 2048] [--rounds 5] [--json PATH]
 
-The products are those of a block of SmolLM2-135M and of its head, with as many tokens, and causal attention over 512.
-Each result is first compared with fp64. The floor is the product in fp32 itself, nothing converted or rounded.
+The products are those of a block of SmolLM2-135M and of its head, for that many tokens, and causal attention over 512.
+Each result is first compared with fp64. The floor is the product in fp32 alone, without conversion or rounding.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import quailora
 from benchmarks.common.timing import Timing, alternate, describe, keep, require
 from quailora.ops.cpu_matmul import Float32Products
 
-# Name -> what is multiplied, and the shapes of its operands for so many tokens.
+# Name -> what is computed, and the shapes of its operands for a number of tokens.
 PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[[int], list[tuple[int, ...]]]]] = {
     "q": (linear, lambda t: [(t, 576), (576, 576)]),
     "gate": (linear, lambda t: [(t, 576), (1536, 576)]),
@@ -41,7 +41,7 @@ HEAD = """\
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """Of a Markdown table, under HEAD."""
+    """A row of the Markdown table under HEAD."""
     own, ours, floor = (Timing(tuple(row["seconds"][candidate])) for candidate in ("torch", "ours", "fp32"))
     return (
         f"| {row['dtype']} | {row['product']} | {own} | {ours} | {1e3 * floor.median:.3g} ms | {own.over(ours):.1f} |"
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048, help="a multiple of 512")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to keep the figures")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
 
     cpu = torch.device("cpu")

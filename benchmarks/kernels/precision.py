@@ -1,13 +1,14 @@
-"""How coarse the products with E and H may be: what rounding their factors does to the objective that is left.
+"""How low the precision of the products with E and H may be: the effect of rounding their factors on the objective.
 
     python benchmarks/kernels/precision.py CALIBRATE [--model PATH] [--blocks N]
 
-The first 64 x 512 tokens of CALIBRATE, a text file, calibrate. Every linear of the model, or of N blocks spread over
-its depth, is solved with each pair of precisions, undamped; the objective is computed from the residual in fp64.
+The first 64 x 512 tokens of CALIBRATE, a text file, are the calibration data. Every linear of the model, or of N blocks
+spread over its depth, is solved with each pair of precisions, undamped; the objective is computed from the residual in
+fp64.
 
-A CUDA device multiplies with the kernels themselves. On a CPU they are emulated: the factors of every product are
-rounded as the precision rounds them and multiplied in fp32, and the systems of als are solved as the kernel solves
-them, in fp32 with one step of refinement. What the CPU does in fp64 elsewhere is left so.
+A CUDA device uses the kernels themselves. On a CPU they are emulated: the factors of every product are rounded to the
+precision and multiplied in fp32, and the systems of als are solved like in the kernel, in fp32 with one step of
+refinement. Whatever else the CPU computes in fp64 stays in fp64.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.quantization.registry import config_for
 from quailora.solvers.registry import SOLVERS
 
-# Solver -> the precisions of E and of H, from the finest on: the first is what the others are compared with.
+# Solver -> the precisions of E and of H, highest first; the others are compared with the first.
 # svd ignores H.
 PAIRS = {
     "krylov": [("ieee", "ieee"), *((e, "bf16x3") for e in PRECISIONS), ("tf32", "tf32")],
@@ -63,7 +64,7 @@ def product(left: Tensor, right: Tensor, precision: str) -> Tensor:
 def _rounded(x: Tensor, precision: str) -> Tensor:
     if precision == "bf16":
         return x.bfloat16().float()
-    if precision == "tf32":  # tensor cores do not see the other bits
+    if precision == "tf32":  # tensor cores ignore the other bits
         return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
     assert precision == "ieee", precision
     return x
@@ -71,7 +72,7 @@ def _rounded(x: Tensor, precision: str) -> Tensor:
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Within it the operations on the CPU are as precise as those of the kernels, and solvers take them for kernels."""
+    """Within it operations on the CPU are as precise as the kernels, and solvers treat them as kernels."""
 
     def error_products(errors: Sequence[Any], rights: Sequence[Tensor], *, precision: str) -> list[Tensor]:
         return [product(e.float(), right, precision) for (e, _), right in zip(errors, rights, strict=True)]
@@ -100,7 +101,7 @@ def emulated() -> Iterator[None]:
 
 
 def objectives(weight: Tensor, quantized: Tensor, gram: Tensor, rank: int) -> dict[tuple[str, str, str], float]:
-    """(solver, precision of E, precision of H) -> the objective left, of one linear; svd's is with H = I."""
+    """(solver, precision of E, precision of H) -> the remaining objective of one linear; for svd, with H = I."""
     error, h = weight.double() - quantized.double(), gram.double()
     found = {}
     for solver, pairs in PAIRS.items():
@@ -120,7 +121,7 @@ def _at(chosen: str, operation: Any, h: Tensor, rights: Sequence[Tensor], *, pre
 
 
 def study(layers: Mapping[str, tuple[Tensor, Gram]], form: BitsAndBytes, rank: int) -> list[dict[str, Any]]:
-    """The rows of the table, of all `layers` together."""
+    """The rows of the table, for all `layers` together."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
     for number, (name, (weight, gram)) in enumerate(layers.items(), 1):
@@ -131,7 +132,7 @@ def study(layers: Mapping[str, tuple[Tensor, Gram]], form: BitsAndBytes, rank: i
 
 
 def summary(found: Sequence[Mapping[tuple[str, str, str], float]]) -> list[dict[str, Any]]:
-    """A row for each solver and pair of precisions: how much more of the objective is left than with the finest."""
+    """A row for each solver and pair of precisions: the increase of the objective over the highest precision."""
     rows = []
     for solver, pairs in PAIRS.items():
         for of_e, of_h in pairs:
@@ -167,7 +168,7 @@ def _percent(share: float) -> str:
 
 
 def spread(layers: Mapping[str, Any], count: int | None) -> dict[str, Any]:
-    """The layers of `count` blocks, evenly spread from the first to the last; None: of all."""
+    """The layers of `count` blocks, evenly spaced from the first to the last; None: of all."""
     blocks = {name: int(number[1]) for name in layers if (number := re.search(r"\.(\d+)\.", name))}
     depth = max(blocks.values()) + 1
     count = min(count or depth, depth)

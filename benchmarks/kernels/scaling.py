@@ -1,12 +1,12 @@
-"""How the cost grows with size: exponents of measured times, beside those of the floating-point operations counted.
+"""How the cost grows with size: exponents of measured times, next to those of the counted FLOPs.
 
     python benchmarks/kernels/scaling.py [--scale small|tiny] [--json PATH]
 
-Each sweep varies one size; the others stay in the middle of what they are varied over. Swept are H (`Gram.update`, in
+Each sweep varies one size and keeps the others at the middle of their range. The sweeps are: H (`Gram.update`, in
 bf16) over tokens t and features n; a krylov solve of one linear (m, n) from NF4 with double quantization over m, n and
 the rank r; and `build_adapter` on Llamas of random weights over blocks and tokens.
 
-What is timed is compared with fp64 first. All sizes of a sweep run in turn; shown are medians, ± half the range of the
+Results are first compared with fp64. All sizes of a sweep run in turn; shown are medians, ± half the range of the
 middle half of the rounds. The exponent is the slope of log time on log size, by least squares. The expected one is the
 same slope of the FLOPs at the same sizes, lower-order terms included:
 
@@ -16,9 +16,9 @@ same slope of the FLOPs at the same sizes, lower-order terms included:
     build_adapter    2 t m n for the forward pass through each linear, 2 t l d for causal attention over l tokens of d
                      features, an H for each of a block's four inputs, a solve for each linear
 
-An exponent below the expected one says that small sizes pay for what does not grow, such as launches and Python; one
-above it, that large sizes run at a lower rate, as where they fall out of the caches. The floor is these FLOPs at the
-rate of torch's own product of two square matrices, in bf16 or fp32, whichever is faster.
+An exponent below the expected one means that small sizes have overhead that does not grow, such as launches and Python;
+one above it, that large sizes run at a lower rate, for example because they exceed the caches. The floor is these
+FLOPs at the rate of torch's own product of two square matrices, in bf16 or fp32, whichever is faster.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from quailora.solvers.registry import SOLVERS
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of every sweep, and how many rounds each takes."""
+    """The sizes of every sweep, and the number of rounds of each."""
 
     square: int  # side of the matrices whose product is the floor's
     rounds: int
@@ -107,7 +107,7 @@ def middle(sizes: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Something at several sizes. What `runs` does has been found right."""
+    """One computation at several sizes. The results of `runs` have been checked."""
 
     what: str
     over: str
@@ -143,7 +143,7 @@ def _gram_update(t: int, n: int, device: torch.device) -> Callable[[], object]:
 
 # ---- A solve
 
-# How far, relatively, the objective that krylov leaves may be from the least, and from what it says itself.
+# Allowed relative difference of krylov's objective from the optimum, and from the objective it reports.
 AGREEMENT = 1e-3
 
 
@@ -212,7 +212,7 @@ def adapter_sweeps(scale: Scale, device: torch.device, folder: Path) -> Iterator
 
 
 def write_model(folder: Path, scale: Scale, blocks: int) -> Path:
-    """A Llama of random weights in fp32: so that its forward pass, H and the solve go at rates that are alike."""
+    """A Llama with random weights in fp32, so that its forward pass, H and the solve run at similar rates."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=scale.hidden,
@@ -240,7 +240,7 @@ def exponent(values: Mapping[int, float]) -> float:
 
 
 def figures(sweep: Sweep, rate: float) -> dict[str, Any]:
-    """Of a sweep: times of every round by size, and beside them what was counted."""
+    """A sweep's result: times of every round by size, and the counted FLOPs."""
     timings = alternate({str(size): run for size, run in sweep.runs.items()}, sweep.rounds)
     return {
         "what": sweep.what,
@@ -265,7 +265,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """Of a Markdown table, under HEAD."""
+    """A row of the Markdown table under HEAD."""
     times, floors = (
         (Timing(tuple(seconds)) for seconds in row["seconds"]),
         (f"{1e3 * floor:.3g}" for floor in row["floors"]),
@@ -277,7 +277,7 @@ def line(row: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="small")
-    parser.add_argument("--json", type=Path, help="where to keep the figures")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
 
     scale, device = SCALES[arguments.scale], default_device(None)

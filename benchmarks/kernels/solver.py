@@ -1,4 +1,4 @@
-"""Time, memory and objective of a solve: the kernels against plain PyTorch, at the shapes of Llama 2.
+"""Time, memory and objective of a solve: the kernels compared with plain PyTorch, at the shapes of Llama 2.
 
     python benchmarks/kernels/solver.py [--shapes 7b ...] [--solver krylov ...] [--json PATH] [--compare OLD.json]
 
@@ -8,16 +8,15 @@ Linears that share an input are solved together, from NF4 with double quantizati
     cached         the kernels, on E in bf16, made in W's memory
     torch fp32     plain PyTorch, on E in fp32
     torch bf16     plain PyTorch, on E in bf16, made in W's memory
-    whole          `quailora.solve_group`: what it checks of its inputs and finds out of its outcome included
+    whole          `quailora.solve_group`, with its checks of the inputs and its statistics of the result
 
-The first four are given (W, codes, H) and return A and B. What they return is checked before anything is timed, on a
-small shape against fp64 and on every shape against one another. Times are medians, ± half the range of the middle half
-of the rounds. Beside each stands the time in which the device copies the bytes that were counted for it, by the
-formulas of "Counted". With no GPU, the plain PyTorch of small shapes is timed, and a roofline printed for GPUs that are
-not there.
+The first four take (W, codes, H) and return A and B. Their results are checked before anything is timed: on a small
+shape against fp64, and on every shape against one another. Times are medians, ± half the range of the middle half of
+the rounds. Next to each is the time that the device needs to copy the bytes counted for it by the formulas of
+"Counted". Without a GPU, plain PyTorch is timed on small shapes, and a roofline is printed for GPUs.
 
---compare exits with 1 where something takes more than 1.2 times as long as in OLD.json, made on the same device. Where
-there is no such file yet, it says so.
+--compare exits with 1 if something takes more than 1.2 times as long as in OLD.json from the same device. If there is
+no such file yet, it says so.
 """
 
 import argparse
@@ -62,12 +61,12 @@ class Group:
     columns: int
 
     def ranks(self, rank: int) -> list[int]:
-        """Of each linear: `rank`, but where sizes are scaled down a quarter of its lesser side, to leave something."""
+        """Of each linear: `rank`; for scaled-down sizes a quarter of its smaller side, so that some error is left."""
         return [min(rank, m // 4, self.columns // 4) for m in self.rows]
 
 
 def groups(model: str, scale: int = 1) -> list[Group]:
-    """Of a block of Llama 2, its sizes divided by `scale`."""
+    """The groups of a block of Llama 2, with its sizes divided by `scale`."""
     hidden, inner, keys = (size // scale for size in LLAMA_2[model])
     return [
         Group("q, k, v", (hidden, keys, keys), hidden),
@@ -81,26 +80,26 @@ LLAMA_2 = {"7b": (4096, 11008, 4096), "13b": (5120, 13824, 5120), "70b": (8192, 
 SCALES = {"full": 1, "small": 8, "tiny": 64}
 
 
-# ---- Counted: the bytes that must come from memory or go there, and the floating-point operations
+# ---- Counted: the bytes that must be read from or written to memory, and the FLOPs
 #
-# Of the products with E and H and the making of E. Left out: what is r wide and small, de-quantizing, launches.
+# For the products with E and H and for computing E. Left out: small r-wide matrices, dequantizing, launches.
 
 # Form of E -> bytes per element of a product, and of making E: W and the codes with their absmax read, E written.
 PACKED = 2 + 0.5 + 4 / 64
 PER_PRODUCT = {"fused": PACKED, "cached": 2.0, "dense": 4.0}
 TO_MAKE = {"fused": 0.0, "cached": PACKED + 2, "dense": PACKED + 4}
 
-# Precision -> the unit that multiplies, and how many products it makes for one.
+# Precision -> the unit that multiplies, and the number of its products per product.
 UNITS = {"ieee": ("fp32", 1), "bf16x3": ("bf16", 3), "tf32": ("tf32", 1), "bf16": ("bf16", 1)}
 
-# Products with H, in so many iterations: see `quailora/solvers/`. Those with E it counts itself.
+# Products with H for a number of iterations: see `quailora/solvers/`, which counts those with E itself.
 GRAM_PRODUCTS: dict[str, Callable[[int], int]] = {"krylov": lambda depth: depth + 3, "als": lambda steps: steps + 1}
 FINE = "bf16x3"  # of every product with H, and of krylov's last with E
 
 
 @dataclass(frozen=True)
 class Work:
-    """So much of something that runs on its own: bytes, and FLOPs of one unit."""
+    """The work of one step that runs alone: bytes, and FLOPs of one unit."""
 
     bytes: float
     flops: float = 0.0
@@ -108,7 +107,7 @@ class Work:
 
 
 def error_product(m: int, n: int, r: int, form: str, precision: str) -> Work:
-    """E P or Eᵀ A: E, the thin factor and the product, which are fp32, pass once."""
+    """E P or Eᵀ A: E, and the thin factor and the product in fp32, are moved once."""
     unit, times = UNITS[precision]
     return Work(PER_PRODUCT[form] * m * n + 4 * r * (m + n), times * 2 * m * n * r, unit)
 
@@ -120,13 +119,13 @@ def gram_product(n: int, k: int, precision: str, triangle: bool = True) -> Work:
 
 
 def initial_objective(group: Group) -> list[Work]:
-    """1/2 tr(E H Eᵀ), which `solve` begins with, in fp32 and on one triangle; E as a fused product reads it."""
+    """1/2 tr(E H Eᵀ), with which `solve` starts, in fp32 and on one triangle; E is read as in a fused product."""
     n = group.columns
     return [Work(PACKED * m * n + 2 * n * n, m * n * n) for m in group.rows]
 
 
 def solve_work(group: Group, solver: str, form: str, rank: int, triangle: bool = True) -> list[Work]:
-    """All that a solve of a group consists of, with the default iterations and precisions."""
+    """All steps of a solve of a group, with the default iterations and precisions."""
     method, n = SOLVERS[solver], group.columns
     iterations = method.iterations or 0
     ranks = group.ranks(rank)
@@ -139,7 +138,7 @@ def solve_work(group: Group, solver: str, form: str, rank: int, triangle: bool =
 
 
 def krylov_flops(m: int, n: int, r: int, depth: int, coarse: bool = False) -> float:
-    """All FLOPs of `quailora.solve` by krylov, of a linear: what is thin and small too. One of fp64 counts for two.
+    """All FLOPs of `quailora.solve` by krylov for a linear, thin and small products included. fp64 counts twice.
 
     coarse: with the precise product at the end that kernels make. Dense decompositions as Golub and Van Loan count them
     (Matrix Computations, 4th edition): of k columns, an eigenproblem takes 9 k³, 4/3 k³ without its vectors; a QR
@@ -161,14 +160,14 @@ def krylov_flops(m: int, n: int, r: int, depth: int, coarse: bool = False) -> fl
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks by the data sheet: bytes a second, and FLOPs a second of each unit, without sparsity."""
+    """Peaks from the data sheet: bytes per second, and FLOPs per second of each unit, without sparsity."""
 
     name: str
     bandwidth: float
     peaks: Mapping[str, float]
 
     def seconds(self, work: Sequence[Work]) -> float:
-        """At the roofline: one after the other, each as long as its bytes or its FLOPs take, whichever is more."""
+        """Time at the roofline: the steps run in sequence, each limited by its bytes or its FLOPs."""
         return sum(max(each.bytes / self.bandwidth, each.flops / self.peaks[each.unit]) for each in work)
 
 
@@ -230,7 +229,7 @@ class TorchErrors:
                 return error @ thin
         if not error.is_cuda:  # torch has no product of bf16 to fp32 for a CPU
             return error.float() @ thin
-        # bf16 rounds the thin factor too much. Two halves of it hold 16 bits, and E is still read once.
+        # bf16 rounds the thin factor too much. Split in two bf16 parts it has 16 bits, and E is still read once.
         high = thin.bfloat16()
         halves = torch.cat([high, (thin - high.float()).bfloat16()], dim=1)
         both = torch.mm(error, halves, out_dtype=torch.float32)
@@ -310,7 +309,7 @@ def _divide(numerators: Sequence[Tensor], thins: Sequence[Tensor], others: Seque
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A group to be solved. W is overwritten by some: `restore` puts it back."""
+    """A group to be solved. Some candidates overwrite W: `restore` restores it."""
 
     group: Group
     rank: int
@@ -361,9 +360,9 @@ class Case:
 class Candidate:
     """One way to solve a `Case`."""
 
-    form: str | None  # of E; None: the plan's choice
-    triangle: bool  # whether it reads one triangle of H only
-    errors: Callable[[Case, str], Any] | None  # for a solver; None: not to be had apart
+    form: str | None  # of E; None: chosen by the plan
+    triangle: bool  # whether it reads only one triangle of H
+    errors: Callable[[Case, str], Any] | None  # for a solver; None: not available separately
     run: Callable[[Case, str], Factors]
 
 
@@ -391,7 +390,7 @@ def _kernel(form: str) -> Candidate:
 
 def _torch(form: str) -> Candidate:
     def errors(case: Case, solver: str) -> TorchErrors:
-        # As coarse as ours may be: krylov stands TF32, als does not.
+        # In the lowest precision that ours may use: krylov tolerates TF32, als does not.
         return TorchErrors(case.weights, case.quantized, form == "cached", SOLVERS[solver].precision == "tf32")
 
     def run(case: Case, solver: str) -> Factors:
@@ -429,18 +428,18 @@ def available(device: torch.device) -> tuple[dict[str, Candidate], dict[str, str
 
 # ---- Correct before fast
 
-# Relative to the sizes of a product, in the Frobenius norm: four times what `kernels/precision.py` says of each.
+# Relative to the product's Frobenius norm: four times the error that `kernels/precision.py` gives for each.
 TOLERANCES = {"ieee": 6e-7, "bf16x3": 1.6e-5, "tf32": 2.8e-3, "bf16": 9.2e-3}
 
-# The objectives that candidates leave may differ by what a default precision may cost.
+# The candidates' objectives may differ by as much as a default precision may cost.
 AGREEMENT = 1e-4
 
-# Small, ragged and wide enough for krylov's subspace not to be everything.
+# Small, ragged, and wide enough that krylov's subspace is not the whole space.
 SMALL = Group("small", (384, 320), 500)
 
 
 def check(candidates: Mapping[str, Candidate], solver: str, rank: int, device: torch.device) -> None:
-    """Products and objectives of a small group against fp64. Ends the program where one is wrong."""
+    """Check products and objectives of a small group against fp64. Ends the program if one is wrong."""
     case = Case.draw(SMALL, rank, device)
     pairs = zip(case.originals, case.quantized, strict=True)
     exact = [(weight.double() - q.dequantize().double()).cpu() for weight, q in pairs]
@@ -474,7 +473,7 @@ def check(candidates: Mapping[str, Candidate], solver: str, rank: int, device: t
 def measure(
     case: Case, solver: str, candidates: Mapping[str, Candidate], rounds: int, rate: float
 ) -> list[dict[str, Any]]:
-    """A row for each candidate, after a look at what each leaves of the objective."""
+    """A row for each candidate, after checking their objectives."""
     left: dict[str, float] = {}
     peaks: dict[str, int | None] = {}
     for name, candidate in candidates.items():
@@ -507,7 +506,7 @@ def measure(
 
 
 def _with_peak(run: Callable[[], Factors], device: torch.device) -> tuple[Factors, int | None]:
-    """What it returns, and the most memory it had beside what was there before; None where torch does not tell."""
+    """What it returns, and its peak memory beyond what was allocated before; None if torch cannot say."""
     if device.type != "cuda":
         return run(), None
     before = torch.cuda.memory_allocated(device)
@@ -518,11 +517,11 @@ def _with_peak(run: Callable[[], Factors], device: torch.device) -> tuple[Factor
 
 # ---- Compared with an earlier run
 
-SLOWER = 1.2  # times: more than a busy machine makes of a median of alternating runs
+SLOWER = 1.2  # ratio: more than a busy machine changes a median of alternating runs
 
 
 def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
-    """Print the ratio of each row that both runs have. Returns what is too slow now: nothing, on another device."""
+    """Print the ratio of each row that both runs have. Returns rows that are too slow now; none on another device."""
 
     def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row[part] for part in ("model", "linears", "solver", "candidate"))
