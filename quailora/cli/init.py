@@ -27,12 +27,14 @@ from quailora.cli.options import (
     RemoteOption,
     RevisionOption,
     SplitOption,
+    gptq_config,
     parse_names,
     parse_pattern,
     parse_target_modules,
     quantization_config,
     torch_dtype,
 )
+from quailora.errors import QuailoraError
 from quailora.quantization.registry import Format
 
 
@@ -59,6 +61,30 @@ def init(
     ] = None,
     modules_to_save: Annotated[
         str | None, typer.Option(help="Modules to train in full, such as embed_tokens,lm_head, separated by commas.")
+    ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Write a base of this many bits, 2, 3, 4 or 8, in GPTQ's format; takes --base-output."),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="With --bits: how many weights share a scale: 32, 64, 128, or -1, a row."),
+    ] = None,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric/--asymmetric", help="With --bits: whether 0 is the same code everywhere.")
+    ] = True,
+    base_output: Annotated[
+        Path | None,
+        typer.Option(help="Write the quantized base here too, a new or empty folder; the adapter names it."),
+    ] = None,
+    rounding: Annotated[
+        str | None, typer.Option(help="Of a base that is written: calibrated or nearest. Default: calibrated.")
+    ] = None,
+    rounding_damping: Annotated[
+        float | None, typer.Option(help="Of calibrated rounding: share of the mean of H's diagonal added to it.")
+    ] = None,
+    alternations: Annotated[
+        int | None, typer.Option(help="Of calibrated rounding: how often Q and the factors are found anew in turn.")
     ] = None,
     quant: QuantOption = None,
     double_quant: DoubleOption = True,
@@ -97,15 +123,30 @@ def init(
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import build as pipeline
     from quailora.pipeline import distributed
+    from quailora.quantization.config import DEFAULT_ALTERNATIONS as ALTERNATIONS
+    from quailora.quantization.config import DEFAULT_DAMPING as ROUNDING_DAMPING
     from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
     # Checked first: a typo should not cost a download.
     check_new_folder(output)
     damping = DEFAULT_DAMPING if damping is None else damping
+    if base_output is not None:
+        check_new_folder(base_output)
     SolverConfig(solver, iterations, damping)
+    if bits is not None and (quant is not None or compute_dtype is not None):
+        given = "--compute-dtype" if quant is None else "--quant"
+        raise QuailoraError(f"{given} is for bitsandbytes, and --bits for a base in GPTQ's format: leave one out")
+    if bits is None and (group_size is not None or not symmetric):
+        raise QuailoraError(
+            f"{'--asymmetric' if group_size is None else '--group-size'} goes with --bits: give that too"
+        )
     MemoryConfig(memory_budget, host_memory_budget, batch_size)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
     loaded_as = torch_dtype(dtype) or source.dtype
+    if bits is None:
+        quantization = quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)
+    else:
+        quantization = gptq_config(bits, 64 if group_size is None else group_size, symmetric)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -124,7 +165,11 @@ def init(
             config,
             data,
             output,
-            quantization=quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as),
+            quantization=quantization,
+            base_output=base_output,
+            rounding=rounding,
+            rounding_damping=ROUNDING_DAMPING if rounding_damping is None else rounding_damping,
+            alternations=ALTERNATIONS if alternations is None else alternations,
             dtype=loaded_as,
             solver=solver,
             iterations=iterations,
@@ -145,6 +190,8 @@ def init(
     if distributed.rank() == 0:
         Console().print(report.summary())
         typer.echo(f"adapter, report.md and model card: {output}")
+        if base_output is not None:
+            typer.echo(f"quantized base: {base_output}")
 
 
 @contextmanager

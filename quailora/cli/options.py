@@ -134,6 +134,16 @@ def quantization_config(quant: Format, double: bool | None, compute: Dtype | Non
     return config_for(quant, dtype, double=double is not False, compute=torch_dtype(compute))
 
 
+def gptq_config(bits: int, group_size: int, symmetric: bool) -> Any:
+    """Raises QuailoraError for bits that the format does not hold."""
+    from transformers import GPTQConfig
+
+    try:
+        return GPTQConfig(bits=bits, group_size=group_size, sym=symmetric, desc_act=False)
+    except ValueError as error:
+        raise QuailoraError(f"--bits {bits}, --group-size {group_size}: {error}") from error
+
+
 def torch_dtype(dtype: Dtype | None) -> torch.dtype | None:
     import torch
 

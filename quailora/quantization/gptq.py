@@ -90,25 +90,18 @@ class GPTQ(QuantizedBase):
         return replace(self, dtype=torch.float16 if dtype == torch.float32 else dtype)
 
     def to_config(self) -> GPTQConfig:
-        """For `from_pretrained`: with the backend whose linears can be trained."""
-        return GPTQConfig(**(self._settings() | {"backend": "auto_trainable"}))
+        """For `from_pretrained`: with the backend whose linears can be trained; `modules` are in config.json."""
+        return GPTQConfig(**self._settings(), backend="auto_trainable")
 
     def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "sym": self.symmetric,
-            "desc_act": False,
-        }
-        if self.modules is not None:
-            settings["modules_in_block_to_quantize"] = [list(self.modules)]
-        return settings
+        return {"bits": self.bits, "group_size": self.group_size, "sym": self.symmetric, "desc_act": False}
 
     def checkpoint_config(self, blocks: str) -> dict[str, Any]:
-        """`quantization_config` of config.json; `blocks` is the module list of the blocks, such as model.layers."""
+        modules = {} if self.modules is None else {"modules_in_block_to_quantize": [list(self.modules)]}
         return {
             "quant_method": "gptq",
             **self._settings(),
+            **modules,
             "checkpoint_format": "gptq",
             "block_name_to_quantize": blocks,
             "true_sequential": False,
@@ -184,7 +177,7 @@ class GPTQ(QuantizedBase):
         """The quantized weight of W (m, n), with errors fed back. Raises CheckpointError where W is not finite."""
         columns = self._group(weight.shape[1])
         rounded = round_with_feedback(weight, curvature, bits=self.bits, symmetric=self.symmetric, group=columns)
-        if not rounded.scales.isfinite().all():
+        if not (rounded.scales.isfinite() & (rounded.scales != 0)).all():  # 0: no scale had a finite cost
             raise CheckpointError("a weight is not finite, or too large for scales in fp16")
         return self._of(rounded)
 
@@ -253,7 +246,7 @@ is wrong. Copy the folder.
             )
         if not torch.equal(tensors["g_idx"].to(order.device), order.to(tensors["g_idx"].dtype)):
             raise CheckpointError(f"{name}: its columns are sorted (desc_act), which is not supported")
-        return GPTQWeight(codes, scales.T.half(), zeros.to(torch.uint8), self.bits, self.dtype)
+        return GPTQWeight(codes, scales.T.half().contiguous(), zeros.to(torch.uint8), self.bits, self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +270,8 @@ class GPTQWeight:
     def dequantize(self) -> Tensor:
         """Q (m, n) in `dtype`: as a layer of gptqmodel computes it, from scales in that dtype."""
         rows, columns = self.shape
-        steps = self.codes.view(rows, self.scales.shape[1], -1).to(torch.int16) - self.zeros[..., None].to(torch.int16)
+        codes, zeros = self.codes.view(rows, self.scales.shape[1], -1), self.zeros[..., None]
+        steps = codes.to(torch.int16) - zeros.to(torch.int16)
         return (self.scales.to(self.dtype)[..., None] * steps).view(rows, columns)
 
     def parts(self) -> tuple[list[Tensor], list[Tensor]]:

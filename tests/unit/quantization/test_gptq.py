@@ -91,7 +91,7 @@ def test_the_config_of_transformers_there_and_back() -> None:
     assert from_config(GPTQConfig.from_dict(written)) == base
     some = base.of_modules(("mlp.down_proj",))
     assert from_dict(some.to_dict()) == some
-    assert from_config(GPTQConfig.from_dict(some.checkpoint_config("model.layers"))) == some
+    assert some.checkpoint_config("model.layers")["modules_in_block_to_quantize"] == [["mlp.down_proj"]]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,248 @@
+"""A quantized base that is written besides its adapter: GPTQ's format, and bitsandbytes' with calibrated codes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
+
+import quailora
+from quailora.calibration.data import load_calibration
+from quailora.errors import AdapterError, CheckpointError, MismatchError, QuailoraError
+from quailora.evaluate import compare
+from quailora.modeling.checkpoint import Checkpoint
+from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
+from quailora.modeling.streamed_model import StreamedModel
+from quailora.quantization.registry import is_quantized, read
+from quailora.reporting.record import read_record
+from quailora.reporting.report import Report
+from tests.helpers import tiny
+
+RANK = 4
+INT3 = GPTQConfig(bits=3, group_size=32, sym=True, desc_act=False)
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("base-output") / "model", dtype=torch.bfloat16)
+
+
+def build(model: Path, folder: Path, quantization: Any = INT3, **settings: Any) -> Report:
+    config = LoraConfig(r=RANK, target_modules=settings.pop("target_modules", "all-linear"), task_type="CAUSAL_LM")
+    return quailora.build_adapter(
+        model,
+        config,
+        tiny.sequences(),
+        folder / "start",
+        quantization=quantization,
+        **({"base_output": folder / "base", "device": "cpu", "progress": False} | settings),
+    )
+
+
+def dense(model: Path, folder: Path) -> Any:
+    """The full-precision model with Q of the written base in place of W."""
+    record = read_record(folder / "start")
+    assert record is not None
+    written = QuantizedCheckpoint.recorded(record["base"])
+    assert written is not None
+    found: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    stream = StreamedModel(Checkpoint(model), torch.device("cpu"), torch.bfloat16)
+    for name in written.names:
+        found.get_submodule(name).weight.data = written.weight(name, stream).dequantize()
+    return found
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(torch.stack([torch.arange(2, 22), torch.arange(30, 50)])).logits.float()
+    return found
+
+
+def test_a_gptq_base_is_an_ordinary_checkpoint(model: Path, tmp_path: Path) -> None:
+    report = build(model, tmp_path)
+    base = tmp_path / "base"
+    config = json.loads((base / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "gptq" and config["quantization_config"]["bits"] == 3
+    assert config["quantization_config"]["block_name_to_quantize"] == "model.layers"
+    weight_map = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {name: tensor for path in base.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert weight_map.keys() == tensors.keys() and set(weight_map.values()) == {
+        path.name for path in base.glob("*.safetensors")
+    }
+    full = load_file(model / "model.safetensors")
+    linears = {name.removesuffix(".weight") for name in full if "proj" in name}
+    assert {name for name in tensors if name in full} == {name for name in full if "proj" not in name}
+    assert all(torch.equal(tensors[name], full[name]) for name in tensors if name in full)
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    assert {name for name in tensors if name not in full} == {f"{name}.{part}" for name in linears for part in parts}
+    adapter = json.loads((tmp_path / "start" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(base.resolve()) and adapter["revision"] is None
+    assert isinstance(adapter["target_modules"], list)
+    assert report.record["base"]["rounding"] == "calibrated" and len(report.record["base"]["digests"]) == len(linears)
+    assert all(len(layer.alternations) == 3 for layer in report.layers)
+    assert "GPTQ int3, groups of 32, symmetric" in (base / "README.md").read_text()
+
+
+def test_alternations_and_calibration_leave_less(model: Path, tmp_path: Path) -> None:
+    left = {}
+    for name, settings in {
+        "nearest": {"rounding": "nearest"},
+        "calibrated": {"alternations": 0},
+        "alternated": {"alternations": 3},
+    }.items():
+        left[name] = build(model, tmp_path / name, **settings)
+    for nearest, calibrated, alternated in zip(*(report.layers for report in left.values()), strict=True):
+        assert calibrated.output_error <= nearest.output_error  # alone, calibrated codes are never worse
+        assert alternated.output_error_after <= calibrated.output_error_after
+        assert alternated.output_error_after == min(after for _, after in alternated.alternations)
+    assert left["alternated"].error_left < left["nearest"].error_left
+
+
+def test_the_adapter_undoes_the_error_of_the_base_that_was_written(model: Path, tmp_path: Path) -> None:
+    build(model, tmp_path)
+    full = logits(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16))
+    quantized = dense(model, tmp_path)
+    alone = logits(quantized)
+    adapted = logits(PeftModel.from_pretrained(quantized, tmp_path / "start"))
+    assert (adapted - full).norm() < 0.9 * (alone - full).norm()  # rank 4 of 64 random directions
+
+
+def test_merge_and_eval_read_the_written_base(model: Path, tmp_path: Path) -> None:
+    build(model, tmp_path)
+    adapted = PeftModel.from_pretrained(dense(model, tmp_path), tmp_path / "start")
+    expected = logits(adapted.merge_and_unload())
+    quailora.merge(model, tmp_path / "start", tmp_path / "merged")
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16))
+    torch.testing.assert_close(merged, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())  # bf16 weights
+    data = load_calibration(tiny.sequences(seed=7), vocab_size=tiny.VOCABULARY)
+    comparison = compare(model, tmp_path / "start", data, device="cpu")
+    assert comparison.quantized.name == "int3" and comparison.adapted is not None
+    assert comparison.adapted.kl < comparison.quantized.kl
+
+
+def test_a_base_that_has_moved_is_named_and_another_is_refused(model: Path, tmp_path: Path) -> None:
+    build(model, tmp_path)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"is not at .*base any more.*--base"):
+        quailora.merge(model, tmp_path / "start", tmp_path / "merged")
+    quailora.merge(model, tmp_path / "start", tmp_path / "merged", base=tmp_path / "moved")
+    shard = tmp_path / "moved" / "model-block-0001.safetensors"
+    tensors = load_file(shard)
+    tensors["model.layers.1.mlp.up_proj.qweight"][0, 0] ^= 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(MismatchError, match=r"layers.1.mlp.up_proj.* is not the weight"):
+        quailora.merge(model, tmp_path / "start", tmp_path / "again", base=tmp_path / "moved")
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_calibrated_4_bits_load_through_transformers_and_bitsandbytes(
+    kind: str, double: bool, model: Path, tmp_path: Path
+) -> None:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    report = build(model, tmp_path, config)
+    nearest = build(model, tmp_path / "nearest", config, rounding="nearest")
+    for mine, theirs in zip(report.layers, nearest.layers, strict=True):
+        assert mine.output_error <= theirs.output_error and mine.digest != theirs.digest
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="cpu")
+    expected = dense(model, tmp_path)
+    held = {name: module for name, module in loaded.named_modules() if is_quantized(module)}
+    assert held.keys() == report.record["base"]["digests"].keys()
+    for name, module in held.items():
+        assert torch.equal(read(module).dequantize(), expected.get_submodule(name).weight)  # bit for bit
+    quailora.check_base(loaded, tmp_path / "start")
+    adapted = PeftModel.from_pretrained(loaded, tmp_path / "start", is_trainable=True)
+    adapted(input_ids=torch.arange(2, 22)[None], labels=torch.arange(2, 22)[None]).loss.backward()
+    with pytest.raises(MismatchError, match="other codes"):
+        quailora.check_base(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "nearest" / "base", device_map="cpu"), tmp_path / "start"
+        )
+
+
+def test_nearest_rounding_written_is_what_transformers_quantizes(model: Path, tmp_path: Path) -> None:
+    build(model, tmp_path, NF4, rounding="nearest")
+    written: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="cpu")
+    made: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16, quantization_config=NF4, device_map="cpu"
+    )
+    for name, module in made.named_modules():
+        if is_quantized(module):
+            codes, scales = read(module).parts(), read(written.get_submodule(name)).parts()
+            assert all(
+                torch.equal(a, b)
+                for mine, theirs in zip(codes, scales, strict=True)
+                for a, b in zip(mine, theirs, strict=True)
+            )
+
+
+def test_linears_without_an_adapter_are_quantized_all_the_same(model: Path, tmp_path: Path) -> None:
+    report = build(model, tmp_path, target_modules=["q_proj"])
+    assert len(report.layers) == 2 and len(report.record["base"]["digests"]) == 14
+    dense(model, tmp_path)  # every digest is right
+
+
+class Stop(Exception):
+    """Of a run that is killed."""
+
+
+def test_a_run_that_died_goes_on_and_gives_the_same_base(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(model, tmp_path / "whole")
+    from quailora.pipeline import base_output
+
+    write = base_output.BaseOutput.write_block
+
+    def dies(self: Any, index: int, quantized: Any) -> None:
+        if index == 1:
+            raise Stop
+        write(self, index, quantized)
+
+    monkeypatch.setattr(base_output.BaseOutput, "write_block", dies)
+    with pytest.raises(Stop):
+        build(model, tmp_path)
+    assert not (tmp_path / "base").exists() and not (tmp_path / "start").exists()
+    monkeypatch.undo()
+    with pytest.raises(QuailoraError, match=r"other settings.*alternations was 2 and is 1"):
+        build(model, tmp_path, alternations=1)
+    build(model, tmp_path)
+    for path in (tmp_path / "whole" / "base").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "base" / path.name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "base", "start"}
+
+
+def test_what_cannot_be_is_refused_before_anything_is_read(model: Path, tmp_path: Path) -> None:
+    def fails(message: str, quantization: Any = INT3, **settings: Any) -> None:
+        with pytest.raises(QuailoraError, match=message):
+            build(model, tmp_path, quantization, **settings)
+        assert list(tmp_path.iterdir()) == []
+
+    fails("has to be written: give base_output", base_output=None)
+    fails("its base|has to be written", NF4, base_output=None, rounding="calibrated")
+    fails("not written as a checkpoint", BitsAndBytesConfig(load_in_8bit=True))
+    fails("rounding='gptq'.*'nearest' or 'calibrated'", rounding="gptq")
+    fails("rounding_damping.*above 0", rounding_damping=0.0)
+    fails("alternations.*at least 0", alternations=-1)
+    fails("q_proj: its 64 inputs are not whole groups of 128: take group_size 64", GPTQConfig(bits=3, group_size=128))
+    fails("desc_act=False", GPTQConfig(bits=3, group_size=32, desc_act=True))
+    with pytest.raises(QuailoraError, match="is not empty"):
+        build(model, tmp_path, base_output=model)
+    with pytest.raises(AdapterError, match="was not written to a folder"):
+        quailora.build_adapter(model, None, tiny.sequences(), tmp_path / "plain", device="cpu", progress=False)
+        quailora.merge(model, tmp_path / "plain", tmp_path / "merged", base=model)
