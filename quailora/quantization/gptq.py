@@ -131,8 +131,6 @@ class GPTQ(QuantizedBase):
         if not _is_gptqmodel_linear(module):
             raise AdapterError(f"{type(module).__name__} is not a GPTQ linear of gptqmodel with its weight in memory")
         layer: Any = module
-        if getattr(layer, "desc_act", False):
-            raise AdapterError(f"{type(module).__name__} has desc_act=True, which is not supported")
         modules = cls.from_config(config).modules if isinstance(config, GPTQConfig) else None
         group = WHOLE_ROWS if layer.group_size in (WHOLE_ROWS, layer.in_features) else layer.group_size
         base = cls(layer.bits, group, bool(layer.sym), modules=modules)
