@@ -133,7 +133,10 @@ class GPTQ(QuantizedBase):
         layer: Any = module
         modules = cls.from_config(config).modules if isinstance(config, GPTQConfig) else None
         group = WHOLE_ROWS if layer.group_size in (WHOLE_ROWS, layer.in_features) else layer.group_size
-        base = cls(layer.bits, group, bool(layer.sym), modules=modules)
+        # optimum 2.3 gives gptqmodel `sym` and `desc_act` in each other's place, so the attributes tell neither.
+        zeros = unpack(layer.qzeros.T.contiguous(), layer.bits)
+        symmetric = bool((zeros == 1 << (layer.bits - 1)).all())
+        base = cls(layer.bits, group, symmetric, modules=modules)
         return base.loaded_in(layer.scales.dtype)
 
     @property
@@ -156,7 +159,7 @@ class GPTQ(QuantizedBase):
     def differences(self, other: QuantizedBase, *, layers: bool = True) -> list[str]:
         if not isinstance(other, GPTQ):
             return [f"method {self.name} against {other.name}"]
-        names = ["bits", "group_size", "symmetric", "dtype", *(["modules"] if layers else [])]
+        names = ["bits", "group_size", "symmetric", *(["modules"] if layers else [])]  # dtype is a matter of rounding
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return [f"{name} {mine} against {theirs}" for name, mine, theirs in pairs if mine != theirs]
 
