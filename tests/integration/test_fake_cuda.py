@@ -34,7 +34,7 @@ from quailora.solvers.solve import LoraFactors, solve_group
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from quailora.kernels import cholesky, error_products, gram_product  # noqa: E402  (they need it)
+from quailora.kernels import cholesky, error_products, gram_product, quantize_columns  # noqa: E402  (they need it)
 from quailora.kernels.variants import Variant  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
@@ -337,6 +337,40 @@ def test_what_is_launched_is_what_is_shipped(
     assert strange == [], strange
     if solver == "als" and method != "dense":
         assert {name for name, _ in launches} == shipped().keys()
+
+
+@pytest.mark.parametrize("n", [192, 187])
+def test_columns_are_rounded_by_what_is_shipped(n: int, launches: Launches) -> None:
+    """Blocks of 128 columns and of what is left, as parts of whole matrices, for every kind of grid."""
+    m, group = 40, 32 if n % 32 == 0 else 11
+    weight, feedback, factor = (torch.empty(size, n, device=CUDA) for size in (m, m, n))
+    importance, scales = torch.empty(n, device=CUDA), torch.empty(m, n // group, device=CUDA)
+    zeros = torch.empty(m, n // group, dtype=torch.uint8, device=CUDA)
+    grids: list[dict[str, Any]] = [{"scales": None}, {"scales": scales}, {"scales": scales, "zeros": zeros}]
+    grids += [{"scales": scales, "levels": torch.empty(size, device=CUDA)} for size in (4, 16, 256)]
+    wide = 128 - 128 % group
+    for grid, symmetric, start in product(grids, (False, True), (0, wide)):
+        stop, names = min(start + wide, n), ("scales", "zeros")
+        given = {
+            name: of.narrow(1, start // group, (stop - start) // group) if name in names and of is not None else of
+            for name, of in grid.items()
+        }
+        bits = len(given["levels"]).bit_length() - 1 if "levels" in given else 3
+        found = dispatch.quantize_columns(
+            weight[:, start:stop], feedback[:, start:stop], factor[start:stop, start:stop], importance[start:stop],
+            group=group, bits=bits, symmetric=symmetric, clips=(1.0, 0.9), **given,
+        )  # fmt: skip
+        assert found.codes.shape == found.errors.shape == (m, stop - start)
+        assert found.scales.shape == found.zeros.shape == (m, (stop - start) // group)
+        assert {part.device for part in found} == {CUDA}
+    used = set()
+    for _, call in launches:
+        call.setdefault("maxnreg", None)
+        [form] = [variant.name for variant in quantize_columns.variants("sm_90") if is_form(variant, call)]
+        used.add(form)
+    kinds = {variant.name.removesuffix("-ragged") for variant in quantize_columns.variants("sm_90")}
+    assert used == {kind if n % 32 == 0 else f"{kind}-ragged" for kind in kinds}
+    assert len(launches) == 2 * 2 * len(grids)
 
 
 @pytest.mark.parametrize("coarse", ["ieee", "bf16x3", "tf32", "bf16"])

@@ -8,11 +8,13 @@ import torch
 
 from quailora import ops
 from quailora.doctor import examine
+from quailora.ops import reference
 from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.solvers import als, krylov
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.inputs import Linear
 from quailora.solvers.solve import LoraFactors, solve_group
+from tests.helpers.columns import assert_same, block
 
 pytestmark = pytest.mark.gpu
 
@@ -47,6 +49,35 @@ def test_the_same_bits_every_run(solver: str, overwrite: bool) -> None:
     once, again = (solved(solver, overwrite_weights=overwrite) for _ in range(2))
     for first, second in zip(once, again, strict=True):
         assert torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
+
+
+@pytest.mark.parametrize("grid", ["symmetric", "asymmetric", "scales", "zeros", "levels"])
+@pytest.mark.parametrize("k", [128, 96, 37])
+def test_columns_are_those_of_the_reference_to_the_bit(k: int, grid: str) -> None:
+    """With the same scales. Either of two that cost the same up to rounding may be chosen, in one row of a thousand."""
+    m, group = 1003, {128: 64, 96: 32, 37: 37}[k]
+    tensors, clips = block(m, k), tuple(1 - 0.05 * i for i in range(10))
+    options: dict[str, Any] = {"group": group, "bits": 4, "symmetric": grid == "symmetric", "clips": clips}
+    scales = tensors[0].split(group, dim=1)[0].abs().amax(dim=1, keepdim=True).expand(m, k // group) / 8
+    zeros = (torch.arange(m * k // group) % 16).to(torch.uint8).view(m, -1)
+    options |= {"scales": {"scales": scales}, "zeros": {"scales": scales, "zeros": zeros},
+                "levels": {"scales": 8 * scales, "levels": torch.linspace(-1, 1, 16) ** 3}}.get(grid, {})  # fmt: skip
+    moved = {key: value.to(CUDA) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    on_device = [each.to(CUDA) for each in tensors]
+    ops.quantize_columns(*on_device, **moved)  # compiles, and copies the clips
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        once, again = (ops.quantize_columns(*on_device, **moved) for _ in range(2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(once, again)
+    found, expected = reference.Columns(*(part.cpu() for part in once)), reference.quantize_columns(*tensors, **options)
+    if grid in ("symmetric", "asymmetric"):
+        options |= {"scales": found.scales, "zeros": found.zeros}
+        chosen = (found.scales == expected.scales) & (found.zeros == expected.zeros)
+        assert chosen.all(dim=1).float().mean() > 0.99
+        expected = reference.quantize_columns(*tensors, **options)
+    assert_same(found, expected)
 
 
 LOOPS: dict[str, tuple[ModuleType, str]] = {"krylov": (krylov, "_span"), "als": (als, "_alternate")}
