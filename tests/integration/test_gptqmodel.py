@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTQConfig
+from trl import SFTConfig, SFTTrainer
 
 import quailora
 from quailora.errors import MismatchError
@@ -19,6 +21,7 @@ from quailora.quantization.registry import is_quantized, read
 from quailora.quantization.verify import digest
 from quailora.reporting.record import read_record
 from tests.helpers import tiny
+from tests.integration import test_training
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # minutes of compilation for tiny layers
 pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
@@ -138,26 +141,24 @@ def test_an_existing_gptq_base_is_initialized(model: Path, tmp_path: Path) -> No
     assert report.record["base"]["rounding"] == "calibrated"
 
 
-def test_it_trains_with_trl(model: Path, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    build(model, tmp_path, 3)
+def test_it_trains_with_trl(tmp_path: Path) -> None:
+    checkpoint = tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    test_training.tokenizer().save_pretrained(checkpoint)
+    build(checkpoint, tmp_path, 3)
     adapted = PeftModel.from_pretrained(load(tmp_path / "base", 3), tmp_path / "start", is_trainable=True)
-    data = datasets.Dataset.from_dict({"input_ids": [row.tolist() for row in IDS] * 8})
-    arguments = trl.SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(tmp_path / "trained"),
-        max_steps=4,
-        per_device_train_batch_size=2,
+        max_steps=10,
+        per_device_train_batch_size=8,
         learning_rate=1e-2,
         logging_steps=1,
-        report_to=[],
+        report_to="none",
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        eos_token="<eos>",
     )
-    tokenizer = pytest.importorskip("tests.helpers.tokenizer", reason="a tokenizer").tiny_tokenizer()
-    trainer = trl.SFTTrainer(model=adapted, args=arguments, train_dataset=data, processing_class=tokenizer)
+    data = Dataset.from_dict({"text": test_training.TEXTS})
+    trainer = SFTTrainer(model=adapted, args=arguments, train_dataset=data, processing_class=test_training.tokenizer())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.9 * losses[0]
