@@ -11,10 +11,10 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check sdist wheel docs clean
+.PHONY: help install demo test test-all test-gptqmodel check sdist wheel docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 install: $(INSTALLED) ## make .venv: quailora in place, with all that its demo, tests and checks need
 	@echo 'Installed: $(BIN)/quailora'
@@ -29,6 +29,13 @@ test-all: $(INSTALLED) ## every test, the slow ones too
 	$(PYTEST) --ignore tests/kernels/test_compiled.py
 	$(PYTEST) --dist worksteal tests/kernels/test_compiled.py  # an hour of single tests: no process gets them all
 	$(BIN)/python -P -m tests.helpers.kernel_changes  # all passed: from here on `make test` takes a few of each kernel
+
+# What gptqmodel asks for, less its pins of torch and numpy, which are newer than the versions it was seen to work with.
+GPTQMODEL := gptqmodel==7.7.0 optimum==2.3.0 pypcre logbar tokenicer device-smi defuser random_word
+
+test-gptqmodel: $(INSTALLED) ## GPTQ bases as gptqmodel loads and trains them; installs it in .venv
+	$(PIP) --no-deps $(GPTQMODEL)
+	TORCHDYNAMO_DISABLE=1 $(PYTEST) tests/integration/test_gptqmodel.py
 
 check: $(INSTALLED) docs ## ruff, mypy and the documentation
 	$(BIN)/ruff check

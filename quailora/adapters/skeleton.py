@@ -42,8 +42,8 @@ def quantized_skeleton(checkpoint: Checkpoint, config: QuantizationConfigMixin, 
         _plan_linears(model, base)
     if not any(is_quantized(module) for module in model.modules()):
         raise AdapterError(
-            f"transformers quantizes no linear of {type(model).__name__} (they are {', '.join(sorted(linears))}), "
-            "so loading it with this quantization gives the full-precision model and there is nothing to initialize"
+            f"no linear of {type(model).__name__} can be quantized so (they are {', '.join(sorted(linears))}): "
+            "loading it with this quantization gives the full-precision model, and there is nothing to initialize"
         )
     return model
 
@@ -54,7 +54,7 @@ def _plan_linears(model: PreTrainedModel, base: QuantizedBase) -> None:
     kind: Any = base.planned
     for block in find_blocks(model, model.get_decoder()):
         for name, linear in block.linears().items():
-            if type(linear) is not nn.Linear:
+            if not isinstance(linear, nn.Linear) or is_router(linear):
                 continue
             try:
                 if base.obstacle(linear.out_features, linear.in_features) is not None:

@@ -15,6 +15,7 @@ import quailora
 from quailora.calibration.data import load_calibration
 from quailora.errors import AdapterError, CheckpointError, MismatchError, QuailoraError
 from quailora.evaluate import compare
+from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import StreamedModel
@@ -246,3 +247,28 @@ def test_what_cannot_be_is_refused_before_anything_is_read(model: Path, tmp_path
     with pytest.raises(AdapterError, match="was not written to a folder"):
         quailora.build_adapter(model, None, tiny.sequences(), tmp_path / "plain", device="cpu", progress=False)
         quailora.merge(model, tmp_path / "plain", tmp_path / "merged", base=model)
+
+
+# Whose experts are one 3-D tensor, or whose linears are Conv1D or fused: they stay in full precision, as elsewhere.
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_at_3_bits(family: str, tmp_path: Path) -> None:
+    checkpoint = tiny.checkpoint(tmp_path / "model", family, dtype=torch.bfloat16)
+    if family == "gpt2":  # its linears are Conv1D
+        with pytest.raises(AdapterError, match="no linear of GPT2LMHeadModel"):
+            build(checkpoint, tmp_path)
+        return
+    report = build(checkpoint, tmp_path, target_modules="all-linear")
+    assert report.error_left < 1
+    record = read_record(tmp_path / "start")
+    assert record is not None
+    written = QuantizedCheckpoint.recorded(record["base"])
+    assert written is not None
+    stream = StreamedModel(Checkpoint(checkpoint), torch.device("cpu"), torch.bfloat16)
+    shapes = {name: linear_weight(linear).shape for block in stream.blocks for name, linear in block.linears().items()}
+    for name in written.names:
+        assert written.weight(name, stream).shape == tuple(shapes[name])
+    expected = set(stream.checkpoint.tensors) - {stream.source(f"{name}.weight") for name in written.names}
+    assert expected <= set(written.checkpoint.tensors)
+    settings = json.loads((tmp_path / "base" / "config.json").read_text())["quantization_config"]
+    left = shapes.keys() - set(written.names)
+    assert ("modules_in_block_to_quantize" in settings) == bool(left)
