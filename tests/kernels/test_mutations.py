@@ -386,7 +386,7 @@ FAULTS = {  # files in kernels/ -> file of tests -> the test -> what is wrong, t
         "interpreted/test_quantize_columns.py": {
             "test_scales_are_searched[5-64-32-4-True]": [
                 ("errors of all columns fed back again", "(columns > j)[None, :]", "(columns >= start)[None, :]"),
-                ("nothing fed back", "target + error[:, None] * onward", "target + 0 * error[:, None] * onward"),
+                ("nothing fed back", "target + error[:, None] * u", "target + 0 * error[:, None] * u"),
                 ("row of the first column for all", "row = factor + j *", "row = factor + 0 * j *"),
                 ("the target taken for W", "w = tl.load(weight_rows + j, mask=there, other=0.0)",
                  "w = tl.sum(tl.where(is_j, target, 0.0), axis=1)"),
