@@ -31,10 +31,10 @@ from quailora.calibration.gram import Gram
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.pipeline.quantize import CalibratedQ, GivenQ, Initialized
 from quailora.pipeline.stages import Stages
-from quailora.quantization.config import DEFAULT_ALTERNATIONS, DEFAULT_DAMPING, RoundingConfig
 from quailora.quantization.gptq import GPTQ
 from quailora.quantization.protocol import QuantizedBase
 from quailora.quantization.registry import config_for, from_config
+from quailora.quantization.rounding import DEFAULT_ALTERNATIONS, DEFAULT_DAMPING, RoundingConfig
 from quailora.quantization.verify import CALIBRATED, NEAREST
 from quailora.solvers.config import SolverConfig
 

@@ -123,8 +123,8 @@ def init(
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import build as pipeline
     from quailora.pipeline import distributed
-    from quailora.quantization.config import DEFAULT_ALTERNATIONS as ALTERNATIONS
-    from quailora.quantization.config import DEFAULT_DAMPING as ROUNDING_DAMPING
+    from quailora.quantization.rounding import DEFAULT_ALTERNATIONS as ALTERNATIONS
+    from quailora.quantization.rounding import DEFAULT_DAMPING as ROUNDING_DAMPING
     from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
     # Checked first: a typo should not cost a download.

@@ -18,7 +18,6 @@ from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops.cpu_matmul import NAMES
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.registry import SOLVERS
-from quailora.solvers.svd import SVD_DEPTH
 
 _PANEL = 256  # features of H at a time in the reference operations
 _ROWS = 1024  # rows of E at a time if it is never in memory as a whole; tokens at a time in the extension
@@ -244,7 +243,7 @@ def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Devic
         )
     energy = 12 * _PANEL * tallest  # the initial objective
     thin = _thin(group, solver)
-    if solver.name == "eigh" and on.fused:
+    if SOLVERS[solver.name].dense and on.fused:
         thin += 4 * largest
     return sum(codes), copies + max(max(work), errors + max(making, energy, thin))
 
@@ -253,14 +252,12 @@ def _thin(group: Sequence[Weight], solver: SolverConfig) -> int:
     """Bytes of a solver's matrices besides E and H. Intermediate results of a linear are in fp64."""
     method, n = SOLVERS[solver.name], group[0].inputs
     m, rank = max(w.outputs for w in group), max(w.rank for w in group)
-    if solver.name == "eigh":
+    if method.dense:
         k = min(m, n)
         return 8 * (n * n + 3 * m * n + 5 * k * k)
-    depth = (method.iterations or 0) if solver.iterations is None else solver.iterations
-    if solver.name == "als":
-        depth = SVD_DEPTH  # of its initial SVD
-    width = rank * (depth + 1)
-    spans = sum(4 * w.rank * (depth + 1) * (w.outputs + 2 * n) for w in group)
+    blocks = method.blocks(solver.steps)
+    width = rank * blocks
+    spans = sum(4 * w.rank * blocks * (w.outputs + 2 * n) for w in group)
     orthonormalizing = 8 * (m * width + 5 * m * rank)
     ritz = 8 * (2 * n * width + 6 * width * width)
     results = sum(8 * w.rank * (w.outputs + 4 * n) for w in group)

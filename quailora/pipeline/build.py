@@ -27,10 +27,10 @@ from quailora.pipeline.loop import Solved
 from quailora.pipeline.quantize import CalibratedQ, GivenQ
 from quailora.pipeline.resume import Workspace
 from quailora.pipeline.setup import Run, enumerate_reasons
-from quailora.quantization.config import DEFAULT_ALTERNATIONS as ALTERNATIONS
-from quailora.quantization.config import DEFAULT_DAMPING as ROUNDING_DAMPING
-from quailora.quantization.config import RoundingConfig
 from quailora.quantization.registry import Format, config_for, from_config
+from quailora.quantization.rounding import DEFAULT_ALTERNATIONS as ALTERNATIONS
+from quailora.quantization.rounding import DEFAULT_DAMPING as ROUNDING_DAMPING
+from quailora.quantization.rounding import RoundingConfig
 from quailora.quantization.verify import CALIBRATED, NEAREST
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import make_record
@@ -86,7 +86,7 @@ def build_adapter(
             then names as its base. None: the base follows from the checkpoint and `quantization`, by nearest rounding.
         rounding: how the codes of a base that is written are chosen: "calibrated", for the layer's outputs, with the
             factors in turn, or "nearest". None is "calibrated" with a `base_output`.
-        rounding_damping, alternations: of calibrated rounding; see `quailora.quantization.config.RoundingConfig`.
+        rounding_damping, alternations: of calibrated rounding; see `quailora.quantization.rounding.RoundingConfig`.
         tokenizer: None takes the checkpoint's own.
         solver, iterations, damping: see `quailora.solve`.
         samples, sequence_length, seed: how much calibration data is taken, and the seed of the draw.

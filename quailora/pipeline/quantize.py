@@ -13,9 +13,9 @@ from torch import Tensor
 from quailora import ops
 from quailora.calibration.gram import Gram
 from quailora.pipeline.stages import Stages
-from quailora.quantization.config import RoundingConfig
 from quailora.quantization.feedback import Curvature
 from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
+from quailora.quantization.rounding import RoundingConfig
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.inputs import Linear
 from quailora.solvers.solve import LoraFactors, solve_group

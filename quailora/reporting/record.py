@@ -16,9 +16,9 @@ from quailora.calibration.data import Calibration
 from quailora.errors import AdapterError
 from quailora.files import read_json
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.quantization.config import RoundingConfig
 from quailora.quantization.protocol import QuantizedBase
 from quailora.quantization.registry import LIBRARIES, from_dict
+from quailora.quantization.rounding import RoundingConfig
 from quailora.quantization.verify import CALIBRATED, NEAREST
 from quailora.reporting import markdown
 from quailora.solvers.config import SolverConfig

@@ -122,7 +122,7 @@ def solve_group(
         shift = config.damping * statistics.mean_diagonal
         # The factors are zero where there is no error, or no input to weight it by.
         trivial = [
-            norm == 0 or (start + shift * norm**2 / 2 <= 0 and config.name != "svd")
+            norm == 0 or (start + shift * norm**2 / 2 <= 0 and solver.uses_gram)
             for norm, start in zip(statistics.error_norm, statistics.initial, strict=True)
         ]
         active = [i for i, is_trivial in enumerate(trivial) if not is_trivial]
