@@ -46,7 +46,7 @@ class QuantizedBase(ABC):
     Its linears are modules with `in_features` and `out_features`.
     """
 
-    library: ClassVar[str]  # the distribution whose modules these are, which also names the base in records
+    library: ClassVar[str]  # names the base in records: the library whose modules these are, or the format
     formats: ClassVar[tuple[str, ...]] = ()  # the `registry.Format`s that `config_for` makes
 
     @classmethod

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 
-LIBRARIES = ("bitsandbytes",)  # whose versions are in records
+LIBRARIES = ("bitsandbytes",)  # always installed; records say in which version
 
 
 class Format(StrEnum):
