@@ -1,14 +1,14 @@
-"""`quailora plan`: the memory, FLOPs and time of a run."""
+"""`quailora plan`: the memory, FLOPs and time of a run; and the memory of a fine-tune, by the bits of its base."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from quailora.cli.options import (
     AutoClassOption,
-    BatchOption,
     CheckpointArgument,
     ComputeOption,
     DoubleOption,
@@ -19,11 +19,27 @@ from quailora.cli.options import (
     QuantOption,
     RemoteOption,
     RevisionOption,
+    gptq_config,
     parse_target_modules,
     quantization_config,
     torch_dtype,
 )
+from quailora.errors import AdapterError, QuailoraError
 from quailora.quantization.registry import Format
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+
+    from quailora.memory.training import Training
+    from quailora.modeling.checkpoint import Checkpoint
+
+_CAPTION = """\
+LoRA of rank {rank}, its gradients and AdamW's moments (8 bytes a parameter) are in fp32. Activations are those of \
+{batch} x {length} tokens with gradient checkpointing: the hidden states that enter each block, and the larger of what \
+one block's backward pass takes, with the weights that it de-quantizes, and the logits with their gradient. int3 and \
+int2 are GPTQ's, with groups of {group}. Not counted: CUDA itself, gaps that the allocator leaves, and what a trainer \
+casts to fp32, as PEFT's prepare_model_for_kbit_training does with embeddings, norms and the head."""
 
 
 def plan(
@@ -44,7 +60,18 @@ def plan(
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
     sequence_length: LengthOption = None,
-    batch_size: BatchOption = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Sequences in one forward pass. Default: about 8192 tokens; of a fine-tune, one sequence.", min=1
+        ),
+    ] = None,
+    training: Annotated[
+        bool, typer.Option("--training", help="Show what the fine-tune will hold on the device, by bits, not `init`.")
+    ] = False,
+    group_size: Annotated[
+        int, typer.Option(help="With --training: how many weights of 3 and 2 bits share a scale, as in init.")
+    ] = 64,
     device: Annotated[
         str | None,
         typer.Option(help="Device of the run; cuda may be absent here. Default: CUDA if there is a GPU, else cpu."),
@@ -54,7 +81,8 @@ def plan(
     auto_class: AutoClassOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Show what `init` would need: memory by use, FLOPs, and an estimate of the time.
+    """Show what `init` would need: memory by use, FLOPs, and an estimate of the time. With --training, show what the
+    fine-tune will need.
 
     No weights are read or downloaded; for a model on the hub, the headers of its files are enough.
     """
@@ -68,6 +96,7 @@ def plan(
     from quailora.calibration.data import SEQUENCE_LENGTH
     from quailora.memory.budget import MemoryConfig
     from quailora.memory.planner import make_plan
+    from quailora.memory.training import training_table
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.modeling.devices import default_device
     from quailora.modeling.streamed_model import StreamedModel
@@ -75,6 +104,9 @@ def plan(
     from quailora.solvers.config import SolverConfig
 
     settings = SolverConfig(solver, iterations)
+    if training and (quant is not None or host_memory_budget is not None):
+        given = "--host-memory-budget" if quant is None else "--quant"
+        raise QuailoraError(f"{given} is not for --training, which shows every format on one device: leave it out")
     memory = MemoryConfig(memory_budget, host_memory_budget, batch_size)  # checked first: a typo costs no download
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
     place = torch.device("cuda") if absent else default_device(device)
@@ -82,18 +114,33 @@ def plan(
         checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class, headers_only=True
     )
     loaded_as = torch_dtype(dtype) or source.dtype
-    quantization = quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)
+    positions = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length = sequence_length or min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH)
     config = LoraConfig(r=rank, target_modules=parse_target_modules(target_modules), task_type="CAUSAL_LM")
+    if training:
+        formats: list[tuple[int, Any]] = [
+            (8, quantization_config(Format.int8, double_quant, None, loaded_as)),
+            (4, quantization_config(Format.nf4, double_quant, compute_dtype, loaded_as)),
+            *((bits, gptq_config(bits, group_size, symmetric=True)) for bits in (3, 2)),
+        ]
+        rows, notes = _fine_tunes(source, loaded_as, config, formats, batch_size or 1, length)
+        if json:
+            typer.echo(dumps([row.to_dict() for row in rows], indent=2))
+            return
+        caption = _CAPTION.format(rank=rank, batch=batch_size or 1, length=length, group=group_size)
+        Console().print(training_table(rows, caption, memory.device_bytes))
+        typer.echo("".join(f"{note}\n" for note in notes), nl=False)
+        return
+    quantization = quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)
     model, _ = targeted_skeleton(source, quantization, loaded_as, config)
     targets, _ = find_targets(model)
-    positions = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
     found = make_plan(
         StreamedModel(source, torch.device("cpu") if absent else place, loaded_as),
         {target.name: target.rank for target in targets},
         from_config(quantization),
         settings,
         samples=samples,
-        sequence_length=sequence_length or min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH),
+        sequence_length=length,
         memory_budget=memory.device_bytes,
         host_memory_budget=memory.host_bytes,
         batch_size=memory.batch_size,
@@ -101,3 +148,49 @@ def plan(
         timed=True,
     )
     typer.echo(dumps(found.to_dict(), indent=2) if json else found.text())
+
+
+def _fine_tunes(
+    source: Checkpoint,
+    dtype: torch.dtype,
+    config: LoraConfig,
+    formats: list[tuple[int, Any]],
+    batch_size: int,
+    sequence_length: int,
+) -> tuple[list[Training], list[str]]:
+    """What a fine-tune holds: on the base in full precision, and in each format (bits, quantization config). And a line
+    for each format that does not hold this model."""
+    from copy import deepcopy
+    from functools import partial
+
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    from quailora.adapters.skeleton import targeted_skeleton
+    from quailora.memory.sizes import block_sizes
+    from quailora.memory.training import training_memory
+    from quailora.modeling.streamed_model import StreamedModel
+    from quailora.quantization.registry import from_config, is_quantized
+
+    stream = StreamedModel(source, torch.device("cpu"), dtype)
+    memory = partial(
+        training_memory, stream, block_sizes(stream, {}), batch_size=batch_size, sequence_length=sequence_length
+    )
+    rows: list[Training] = []
+    notes = []
+    for bits, quantization in formats:
+        try:
+            model, _ = targeted_skeleton(source, quantization, dtype, deepcopy(config))
+        except AdapterError as error:
+            if not rows:  # it is about the adapter
+                raise
+            notes.append(f"{bits} bits: {error}")
+            continue
+        plain: Any = model.get_base_model()
+        modules = dict(plain.named_modules())
+        quantized = {name.removesuffix(".base_layer") for name, module in modules.items() if is_quantized(module)}
+        ranks = {name: module.r["default"] for name, module in modules.items() if isinstance(module, LoraLayer)}
+        if not rows:
+            rows.append(memory(8 * dtype.itemsize, None, (), ranks))
+        rows.append(memory(bits, from_config(quantization), quantized, ranks))
+    return rows, notes

@@ -200,7 +200,8 @@ def activations(sizes: BlockSizes, stream: StreamedModel, batch: int, length: in
     config = stream.model.config.get_text_config(decoder=True)
     tokens, size = batch * length, stream.dtype.itemsize
     row = size * (6 * config.hidden_size + sizes.features + sizes.outputs + sizes.experts)
-    row += config.num_attention_heads * ((2 * size + 4) * length if _unfused(config, on) else 4)  # else: log-sum-exps
+    scores = (2 * size + 4) * length if unfused(config, on.device.type) else 4  # else: log-sum-exps
+    row += config.num_attention_heads * scores
     total = tokens * (row + 16 * sizes.scan)  # without a fused kernel: four times in fp32
     if on.widened:  # fp32 copies of a weight, its input and its output, and of the inputs of attention
         total += 4 * (sizes.largest + tokens * (sizes.widest + sizes.outputs))
@@ -217,9 +218,10 @@ def adding_up(tokens: int, n: int, size: int, extension: bool) -> int:
     return max(masked + widened, (widened or masked) + 4 * _PANEL * n)
 
 
-def _unfused(config: Any, on: Device) -> bool:
-    """Torch has no fused attention on CPUs if values and keys have different widths, as in DeepSeek."""
-    latent = hasattr(config, "qk_nope_head_dim") and on.device.type == "cpu"
+def unfused(config: Any, device: str) -> bool:
+    """Whether attention has a score in memory for each pair of tokens. Torch has no fused attention on CPUs if values
+    and keys have different widths, as in DeepSeek."""
+    latent = hasattr(config, "qk_nope_head_dim") and device == "cpu"
     return latent or config._attn_implementation not in ("sdpa", "flash_attention_2")
 
 

@@ -194,6 +194,13 @@ class GPTQ(QuantizedBase):
         groups = outputs * (inputs // self._group(inputs) if inputs % self._group(inputs) == 0 else 1)
         return elements + 3 * groups, 9 * elements + 12 * inputs * inputs
 
+    keeps_q = True  # gptqmodel's linears multiply with a de-quantized weight, which autograd keeps
+
+    def loaded(self, outputs: int, inputs: int) -> int:
+        groups = inputs // self._group(inputs)
+        codes, zeros = outputs * inputs * self.bits // 8, outputs * groups * self.bits // 8
+        return codes + zeros + 2 * outputs * groups + 4 * inputs  # scales in 16 bits, and g_idx
+
     def obstacle(self, outputs: int, inputs: int) -> str | None:
         if inputs % _WORD or outputs % _WORD:
             return f"its {outputs} x {inputs} weight is not made of whole words of {_WORD} codes"

@@ -126,6 +126,13 @@ class QuantizedBase(ABC):
         elements = outputs * inputs
         return elements + elements // 16 + 8 * outputs, 16 * elements
 
+    keeps_q: ClassVar[bool] = False  # whether a block's backward pass has every Q in memory, and not one at a time
+
+    def loaded(self, outputs: int, inputs: int) -> int:
+        """Bytes of the tensors that a loaded linear (m, n) holds its quantized weight in. As long as a base does not
+        say: as `memory` has it."""
+        return self.memory(outputs, inputs, torch.device("cpu"))[0]
+
     @classmethod
     def config_for(cls, name: str, dtype: torch.dtype, *, double: bool, compute: torch.dtype | None) -> Any:
         """See `registry.config_for`; `name` is one of `formats`."""

@@ -1,0 +1,149 @@
+"""What a fine-tune of the adapter holds on the device, from shapes.
+
+Counted, for one device that holds the whole model, with gradient checkpointing of its blocks:
+
+    base         quantized linears as their format stores them; the rest (embeddings, norms, head) in the dtype it is
+                 loaded in
+    adapter      the LoRA factors, in fp32
+    gradients    of the adapter, in fp32
+    optimizer    AdamW's two moments of the adapter, in fp32
+    activations  of one micro-batch: the hidden states that enter each block, and the larger of
+                   - what the backward pass of one block needs, and the Q that it multiplies with
+                   - the logits and their gradient, in the model's dtype and in fp32 each
+
+Not counted: what allocators and libraries take besides, and images of vision-language models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+from torch import nn
+
+from quailora.memory.sizes import BlockSizes, unfused
+from quailora.modeling.blocks import linear_weight
+from quailora.modeling.streamed_model import StreamedModel
+from quailora.modeling.transformers_internals import tied_weights
+from quailora.quantization.protocol import QuantizedBase
+
+_FP32 = 4
+_MOMENTS = 8  # bytes of AdamW's two moments of a parameter, in fp32
+
+
+@dataclass(frozen=True)
+class Training:
+    """Bytes on the device; see the top of this module."""
+
+    bits: int
+    format: str
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapter + self.gradients + self.optimizer + self.activations
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"total": self.total}
+
+
+def training_memory(
+    stream: StreamedModel,
+    blocks: Sequence[BlockSizes],
+    bits: int,
+    base: QuantizedBase | None,
+    quantized: Collection[str],
+    ranks: Mapping[str, int],
+    *,
+    batch_size: int,
+    sequence_length: int,
+) -> Training:
+    """What a fine-tune of `stream`'s model holds, with weights loaded in its dtype. Nothing is read.
+
+    blocks: the sizes of its blocks.
+    bits: of a quantized weight, for the table.
+    base: how the model is quantized; None for a base in full precision.
+    quantized: the names of the linears that are.
+    ranks: those that are adapted, with the rank of each.
+    """
+    model, size = stream.model, stream.dtype.itemsize
+    shapes = {name: _shape(model.get_submodule(name)) for name in {*quantized, *ranks}}
+    tied = tied_weights(model)
+    held = sum(parameter.nbytes for name, parameter in model.named_parameters() if name not in tied)
+    if base is not None:
+        held += sum(base.loaded(*shapes[name]) - shapes[name][0] * shapes[name][1] * size for name in quantized)
+    parameters = sum(rank * sum(shapes[name]) for name, rank in ranks.items())
+    config: Any = model.config.get_text_config(decoder=True)
+    tokens = batch_size * sequence_length
+    states = len(stream.blocks) * tokens * config.hidden_size * size
+    logits = 2 * tokens * config.vocab_size * (size + _FP32)
+    alike = {id(sizes): (block, sizes) for block, sizes in zip(stream.blocks, blocks, strict=True)}
+    work = []
+    for block, sizes in alike.values():
+        linears = {name: _shape(linear) for name, linear in block.linears().items()}
+        copies = [m * n * size for name, (m, n) in linears.items() if name in quantized]
+        dequantized = 0 if base is None else sum(copies) if base.keeps_q else max(copies, default=0)
+        row = backward_row(linears, ranks, sizes, config, size, sequence_length)
+        work.append(tokens * row + dequantized)
+    return Training(
+        bits=bits,
+        format=str(stream.dtype).removeprefix("torch.") if base is None else base.name,
+        base=held,
+        adapter=_FP32 * parameters,
+        gradients=_FP32 * parameters,
+        optimizer=_MOMENTS * parameters,
+        activations=states + max(logits, *work),
+    )
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    outputs, inputs = linear_weight(linear).shape
+    return outputs, inputs
+
+
+def backward_row(
+    linears: Mapping[str, tuple[int, int]],
+    ranks: Mapping[str, int],
+    sizes: BlockSizes,
+    config: Any,
+    size: int,
+    length: int,
+) -> int:
+    """Bytes that the backward pass of a block takes for each token, at most.
+
+    Kept from its forward pass are the input and the output of each linear (m, n); where one is adapted, its input and
+    its product with A, in fp32; the hidden states in fp32, of two norms; and the inputs of attention. At work are the
+    gradients of the widest linear, in fp32.
+    """
+    kept = sum(size * (m + n) for m, n in linears.values())
+    adapted = sum(_FP32 * (linears[name][1] + rank) for name, rank in ranks.items() if name in linears)
+    widest = max((m + n for m, n in linears.values()), default=0)
+    scores = config.num_attention_heads * (((2 * size + _FP32) * length) if unfused(config, "cuda") else _FP32)
+    experts = 3 * size * sizes.experts + 16 * sizes.scan
+    return kept + adapted + 4 * _FP32 * config.hidden_size + scores + experts + _FP32 * widest
+
+
+def training_table(rows: Sequence[Training], caption: str, budget: int | None = None) -> Table:
+    """For rich to print; with a budget, which of them fit."""
+    parts = {"base": "base", "adapter": "adapter", "gradients": "gradients", "AdamW": "optimizer"}
+    parts |= {"activations": "activations", "total": "total"}
+    unit, size, places = ("MiB", 2**20, 1) if max(row.total for row in rows) < 2**30 else ("GiB", 2**30, 2)
+    table = Table("bits", "format", title=f"{unit} on the device", caption=caption, caption_justify="left")
+    table.box, table.show_edge, table.padding = SIMPLE, False, (0, 1, 0, 0)  # for 80 columns
+    for part in parts:
+        table.add_column(part, justify="right")
+    if budget is not None:
+        table.add_column("fits")
+    for row in rows:
+        sizes = [f"{getattr(row, part) / size:.{places}f}" for part in parts.values()]
+        fits = [] if budget is None else ["yes" if row.total <= budget else "no"]
+        table.add_row(str(row.bits), row.format, *sizes, *fits)
+    return table
