@@ -29,7 +29,8 @@ _ALLOWED = {"ieee": 2e-6, "bf16x3": 4e-5, "tf32": 7e-3, "bf16": 2e-2}
 # Orthonormal up to rounding; solved as accurately as fp32 can at the condition numbers below.
 _ORTHONORMAL, _SOLVED = 1e-5, 1e-3
 
-# Two solvers that approach the same optimum may differ by this fraction of the objective.
+# Two solvers that approach the same optimum may differ by this fraction of the objective. So may two ways to round: a
+# value half way between two levels goes to either, and changes what is rounded after it.
 _OBJECTIVE = 1e-3
 
 _RUNS = 7
@@ -134,6 +135,8 @@ def _cases(size: int) -> Iterator[_Case]:
             yield _gram_product_case(h, precision)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             yield _gram_case(n, dtype)
+    for kind in ("4 bits", "4 bits, symmetric", "table"):
+        yield _columns_case(kind, size - 3, 128)
     for dtype, name in cpu_matmul.NAMES.items():
         yield _half_case(size, dtype, name)
     for rank in (16, 33, 64, min(256, size)):
@@ -150,6 +153,7 @@ def _large_cases(size: int) -> Iterator[_Case]:
         *_error_cases("NF4", (size, 2 * size), 64, ["tf32"]),
         _gram_product_case(x.T @ x, "bf16x3"),
         _gram_case(size, torch.bfloat16, tokens=1024),
+        _columns_case("4 bits", size, 128),
         _cholesky_case(64, size),
         _orthonormalize_case(64, 2 * size),
     ]
@@ -248,6 +252,35 @@ def _gram_case(n: int, dtype: torch.dtype, tokens: int | None = None) -> _Case:
 
     name = f"{n} features, {str(dtype).removeprefix('torch.')}, padding"
     return _Case("gram_", name, _ALLOWED["ieee"], [x, keep], run, lambda h: _distance(h.tril(), expected))
+
+
+def _columns_case(kind: str, m: int, k: int) -> _Case:
+    """Of E: whether it is W - Q by the codes, and what it costs, tr(E H Eᵀ), against what the reference finds."""
+    x = _inputs(4 * k, k).double()
+    h = x.T @ x
+    factor = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)  # upper triangular: H = (U √D) (U √D)ᵀ
+    roots = factor.diagonal()
+    weight, feedback = _random(m, k).mul_(0.02), _random(m, k, seed=1).mul_(0.001)
+    operands = [weight, feedback, (factor / roots).float(), roots.square().float()]
+    keywords: dict[str, Any] = {"group": 64, "bits": 4, "symmetric": "symmetric" in kind, "clips": (1.0, 0.9, 0.8)}
+    levels = torch.linspace(-1, 1, 16) ** 3
+    if kind == "table":
+        operands += [weight.unflatten(1, (-1, 64)).abs().amax(dim=2), levels]
+
+    def run(quantize: Callable[..., reference.Columns], *operands: Tensor) -> reference.Columns:
+        tables = dict(zip(("scales", "levels"), operands[4:], strict=False))
+        return quantize(*operands[:4], **keywords, **tables)
+
+    best = reference.gram_energy(h, run(reference.quantize_columns, *operands).errors.double()).item()
+
+    def error(codes: Tensor, scales: Tensor, zeros: Tensor, errors: Tensor) -> float:
+        scale, zero = (each.double().repeat_interleave(64, dim=1) for each in (scales, zeros))
+        steps = levels.double()[codes.long()] if kind == "table" else codes - zero
+        cost = reference.gram_energy(h, errors.double()).item()
+        return max(_distance(errors, weight - scale * steps), abs(cost / best - 1))
+
+    name, served = f"{m} x {k}, {kind}", partial(run, ops.quantize_columns)
+    return _Case("quantize_columns", name, _OBJECTIVE, operands, served, error)
 
 
 def _half_case(size: int, dtype: torch.dtype, name: str) -> _Case:

@@ -47,7 +47,10 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
     "gram_": (Backend("extension", extension.gram_, extension.obstacle), _reference("gram_")),
     "mirror_": (_reference("mirror_"),),
     "gram_energy": (_reference("gram_energy"),),
-    "quantize_columns": (_reference("quantize_columns"),),
+    "quantize_columns": (
+        Backend("extension", extension.quantize_columns, extension.columns_obstacle),
+        _reference("quantize_columns"),
+    ),
     **{
         operation: _triton(operation)
         for operation in (
