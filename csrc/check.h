@@ -1,4 +1,4 @@
-// What every implementation of quailora::gram_ demands of its arguments.
+// What every implementation of an operator demands of its arguments.
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
@@ -6,13 +6,15 @@
 #include <c10/core/SymBool.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 
 namespace quailora {
 
-// Sizes and strides may be symbolic: this is also all that happens to meta and fake tensors.
+// Sizes and strides may be symbolic: meta and fake tensors are checked too.
+inline bool holds(const c10::SymBool& condition) { return condition.expect_true(__FILE__, __LINE__); }
+
 inline void check_gram(const at::Tensor& h, const at::Tensor& x, const std::optional<at::Tensor>& keep) {
-  const auto holds = [](const c10::SymBool& condition) { return condition.expect_true(__FILE__, __LINE__); };
   TORCH_CHECK_VALUE(h.dim() == 2 && h.scalar_type() == at::kFloat, "gram_: expected h (n, n) of float32, got ",
                     h.sym_sizes(), " of ", h.scalar_type());
   TORCH_CHECK_VALUE(x.dim() >= 1, "gram_: expected x (..., n), got a scalar");
@@ -46,6 +48,38 @@ inline void check_overlap(const at::Tensor& h, const at::Tensor& x) {
   TORCH_CHECK_VALUE(status != at::MemOverlapStatus::Full && status != at::MemOverlapStatus::Partial,
                     "gram_: expected h and x apart in memory, got h ", h.sizes(), " at ", h.const_data_ptr(), " and x ",
                     x.sizes(), " at ", x.const_data_ptr());
+}
+
+inline void check_columns(const at::Tensor& weight, const at::Tensor& feedback, const at::Tensor& factor,
+                          const at::Tensor& importance, int64_t group, int64_t bits,
+                          const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zeros,
+                          const std::optional<at::Tensor>& levels) {
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kFloat,
+                    "quantize_columns: expected weight (m, k) of float32, got ", weight.sym_sizes(), " of ",
+                    weight.scalar_type());
+  const auto m = weight.sym_size(0), k = weight.sym_size(1);
+  TORCH_CHECK_VALUE(1 <= bits && bits <= 8, "quantize_columns: expected bits from 1 to 8, got ", bits);
+  TORCH_CHECK_VALUE(group >= 1 && holds((k % group).sym_eq(0)), "quantize_columns: expected a group that divides the ",
+                    k, " columns, got ", group);
+  const auto expect = [&](const char* name, const at::Tensor& x, at::ScalarType dtype,
+                          std::initializer_list<c10::SymInt> sizes) {
+    c10::SymBool fits = x.dim() == static_cast<int64_t>(sizes.size());
+    int64_t d = 0;
+    for (const auto& size : sizes)
+      if (d < x.dim()) fits = fits.sym_and(x.sym_size(d++).sym_eq(size));
+    TORCH_CHECK_VALUE(x.scalar_type() == dtype && holds(fits), "quantize_columns: expected ", name, " ",
+                      c10::SymIntArrayRef(sizes), " of ", dtype, ", got ", x.sym_sizes(), " of ", x.scalar_type());
+    TORCH_CHECK_VALUE(x.device() == weight.device(), "quantize_columns: expected ", name, " and weight on one device, ",
+                      "got ", x.device(), " and ", weight.device());
+  };
+  expect("feedback", feedback, at::kFloat, {m, k});
+  expect("factor", factor, at::kFloat, {k, k});
+  expect("importance", importance, at::kFloat, {k});
+  if (scales) expect("scales", *scales, at::kFloat, {m, k / group});
+  if (zeros) expect("zeros", *zeros, at::kByte, {m, k / group});
+  if (levels) expect("levels", *levels, at::kFloat, {int64_t{1} << bits});
+  TORCH_CHECK_VALUE(scales || !zeros, "quantize_columns: expected scales with zeros");
+  TORCH_CHECK_VALUE(scales || !levels, "quantize_columns: expected scales with levels");
 }
 
 }  // namespace quailora

@@ -1,6 +1,7 @@
-// torch.ops.quailora.gram_, and its kernels for CPU and meta tensors. csrc/gram_cuda.cpp adds the one for CUDA.
+// torch.ops.quailora.gram_ and quantize_columns for CPU and meta tensors. csrc/gram_cuda.cpp adds gram_ for CUDA.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -9,6 +10,7 @@
 #include <atomic>
 
 #include "check.h"
+#include "cpu/columns.h"
 #include "cpu/gram.h"
 
 namespace quailora {
@@ -64,15 +66,89 @@ void gram_cpu(const at::Tensor& h, const at::Tensor& x, const std::optional<at::
   add_gram(tokens, *path(), on_torch_threads, h.mutable_data_ptr<float>(), h.stride(0));
 }
 
-TORCH_LIBRARY(quailora, m) { m.def("gram_(Tensor(a!) h, Tensor x, Tensor? keep=None) -> ()"); }
-TORCH_LIBRARY_IMPL(quailora, CPU, m) { m.impl("gram_", gram_cpu); }
-TORCH_LIBRARY_IMPL(quailora, Meta, m) { m.impl("gram_", check_gram); }
+using Found = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Found empty_columns(const at::Tensor& weight, int64_t group) {
+  const auto m = weight.sym_size(0), k = weight.sym_size(1);
+  const auto floats = weight.options(), bytes = floats.dtype(at::kByte);
+  return {at::empty_symint({m, k}, bytes), at::empty_symint({m, k / group}, floats),
+          at::empty_symint({m, k / group}, bytes), at::empty_symint({m, k}, floats)};
+}
+
+Found quantize_columns_meta(const at::Tensor& weight, const at::Tensor& feedback, const at::Tensor& factor,
+                            const at::Tensor& importance, int64_t group, int64_t bits, bool /*symmetric*/,
+                            at::ArrayRef<double> /*clips*/, const std::optional<at::Tensor>& scales,
+                            const std::optional<at::Tensor>& zeros, const std::optional<at::Tensor>& levels) {
+  check_columns(weight, feedback, factor, importance, group, bits, scales, zeros, levels);
+  return empty_columns(weight, group);
+}
+
+// A view where the values of a row lie side by side.
+at::Tensor with_rows(const at::Tensor& x) { return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous(); }
+
+template <class Value>
+Rows<const Value> rows_in(const at::Tensor& x) {
+  return {x.const_data_ptr<Value>(), x.stride(0)};
+}
+
+template <class Value>
+Rows<Value> rows_out(const at::Tensor& x) {
+  return {x.mutable_data_ptr<Value>(), x.stride(0)};
+}
+
+Found quantize_columns_cpu(const at::Tensor& weight, const at::Tensor& feedback, const at::Tensor& factor,
+                           const at::Tensor& importance, int64_t group, int64_t bits, bool symmetric,
+                           at::ArrayRef<double> clips, const std::optional<at::Tensor>& scales,
+                           const std::optional<at::Tensor>& zeros, const std::optional<at::Tensor>& levels) {
+  check_columns(weight, feedback, factor, importance, group, bits, scales, zeros, levels);
+  const at::Tensor w = with_rows(weight), f = with_rows(feedback), u = with_rows(factor), d = importance.contiguous();
+  const at::Tensor given = scales ? with_rows(*scales) : at::Tensor(), zero = zeros ? with_rows(*zeros) : at::Tensor(),
+                   table = levels ? levels->contiguous() : at::Tensor();
+  const ColumnsIn in{
+      rows_in<float>(w),
+      rows_in<float>(f),
+      rows_in<float>(u),
+      d.const_data_ptr<float>(),
+      w.size(0),
+      w.size(1),
+      group,
+      static_cast<int>(bits),
+      symmetric,
+      clips.data(),
+      static_cast<int64_t>(clips.size()),
+      scales ? rows_in<float>(given) : Rows<const float>{},
+      zeros ? rows_in<uint8_t>(zero) : Rows<const uint8_t>{},
+      levels ? table.const_data_ptr<float>() : nullptr,
+  };
+  Found found = empty_columns(weight, group);
+  const auto& [codes, found_scales, found_zeros, errors] = found;
+  const ColumnsOut out{rows_out<uint8_t>(codes), rows_out<float>(found_scales), rows_out<uint8_t>(found_zeros),
+                       rows_out<float>(errors)};
+  quantize_columns(in, out, *path(), on_torch_threads);
+  return found;
+}
+
+TORCH_LIBRARY(quailora, m) {
+  m.def("gram_(Tensor(a!) h, Tensor x, Tensor? keep=None) -> ()");
+  m.def(
+      "quantize_columns(Tensor weight, Tensor feedback, Tensor factor, Tensor importance, *, int group, int bits, "
+      "bool symmetric, float[] clips, Tensor? scales=None, Tensor? zeros=None, Tensor? levels=None) "
+      "-> (Tensor codes, Tensor scales, Tensor zeros, Tensor errors)");
+}
+TORCH_LIBRARY_IMPL(quailora, CPU, m) {
+  m.impl("gram_", gram_cpu);
+  m.impl("quantize_columns", quantize_columns_cpu);
+}
+TORCH_LIBRARY_IMPL(quailora, Meta, m) {
+  m.impl("gram_", check_gram);
+  m.impl("quantize_columns", quantize_columns_meta);
+}
 
 }  // namespace
 }  // namespace quailora
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Importing it declares torch.ops.quailora.gram_.";
+  m.doc() = "Importing it declares torch.ops.quailora.gram_ and quantize_columns.";
   m.def("cpu_path", [] { return quailora::name(*quailora::path()); }, "The path that CPU tensors take.");
   m.def("use_cpu_path", [](const std::string& name) { quailora::path() = &quailora::path_named(name); },
         "Let CPU tensors take the path of this name; of no name, the best here. ValueError if there is none such.");

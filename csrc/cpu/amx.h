@@ -22,9 +22,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "compiler.h"
 #include "pairs.h"
 #include "path.h"
+#include "transpose.h"
 
 namespace quailora {
 namespace {
@@ -43,41 +43,11 @@ inline char* left_tile(void* brick, int64_t feature, int64_t step) {
   return right_tile(brick, feature, step) + kFactorBytes;
 }
 
-// 16 × 16 values of 32 bits, by exchanging blocks of 8, 4, 2 and 1 between vectors: value by value, packing would not
-// stay small beside products as fast as these.
-typedef uint32_t Row __attribute__((vector_size(64)));
-
-// to = values of a (0 to 15) and b (16 to 31), those of the numbers given.
-template <int... kFrom>
-inline void shuffle(Row& to, const Row& a, const Row& b) {
-#ifdef QUAILORA_SHUFFLEVECTOR
-  to = __builtin_shufflevector(a, b, kFrom...);
-#else
-  to = __builtin_shuffle(a, b, Row{uint32_t{kFrom}...});
-#endif
-}
-
-template <int kSpan, int... kLane>
-inline void exchange(Row& upper, Row& lower) {
-  const Row a = upper, b = lower;
-  shuffle<(kLane & kSpan ? 16 + kLane - kSpan : kLane)...>(upper, a, b);
-  shuffle<(kLane & kSpan ? 16 + kLane : kLane + kSpan)...>(lower, a, b);
-}
-
-template <int kSpan>
-inline void exchange_blocks(Row (&rows)[16]) {
-  for (int i = 0; i < 16; ++i)
-    if (!(i & kSpan))
-      exchange<kSpan, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(rows[i], rows[i + kSpan]);
-}
-
+// By vectors: value by value, packing would not stay small beside products as fast as these.
 inline void transpose(const char* from, char* to) {
-  Row rows[16];
+  Transposition<kSide>::Row rows[kSide];
   std::memcpy(rows, from, sizeof rows);
-  exchange_blocks<8>(rows);
-  exchange_blocks<4>(rows);
-  exchange_blocks<2>(rows);
-  exchange_blocks<1>(rows);
+  Transposition<kSide>::in_place(rows);
   std::memcpy(to, rows, sizeof rows);
 }
 

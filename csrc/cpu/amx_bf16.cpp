@@ -58,8 +58,9 @@ bool runs() {
 }  // namespace
 
 extern const Kernel avx512_fp32;
+extern const ColumnKernel avx512_columns;
 
-const Path amx_bf16{"amx-bf16", runs, &kKernel, &avx512_fp32};
+const Path amx_bf16{"amx-bf16", runs, &kKernel, &avx512_fp32, &avx512_columns};
 
 }  // namespace quailora
 #endif

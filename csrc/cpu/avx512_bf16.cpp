@@ -59,8 +59,9 @@ bool runs() {
 }  // namespace
 
 extern const Kernel avx512_fp32;
+extern const ColumnKernel avx512_columns;
 
-const Path avx512_bf16{"avx512-bf16", runs, &kKernel, &avx512_fp32};
+const Path avx512_bf16{"avx512-bf16", runs, &kKernel, &avx512_fp32, &avx512_columns};
 
 }  // namespace quailora
 #endif

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bits.h"
 #include "path.h"
 #include "registers.h"
 
@@ -46,18 +47,6 @@ struct Fp32 {
     std::memcpy(sum, &total, sizeof total);
   }
 };
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
 
 struct Bfloat16 {
   uint16_t bits;

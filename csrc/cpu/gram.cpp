@@ -17,10 +17,9 @@
 #include "gram.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <utility>
 
+#include "aligned.h"
 #include "path.h"
 
 namespace quailora {
@@ -33,14 +32,6 @@ namespace {
 constexpr int64_t kChunk = 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Bricks {
-  explicit Bricks(int64_t bytes) : data(::operator new(bytes, kCacheLine)) {}
-  ~Bricks() { ::operator delete(data, kCacheLine); }
-  Bricks(const Bricks&) = delete;
-  static constexpr std::align_val_t kCacheLine{64};
-  void* data;
-};
 
 // (row, column) of every tile, the whole ones first: half tiles even out the work at the end.
 std::vector<std::pair<int64_t, int64_t>> lower_triangle(int64_t tiles) {
@@ -57,7 +48,7 @@ void add_gram(const Tokens& tokens, const Path& path, const Parallel& parallel, 
   const Kernel& kernel = tokens.dtype == Dtype::bfloat16 ? *path.bfloat16 : *path.wider;
   const int64_t features = tokens.features, tiles = ceil_div(features, kTile);
   const auto places = lower_triangle(tiles);
-  const Bricks bricks(ceil_div(std::min(tokens.count, kChunk), kernel.block) * tiles * kernel.brick_bytes);
+  const Aligned bricks(ceil_div(std::min(tokens.count, kChunk), kernel.block) * tiles * kernel.brick_bytes);
   const auto brick = [&](int64_t block, int64_t tile) {
     return static_cast<char*>(bricks.data) + (block * tiles + tile) * kernel.brick_bytes;
   };

@@ -2,9 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
-#include <string>
-#include <vector>
+
+#include "paths.h"
 
 namespace quailora {
 
@@ -19,19 +18,6 @@ struct Tokens {
   const int64_t* offsets;
   int64_t count;
 };
-
-// Calls the function once for each of 0 .. units - 1, in any order, on any threads.
-using Parallel = std::function<void(int64_t units, const std::function<void(int64_t)>& unit)>;
-
-struct Path;
-
-// The path of that name; of no name, the best this processor runs.
-// Throws std::invalid_argument if there is none of that name, or the processor lacks it.
-const Path& path_named(const std::string& name);
-std::string name(const Path& path);
-
-// The names of the paths this processor runs, the best first.
-std::vector<std::string> paths_here();
 
 // Adds tril(Xᵀ X) to the lower triangle of h, (features, features) with rows `stride` apart. Products and sums are
 // fp32. The result does not depend on the number of threads.

@@ -1,6 +1,7 @@
 // What a path (a way to compute for one kind of processor) has to bring.
 #pragma once
 
+#include "columns.h"
 #include "gram.h"
 
 namespace quailora {
@@ -20,11 +21,21 @@ struct Kernel {
   void (*multiply)(const void* rows, const void* columns, int64_t count, bool diagonal, float* sum);
 };
 
+// Rows of W are rounded in tiles of `rows`, and the columns of a tile in panels of `panel`, which are in registers
+// together. Where fewer are left of a group of columns, each is a panel by itself.
+struct ColumnKernel {
+  int64_t rows, panel;
+  // Rounds the tile that begins with row `first`, in scratch memory aligned to cache lines. The factor comes as
+  // `pack_panels` in columns.cpp orders it.
+  void (*quantize)(const ColumnsIn& in, const ColumnsOut& out, const float* factor, int64_t first, float* scratch);
+};
+
 struct Path {
   const char* name;
   bool (*runs_here)();
   const Kernel* bfloat16;
   const Kernel* wider;  // for fp16 and fp32
+  const ColumnKernel* columns;
 };
 
 extern const Path amx_bf16, avx512_bf16, avx512, avx2, portable;

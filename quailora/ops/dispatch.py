@@ -47,7 +47,10 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
     "gram_": (Backend("extension", extension.gram_, extension.obstacle), _reference("gram_")),
     "mirror_": (_reference("mirror_"),),
     "gram_energy": (_reference("gram_energy"),),
-    "quantize_columns": _triton("quantize_columns"),
+    "quantize_columns": (
+        Backend("extension", extension.quantize_columns, extension.columns_obstacle),
+        *_triton("quantize_columns"),
+    ),
     "choose_scales": (_reference("choose_scales"),),
     **{
         operation: _triton(operation)

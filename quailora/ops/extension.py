@@ -1,17 +1,19 @@
-"""The compiled extension `quailora._C`, where it was built: H accumulated by code for this machine's processors.
+"""The compiled extension `quailora._C`, where it was built: operations by code for this machine's processors.
 
-It is loaded at first use, and then defines the operator `torch.ops.quailora.gram_`.
+It is loaded at first use, and then defines the operators `torch.ops.quailora.gram_` and `quantize_columns`.
 """
 
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from quailora.errors import QuailoraError
+from quailora.ops.reference import Columns
 
 _HOW_TO_BUILD = (
     "on Linux with a C++ compiler, `QUAILORA_EXT=1 pip install --no-build-isolation --no-deps --force-reinstall .` in "
@@ -23,7 +25,7 @@ _HOW_TO_BUILD = (
 def _load() -> str | None:
     """Load the extension. Returns why it cannot be loaded; None if it was."""
     if importlib.util.find_spec("quailora._C") is None:
-        return f"it was not built, so H takes several times as long: {_HOW_TO_BUILD}"
+        return f"it was not built, so this takes several times as long: {_HOW_TO_BUILD}"
     try:
         extension = importlib.import_module("quailora._C")
     except ImportError as error:
@@ -51,6 +53,13 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
+def columns_obstacle(device: torch.device) -> str | None:
+    """Why `quantize_columns` cannot serve tensors on `device`; None if it can. Raises what `obstacle` raises."""
+    if device.type != "cpu":
+        return f"its code for this is for CPUs only, not for {device.type}"
+    return obstacle(device)
+
+
 def gram_(h: Tensor, x: Tensor, keep: Tensor | None = None) -> None:
     """h += tril(xᵀ x), as `reference.gram_`: h (n, n) fp32, x (..., n) bf16, fp16 or fp32, keep (...) bool.
 
@@ -66,3 +75,34 @@ def gram_(h: Tensor, x: Tensor, keep: Tensor | None = None) -> None:
     match, and for an h that overlaps itself or x.
     """
     torch.ops.quailora.gram_(h, x, keep)
+
+
+def quantize_columns(
+    weight: Tensor,
+    feedback: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    *,
+    group: int,
+    bits: int,
+    symmetric: bool,
+    clips: Sequence[float],
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    levels: Tensor | None = None,
+) -> Columns:
+    """Round columns of W one after the other, with the errors of those before fed back, as
+    `reference.quantize_columns`. On CPUs only, by the path that `gram_` takes.
+
+    Sums are in the order of the reference, but fused where the processor can, so that a value may come to lie on the
+    other side of the middle between two levels. The result has the same bits for any number of threads. Matrices are
+    read in place, if the values of a row are adjacent in memory. A row that holds a NaN, or whose scale fp16 cannot
+    hold, gets the scale 0; no other row is affected. Raises ValueError, with the values, for shapes, dtypes or devices
+    that do not match.
+    """
+    return Columns(
+        *torch.ops.quailora.quantize_columns(
+            weight, feedback, factor, importance, group=group, bits=bits, symmetric=symmetric, clips=clips,
+            scales=scales, zeros=zeros, levels=levels,
+        )
+    )  # fmt: skip

@@ -70,9 +70,10 @@ constexpr Kernel kKernel = amx_kernel<Tiles>();
 }  // namespace
 
 extern const Kernel portable_fp32;
+extern const ColumnKernel portable_columns;
 
 extern const Path amx_model;
-const Path amx_model{"amx-model", [] { return true; }, &kKernel, &portable_fp32};
+const Path amx_model{"amx-model", [] { return true; }, &kKernel, &portable_fp32, &portable_columns};
 
 }  // namespace quailora
 

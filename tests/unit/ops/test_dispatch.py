@@ -250,9 +250,12 @@ def chosen_anew(*caches: Any) -> Iterator[None]:
 
 def test_backends_name_the_one_that_serves_and_why_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     services = backends("cpu")
-    others = services.keys() - {"gram_", "bf16_products", "fp16_products"}
+    compiled = {"gram_", "quantize_columns"}
+    others = services.keys() - compiled - {"bf16_products", "fp16_products"}
     assert {services[name].backend for name in others} == {"reference"}
-    assert services["gram_"].backend == ("reference" if extension.obstacle(torch.device("cpu")) else "extension")
+    expected = "reference" if extension.obstacle(torch.device("cpu")) else "extension"
+    assert {services[name].backend for name in compiled} == {expected}
+    assert "for CPUs only, not for cuda" in str(extension.columns_obstacle(torch.device("cuda")))
     assert "not for cpu" in services["orthonormalize"].others["triton"]
     calls = []
     fast = Backend("fast", lambda h, rights, precision: calls.append("fast"))
