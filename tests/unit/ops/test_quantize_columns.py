@@ -194,7 +194,7 @@ def test_it_is_gptq(quantize: Callable[..., Columns], bits: int, chosen: bool) -
             return given["scales"][:, number].double(), given["zeros"][:, number].double()
         low, high = w.amin(dim=1).clamp(max=0), w.amax(dim=1).clamp(min=0)
         scale = ((high - low) / top).half().bfloat16().double()
-        return scale, (-low / scale).round().clamp(0, top)
+        return scale, (-low / scale).round().clamp(1, top)  # the format has no zero at code 0
 
     codes, q, margin = gptq(case.weight, case.h, group, grid, top)
     # U is given in fp32, and sums are, so that values differ by about 1e-6 of the weights, 1e-5 of a scale. From a
