@@ -177,7 +177,7 @@ def compare(
         quantization: of the base, such as a BitsAndBytesConfig; None is that of the adapter's record.
         device: None is CUDA if there is a CUDA device, else the CPU.
         dtype: of both models; None is that of the record, or else of the checkpoint.
-        base: the folder of the quantized base, if one was written with the adapter and has moved since.
+        base: the folder of the quantized base; see `merge`.
         batch_size: sequences per batch. Two (b, t, vocabulary) tensors of logits are in memory at once.
         progress: called after each batch with the number of batches done and their total.
 

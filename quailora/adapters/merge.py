@@ -60,7 +60,8 @@ def merge(
             parent folder of `adapter`.
         quantization: how the base is quantized, such as a BitsAndBytesConfig, if there is no record; if there is one,
             it must agree.
-        base: the folder of the quantized base, if one was written with the adapter and has moved since.
+        base: the folder of the quantized base, if it is not where the record says, or Q does not follow from the
+            checkpoint, as of a GPTQ base that was found.
         dtype: of the weights written; None is the checkpoint's. Rounding Q + scaling B A to bf16 changes each weight by
             up to 2⁻⁹ of it.
 

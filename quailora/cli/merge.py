@@ -30,7 +30,7 @@ def merge(
         Path | None, typer.Option(help="The adapter that training started from, if ADAPTER has no record of its base.")
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="The folder of the quantized base, if one was written and has moved since.")
+        Path | None, typer.Option(help="The quantized base's folder, if it is not where the adapter's record says.")
     ] = None,
     quant: QuantOption = None,
     double_quant: CheckedDoubleOption = None,

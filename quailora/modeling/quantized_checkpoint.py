@@ -13,7 +13,7 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.quantization.registry import from_dict
-from quailora.quantization.verify import digest
+from quailora.quantization.verify import CALIBRATED, digest
 
 
 class QuantizedCheckpoint:
@@ -34,14 +34,20 @@ class QuantizedCheckpoint:
 
     @classmethod
     def recorded(cls, base: Mapping[str, Any], moved_to: str | Path | None = None) -> QuantizedCheckpoint | None:
-        """The base that the record of an adapter names; None where none was written."""
-        if "path" not in base:
-            if moved_to is not None:
-                raise AdapterError("this adapter's base was not written to a folder: leave base (--base) out")
+        """The base that the record of an adapter names, or the folder given; None where Q follows from the checkpoint.
+
+        Raises AdapterError where only its folder could tell what Q is, CheckpointError where the folder is not there.
+        """
+        folder = moved_to or base.get("path")
+        if folder is None and base.get("rounding") == CALIBRATED:
+            raise AdapterError(
+                "the codes of this adapter's base were chosen by calibration, so they cannot be computed from the "
+                "full-precision weights: give the base's folder as base (--base)"
+            )
+        if folder is None:
             return None
-        folder = moved_to or base["path"]
         if not Path(folder).is_dir():
-            raise CheckpointError(f"the base is not at {folder} any more: give its folder as base (--base)")
+            raise CheckpointError(f"the base is not at {folder}: give its folder as base (--base)")
         return cls(folder, from_dict(base["quantization"]), base.get("digests", {}))
 
     @property

@@ -196,7 +196,13 @@ def build_adapter(
         report = None
         if workspace:
             report = run.report(
-                plan, workspace.layers, record, *_capped(capped), *_resumed(finished), digests=workspace.digests
+                plan,
+                workspace.layers,
+                record,
+                *_capped(capped),
+                *_resumed(finished),
+                *_more_damped(by_calibration.more_damped),
+                digests=workspace.digests,
             )
             if base is not None:
                 with run.stages("write"):
@@ -254,6 +260,16 @@ def _capped(names: list[str]) -> list[str]:
         return []
     linears = "1 linear" if len(names) == 1 else f"{len(names)} linears"
     return [f"{linears} narrower than r ({names[0]} for one) have the rank of their smaller side, by rank_pattern"]
+
+
+def _more_damped(dampings: dict[str, float]) -> list[str]:
+    if not dampings:
+        return []
+    name, damping = max(dampings.items(), key=lambda item: item[1])
+    return [
+        f"H of {len(dampings)} linears is too poor for error feedback with the rounding damping asked for: up to "
+        f"{damping:g} was used ({name}); more calibration data would help"
+    ]
 
 
 def _resumed(finished: list[int]) -> list[str]:

@@ -4,7 +4,7 @@ factors by calibration."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -74,6 +74,7 @@ class CalibratedQ:
     rounding: RoundingConfig
     solver: SolverConfig
     stages: Stages
+    more_damped: dict[str, float] = field(default_factory=dict)  # where that of `rounding` was too little; filled here
 
     def __call__(
         self, weights: Mapping[str, Tensor], ranks: Mapping[str, int], gram: Gram, *, overwrite: bool
@@ -81,6 +82,8 @@ class CalibratedQ:
         h = gram.matrix()
         with self.stages("quantize"):
             curvature = Curvature.of(h, self.rounding.damping)
+            if curvature.damping > self.rounding.damping:
+                self.more_damped.update(dict.fromkeys(weights, curvature.damping))
             quantized = {name: self._round(weight, curvature, h) for name, weight in weights.items()}
         found = {name: Initialized(q, None) for name, q in quantized.items()}
         adapted = {name: weight for name, weight in weights.items() if name in ranks}

@@ -135,7 +135,7 @@ def test_merge_and_eval_read_the_written_base(model: Path, tmp_path: Path) -> No
 def test_a_base_that_has_moved_is_named_and_another_is_refused(model: Path, tmp_path: Path) -> None:
     build(model, tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=r"is not at .*base any more.*--base"):
+    with pytest.raises(CheckpointError, match=r"is not at .*base: .*--base"):
         quailora.merge(model, tmp_path / "start", tmp_path / "merged")
     quailora.merge(model, tmp_path / "start", tmp_path / "merged", base=tmp_path / "moved")
     shard = tmp_path / "moved" / "model-block-0001.safetensors"
@@ -244,9 +244,6 @@ def test_what_cannot_be_is_refused_before_anything_is_read(model: Path, tmp_path
     fails("desc_act=False", GPTQConfig(bits=3, group_size=32, desc_act=True))
     with pytest.raises(QuailoraError, match="is not empty"):
         build(model, tmp_path, base_output=model)
-    with pytest.raises(AdapterError, match="was not written to a folder"):
-        quailora.build_adapter(model, None, tiny.sequences(), tmp_path / "plain", device="cpu", progress=False)
-        quailora.merge(model, tmp_path / "plain", tmp_path / "merged", base=model)
 
 
 # Whose experts are one 3-D tensor, or whose linears are Conv1D or fused: they stay in full precision, as elsewhere.
