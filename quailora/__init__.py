@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from quailora import evaluate as evaluate
     from quailora.adapters.base_record import check_base as check_base
     from quailora.adapters.convert import convert as convert
+    from quailora.adapters.export import export as export
     from quailora.adapters.merge import merge as merge
     from quailora.calibration.gram import Gram as Gram
     from quailora.errors import QuailoraError as QuailoraError
@@ -26,6 +27,7 @@ _HOMES = {
     "build_adapter": "pipeline.build",
     "check_base": "adapters.base_record",
     "convert": "adapters.convert",
+    "export": "adapters.export",
     "initialize": "pipeline.initialize",
     "merge": "adapters.merge",
     "solve": "solvers.solve",

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from quailora.errors import AdapterError, QuailoraError
 
-# What safetensors calls dtypes: those of adapters, and of quantized weights.
+# What safetensors calls dtypes: those of adapters, and of quantized weights and their shapes.
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int64: "I64",
     torch.int32: "I32",
     torch.uint8: "U8",
 }

@@ -16,6 +16,7 @@ import quailora
 from quailora.cli.convert import convert
 from quailora.cli.doctor import doctor
 from quailora.cli.eval import evaluate
+from quailora.cli.export import export
 from quailora.cli.init import init
 from quailora.cli.merge import merge
 from quailora.cli.plan import plan
@@ -43,6 +44,7 @@ app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(convert)
+app.command()(export)
 app.command()(doctor)
 
 

@@ -60,7 +60,11 @@ class QuantizedCheckpoint:
 
         Raises MismatchError where it is not the recorded one, CheckpointError where it is damaged or missing.
         """
-        stem = (stream.source(f"{name}.weight") or f"{name}.weight").removesuffix(".weight")
+        return self.stored((stream.source(f"{name}.weight") or f"{name}.weight").removesuffix(".weight"), name)
+
+    def stored(self, stem: str, name: str) -> QuantizedWeight:
+        """The quantized weight whose tensors' names begin with `stem`, of the linear that is recorded as `name`. Raises
+        as `weight` does."""
 
         def tensor(part: str) -> Tensor:
             if f"{stem}.{part}" not in self.checkpoint.tensors:

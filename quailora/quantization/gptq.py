@@ -26,7 +26,7 @@ GROUP_SIZES = (32, 64, 128)  # and whole rows, which GPTQConfig writes as -1
 WHOLE_ROWS = -1
 
 _WORD = 32  # bits of a packed word; also how many codes are packed together, into `bits` words
-_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 class PlannedLinear(nn.Linear):
@@ -167,7 +167,7 @@ class GPTQ(QuantizedBase):
     def read(cls, module: nn.Module) -> GPTQWeight:
         """From a linear of gptqmodel whose codes are in the order of the format: of a backend that can be trained."""
         base, layer = cls.from_module(module), module
-        tensors: Any = {name: getattr(layer, name) for name in _TENSORS}
+        tensors: Any = {name: getattr(layer, name) for name in TENSORS}
         return base._from_tensors(tensors, zeros_less_one=0, name=type(module).__name__)
 
     def quantize(self, weight: Tensor) -> GPTQWeight:
@@ -239,7 +239,7 @@ is wrong. Copy the folder.
 """
 
     def load(self, name: str, tensor: Callable[[str], Tensor]) -> GPTQWeight:
-        return self._from_tensors({part: tensor(part) for part in _TENSORS}, zeros_less_one=1, name=name)
+        return self._from_tensors({part: tensor(part) for part in TENSORS}, zeros_less_one=1, name=name)
 
     def _from_tensors(self, tensors: Mapping[str, Tensor], *, zeros_less_one: int, name: str) -> GPTQWeight:
         scales, top = tensors["scales"], (1 << self.bits) - 1
@@ -325,4 +325,4 @@ def _is_gptqmodel_linear(thing: object) -> bool:
     """Without importing it: a module of it can only be there where somebody has."""
     if "gptqmodel" not in sys.modules or not isinstance(thing, nn.Module):
         return False
-    return type(thing).__module__.startswith("gptqmodel.") and all(hasattr(thing, name) for name in _TENSORS)
+    return type(thing).__module__.startswith("gptqmodel.") and all(hasattr(thing, name) for name in TENSORS)

@@ -138,6 +138,10 @@ def test_options_reach_build_adapter(
     assert (config.target_modules, config.task_type) == ("all-linear", "CAUSAL_LM")
     assert quantization.to_diff_dict() == config_for("nf4", torch.float32).to_diff_dict()
     assert keywords == {
+        "base_output": None,
+        "rounding": None,
+        "rounding_damping": pipeline.ROUNDING_DAMPING,
+        "alternations": pipeline.ALTERNATIONS,
         "solver": "krylov",
         "iterations": None,
         "damping": pipeline.DEFAULT_DAMPING,
@@ -177,6 +181,10 @@ def test_options_reach_build_adapter(
     assert (quantization.bnb_4bit_quant_type, quantization.bnb_4bit_use_double_quant) == ("fp4", False)
     assert quantization.bnb_4bit_compute_dtype == torch.float16
     assert keywords == {
+        "base_output": None,
+        "rounding": None,
+        "rounding_damping": pipeline.ROUNDING_DAMPING,
+        "alternations": pipeline.ALTERNATIONS,
         "solver": "als",
         "iterations": 7,
         "damping": 0.0,
@@ -200,6 +208,36 @@ def test_options_reach_build_adapter(
 
     config, quantization, _ = call("--quant", "int8", "--target-modules", r"model\.layers\.\d+\.mlp\..*")
     assert quantization.load_in_8bit and config.target_modules == r"model\.layers\.\d+\.mlp\..*"
+
+    base = ("--base-output", tmp_path / "base")
+    _, quantization, keywords = call(
+        "--bits", "3", "--group-size", "128", "--asymmetric", *base, "--rounding", "nearest"
+    )
+    assert (quantization.bits, quantization.group_size, quantization.sym) == (3, 128, False)
+    assert (keywords["base_output"], keywords["rounding"]) == (tmp_path / "base", "nearest")
+    _, quantization, keywords = call("--bits", "2", *base, "--rounding-damping", "0.5", "--alternations", "4")
+    assert (quantization.bits, quantization.group_size, quantization.sym) == (2, 64, True)
+    assert (keywords["rounding_damping"], keywords["alternations"]) == (0.5, 4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--bits", "5"), "--bits 5, --group-size 64"),
+        (("--bits", "3", "--quant", "nf4"), "--quant is for bitsandbytes"),
+        (("--bits", "3", "--compute-dtype", "float16"), "--compute-dtype is for bitsandbytes"),
+        (("--group-size", "64"), "--group-size goes with --bits"),
+        (("--asymmetric",), "--asymmetric goes with --bits"),
+        (("--bits", "3"), "has to be written: give base_output (--base-output)"),
+        (("--rounding", "calibrated"), "give base_output (--base-output)"),
+    ],
+)
+def test_options_of_bases_that_do_not_go_together(
+    options: tuple[str, ...], message: str, run: Ran, checkpoint: Path, corpus: Path, tmp_path: Path
+) -> None:
+    code, out, err = run("init", checkpoint, "--data", corpus, "--output", tmp_path / "out", *options)
+    assert (code, out) == (2, "") and message in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_is_one_line_that_says_what_is_kept(
@@ -432,7 +470,7 @@ def test_version_and_help(run: Ran) -> None:
     code, out, _ = run("--help")
     assert code == 0
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert list(commands) == ["init", "plan", "eval", "merge", "convert", "doctor"]
+    assert list(commands) == ["init", "plan", "eval", "merge", "convert", "export", "doctor"]
     for name, command in commands.items():
         assert re.search(rf"^  {name} +\w+", out, flags=re.MULTILINE), name
         code, shown, _ = run(name, "--help")
