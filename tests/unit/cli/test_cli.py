@@ -236,7 +236,7 @@ def test_options_of_bases_that_do_not_go_together(
     options: tuple[str, ...], message: str, run: Ran, checkpoint: Path, corpus: Path, tmp_path: Path
 ) -> None:
     code, out, err = run("init", checkpoint, "--data", corpus, "--output", tmp_path / "out", *options)
-    assert (code, out) == (2, "") and message in " ".join(err.split())
+    assert (code, out) == (1, "") and message in " ".join(err.split())
     assert not (tmp_path / "out").exists()
 
 
