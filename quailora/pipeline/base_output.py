@@ -74,9 +74,8 @@ class BaseOutput:
                 tensors[f"{stem}.{part}"] = LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
         self._write(_shard(index), tensors | self._from_checkpoint(stored))
 
-    def finish(self, record: dict[str, Any]) -> None:
-        """Write the rest: what is outside the blocks, configuration, tokenizer, index, model card and `record`. Then
-        the folder has its name."""
+    def complete(self, record: dict[str, Any]) -> None:
+        """Write the rest: what is outside the blocks, configuration, tokenizer, index, model card and `record`."""
         source = self._stream.checkpoint
         shards = {index: self._partial / _shard(index) for index in range(len(self._stream.blocks))}
         outside = set(source.tensors)
@@ -96,6 +95,10 @@ class BaseOutput:
                 tokenizer.save_pretrained(self._partial)
             texts = {INDEX: self._index(), RECORD: to_json(record), "README.md": base_card(record)}
             write_files(self._partial, texts)
+
+    def publish(self) -> None:
+        """Give the folder its name."""
+        with writing(self.folder):
             check_new_folder(self.folder)
             if self.folder.exists():
                 self.folder.rmdir()

@@ -116,9 +116,12 @@ def build_adapter(
     """
     output = Path(output_dir)
     check_new_folder(output)
-    rounds = RoundingConfig(
-        rounding or (NEAREST if base_output is None else CALIBRATED), rounding_damping, alternations
-    )
+    if base_output is not None:
+        check_new_folder(Path(base_output))
+        if Path(base_output).resolve() == output.resolve():
+            raise AdapterError(f"base_output (--base-output) and the adapter's folder are both {output}: give two")
+    default = NEAREST if base_output is None else CALIBRATED
+    rounds = RoundingConfig(rounding or default, rounding_damping, alternations)
     if base_output is None and rounds.rounding == CALIBRATED:
         raise AdapterError(
             "calibrated codes do not follow from the weights, so that their base has to be written: give base_output "
@@ -148,9 +151,11 @@ def build_adapter(
         raise AdapterError(f"no quantized linear is targeted: {enumerate_reasons(left)}")
     check_can_be_saved(model, stream)
     data = read_calibration(source, calibration, data_config, tokenizer=tokenizer)
-    quantized = quantized_linears(model, stream)
-    form = form.of_modules(partly(quantized, stream))
-    unadapted = None if base_output is None else sorted(set(quantized) - {target.name for target in targets})
+    unadapted = None
+    if base_output is not None:
+        quantized = quantized_linears(model, stream)
+        form = form.of_modules(partly(quantized, stream))
+        unadapted = sorted(set(quantized) - {target.name for target in targets})
     run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted)
     record = make_record(source, dtype, form, solver_config, data, config, rounds, base_output)
     workspace = base = None
@@ -206,7 +211,7 @@ def build_adapter(
             )
             if base is not None:
                 with run.stages("write"):
-                    base.finish(report.record)
+                    base.complete(report.record)
             with workspace.finish() as folder, run.stages("write"):
                 made = workspace.tensors()
                 if base is not None:
@@ -215,6 +220,8 @@ def build_adapter(
                 save(model, folder, made | rest(model, stream, seed, made))
                 report.save(folder)
                 write_files(folder, {"README.md": model_card(report.record, report)})
+                if base is not None:
+                    base.publish()
     except KeyboardInterrupt as interruption:
         raise KeyboardInterrupt(f"interrupted{_kept(workspace)}") from interruption
     except QuailoraError as error:
