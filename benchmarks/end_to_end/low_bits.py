@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quailora
+from benchmarks.common import tables
 from benchmarks.common.layers import gather
 from benchmarks.common.smollm2 import fetch
 from quailora import ops
@@ -72,6 +73,16 @@ def perplexity(model: Any, weights: Mapping[str, Tensor], text: Calibration) -> 
     for name, weight in weights.items():
         model.get_submodule(name).weight.data = weight.to(model.dtype)
     return quailora.evaluate.perplexity(model, text.batches(2))
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Of what --json has written, for docs/guides/bases.md."""
+    rows = [
+        (name, f"{row['alone']:.1f}", f"{row['with factors']:.2f}", f"{100 * row['left']:.2f} %")
+        for name, row in record["rows"].items()
+    ]
+    heads = ("base", "alone", "with factors", "left of ½ tr(W H Wᵀ)")
+    return f"Full precision: {record['full precision']:.2f}.\n\n{tables.table(heads, rows)}"
 
 
 def main() -> None:
