@@ -260,7 +260,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     start = test_training.make_start(tmp_path, torch.bfloat16)
     checkpoint = downstream.Checkpoint(start.checkpoint)
     for base in ("int8", "bf16"):
-        with pytest.raises(MismatchError, match="do harm"):
+        with pytest.raises(MismatchError, match="make the model worse"):
             downstream.read_model(checkpoint, base, start.adapter)
     with pytest.raises(AdapterError, match=r"has no adapter_config\.json"):
         downstream.read_model(checkpoint, "nf4", tmp_path)

@@ -346,7 +346,7 @@ def test_by_default_sequences_are_as_long_as_the_model_has_positions(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "where", [(quailora.pipeline.loop, "solve_group"), (StreamedModel, "_load")], ids=["solve", "load"]
+    "where", [(quailora.pipeline.quantize, "solve_group"), (StreamedModel, "_load")], ids=["solve", "load"]
 )
 def test_out_of_memory_says_what_to_lower(
     where: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
