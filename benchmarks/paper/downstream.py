@@ -217,7 +217,7 @@ def read_model(checkpoint: Checkpoint, base: str, adapter: Path | None) -> Any:
         if (record := base_of(adapter)) is not None:
             if (quantization is None) != for_full_precision(record):
                 kind = "the full-precision weights" if for_full_precision(record) else "a quantized base"
-                raise MismatchError(f"{adapter} was made for {kind}: on {base} its factors do harm")
+                raise MismatchError(f"{adapter} was made for {kind}: on {base} its factors make the model worse")
             loading(record, checkpoint, quantization, adapter)
     model = load(checkpoint, base)
     return model if adapter is None else _with_adapter(model, adapter)
