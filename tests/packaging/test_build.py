@@ -17,7 +17,8 @@ from setuptools._distutils.ccompiler import new_compiler
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, tiny
+from tests.integration import test_training
 
 # QUAILORA_EXT -> the module of setup.py, run up to its call of `setup`, and the arguments of that call
 RunSetup = Callable[[str], tuple[ModuleType, dict]]
@@ -318,3 +319,10 @@ def test_a_wheel_made_from_the_source_distribution_works(source: Path, tmp_path:
     where, total = run.stdout.split()
     assert Path(where).parent == tmp_path / "installed" / "quailora"
     assert total == "12"  # six values of the lower triangle, two tokens each
+    model = tiny.checkpoint(tmp_path / "model")
+    test_training.tokenizer().save_pretrained(model)
+    (tmp_path / "data.txt").write_text(" ".join(test_training.TEXTS))
+    options = ["--data", "data.txt", "--output", "initial", "--rank", "4", "--sequence-length", "16", "--samples", "8"]
+    init = [sys.executable, "-m", "quailora", "init", "model", *options, "--no-progress"]
+    subprocess.run(init, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert (tmp_path / "initial" / "adapter_model.safetensors").is_file()
