@@ -18,6 +18,7 @@ from peft import PeftModel
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quailora import ops
@@ -380,7 +381,8 @@ def _load_written(
     model = _load(source, device, dtype)
     stream = StreamedModel(source, torch.device("cpu"), dtype)
     for name in written.names:
-        model.get_submodule(name).weight.data = written.weight(name, stream).dequantize().to(device, dtype)
+        module, q = model.get_submodule(name), written.weight(name, stream).dequantize().to(device, dtype)
+        module.weight.data = q.T.contiguous() if isinstance(module, Conv1D) else q
     return model
 
 

@@ -129,6 +129,12 @@ def check_base(
     if "path" in base:
         _check_written(held, base, folder)
         return
+    loaded_from = recorded_base(plain)
+    if loaded_from is not None and "path" in loaded_from:
+        raise MismatchError(
+            f"{folder} was made for a base that is quantized as it is loaded, and the model is one that was written "
+            "with another adapter"
+        )
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint or plain.name_or_path, revision=base["revision"])
     checkpoint = as_recorded(checkpoint, base)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quailora.errors import AdapterError
+from quailora.errors import AdapterError, CheckpointError
 from quailora.files import LazyTensor, check_new_folder, new_folder, to_json, write_files, write_tensors
 from quailora.modeling.checkpoint import INDEX, Checkpoint
 from quailora.modeling.devices import without_torch_modes
@@ -58,9 +58,18 @@ def export(base: str | Path, output_dir: str | Path, *, format: str = METHOD) ->
     form = from_dict(record["base"]["quantization"])
     if not isinstance(form, GPTQ):
         raise AdapterError(f"{folder} is in {form.describe()}: only a base in GPTQ's format (--bits) is exported")
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise AdapterError(f"{output} is in the base's own folder: give another one")
     digests = record["base"].get("digests", {})
+    if not digests:
+        raise AdapterError(f"the {RECORD} of {folder} has no digests of its weights: it is not whole")
     written = QuantizedCheckpoint(folder, form, digests)
     source = written.checkpoint.loaded_with(record["base"].get("auto_class", CAUSAL_LM))
+    stems = {name.removesuffix(f".{_CODES}") for name in source.tensors if name.endswith(f".{_CODES}")}
+    if len(stems) != len(digests):
+        raise CheckpointError(
+            f"{folder} holds {len(stems)} quantized linears, and its record {len(digests)}: copy it anew"
+        )
     settings = checkpoint_config(form, _in_full_precision(source, form, set(digests)))
     with new_folder(output) as partial_output:
         for path in folder.iterdir():

@@ -165,6 +165,7 @@ def _fine_tunes(
 
     import torch
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     from quailora.adapters.skeleton import targeted_skeleton
     from quailora.memory.sizes import block_sizes
@@ -189,7 +190,11 @@ def _fine_tunes(
         plain: Any = model.get_base_model()
         modules = dict(plain.named_modules())
         quantized = {name.removesuffix(".base_layer") for name, module in modules.items() if is_quantized(module)}
-        ranks = {name: module.r["default"] for name, module in modules.items() if isinstance(module, LoraLayer)}
+        ranks = {
+            name: module.r["default"]
+            for name, module in modules.items()
+            if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)  # of fused experts
+        }
         if not rows:
             rows.append(memory(8 * dtype.itemsize, None, (), ranks))
         rows.append(memory(bits, from_config(quantization), quantized, ranks))

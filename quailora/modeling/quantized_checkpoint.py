@@ -46,6 +46,8 @@ class QuantizedCheckpoint:
             )
         if folder is None:
             return None
+        if "quantization" not in base:
+            raise AdapterError("base (--base) goes with an adapter that has a record of its base (quailora.json)")
         if not Path(folder).is_dir():
             raise CheckpointError(f"the base is not at {folder}: give its folder as base (--base)")
         return cls(folder, from_dict(base["quantization"]), base.get("digests", {}))

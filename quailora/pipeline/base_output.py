@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from quailora.adapters.merge import generation_config
 from quailora.calibration.tokenizer import load_tokenizer
-from quailora.errors import AdapterError
+from quailora.errors import AdapterError, QuailoraError
 from quailora.files import LazyTensor, check_new_folder, replaced, to_json, write_files, write_tensors, writing
 from quailora.modeling.checkpoint import INDEX, read_header
 from quailora.modeling.streamed_model import StreamedModel
+from quailora.pipeline.resume import locked
 from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.quantization.registry import is_quantized
 from quailora.reporting.model_card import base_card
@@ -27,7 +29,7 @@ from quailora.reporting.record import RECORD
 
 class BaseOutput:
     """The folder of a base while it is filled: `.NAME.quailora-base` beside NAME, which takes that name when it is
-    whole.
+    whole. It is this process's until `leave` or `publish`.
 
     One file of tensors for each block, and one for what is outside of them.
 
@@ -35,15 +37,32 @@ class BaseOutput:
         folder: where the base goes: absent or empty.
         stream: the full-precision model.
         quantized: the names of the linears that are quantized.
+        adapter: the folder of the adapter that it is made with; an unfinished base goes on only with that.
+        resume: whether another run's unfinished base is an error; else it is discarded.
+        keep: whether the run goes on, and what is written of it is kept.
+        published: whether the run has given the folder its name already, and died then.
 
     Raises:
         AdapterError: a base of this kind is not written; or a linear's weight is not a tensor of its own in the
             checkpoint, so that its quantized one has no name.
-        QuailoraError: the folder is not empty.
+        QuailoraError: the folder is not empty; or another run has an unfinished base there, or is at work on one.
     """
 
-    def __init__(self, folder: Path, stream: StreamedModel, base: QuantizedBase, quantized: Iterable[str]) -> None:
-        check_new_folder(folder)
+    def __init__(
+        self,
+        folder: Path,
+        stream: StreamedModel,
+        base: QuantizedBase,
+        quantized: Iterable[str],
+        *,
+        adapter: Path,
+        resume: bool = True,
+        keep: bool = True,
+        published: bool = False,
+    ) -> None:
+        self.published = published and (folder / RECORD).is_file()
+        if not self.published:
+            check_new_folder(folder)
         self.folder = folder.resolve()
         self._stream, self._base = stream, base
         self._partial = self.folder.parent / f".{self.folder.name}.quailora-base"
@@ -59,9 +78,36 @@ class BaseOutput:
                 )
             self._stems[name] = key.removesuffix(".weight")
 
-    def discard(self) -> None:
-        """Remove what an unfinished run has left."""
-        shutil.rmtree(self._partial, ignore_errors=True)
+        self._lock = ExitStack()
+        if not self.published:
+            self._open(str(adapter.resolve()), resume, keep)
+
+    def _open(self, adapter: str, resume: bool, keep: bool) -> None:
+        """Take the unfinished folder, and remove what a run that died left in it half written."""
+        with ExitStack() as held, writing(self.folder):
+            self._partial.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(self._partial))
+            owner = self._partial / _OWNER
+            if owner.is_file() and resume and (of := owner.read_text(encoding="utf-8")) != adapter:
+                raise QuailoraError(
+                    f"{self._partial} holds the unfinished base of a run that makes {of}: finish that run, give "
+                    "another base_output (--base-output), or discard it with resume=False (--no-resume)"
+                )
+            for path in self._partial.iterdir():
+                if path.is_file() and (not keep or path.name.startswith(".model-")):
+                    path.unlink()
+            owner.write_text(adapter, encoding="utf-8")
+            self._lock = held.pop_all()
+
+    def has(self, index: int) -> bool:
+        """Whether the block is written."""
+        return self.published or (self._partial / _shard(index)).is_file()
+
+    def leave(self) -> None:
+        """Let others have the folder, and remove it where it holds no block."""
+        with self._lock:
+            if not self.published and not any(self._partial.glob("model-block-*")):
+                shutil.rmtree(self._partial, ignore_errors=True)
 
     def write_block(self, index: int, quantized: Mapping[str, QuantizedWeight]) -> None:
         """Write the tensors of a block: the quantized ones given, and the others from the checkpoint."""
@@ -77,12 +123,12 @@ class BaseOutput:
     def complete(self, record: dict[str, Any]) -> None:
         """Write the rest: what is outside the blocks, configuration, tokenizer, index, model card and `record`."""
         source = self._stream.checkpoint
-        shards = {index: self._partial / _shard(index) for index in range(len(self._stream.blocks))}
         outside = set(source.tensors)
-        for index, path in shards.items():
-            block = self._stream.keys(f"{self._stream.blocks[index].name}.")
-            if path.exists():
-                outside -= set(block)
+        for index, block in enumerate(self._stream.blocks):
+            if self.has(index):
+                outside -= set(self._stream.keys(f"{block.name}."))
+        if missing := [stem for stem in self._stems.values() if f"{stem}.weight" in outside]:
+            raise QuailoraError(f"{self._partial} has lost the file with {missing[0]}: start the run again")
         self._write(_REST, self._from_checkpoint(outside))
         config = copy.deepcopy(source.config)
         config.quantization_config = self._settings
@@ -98,8 +144,9 @@ class BaseOutput:
 
     def publish(self) -> None:
         """Give the folder its name."""
-        with writing(self.folder):
+        with self._lock, writing(self.folder):
             check_new_folder(self.folder)
+            (self._partial / _OWNER).unlink()
             if self.folder.exists():
                 self.folder.rmdir()
             self._partial.replace(self.folder)
@@ -127,6 +174,20 @@ class BaseOutput:
                 write_tensors(unfinished, tensors)
 
 
+def check_apart(adapter: Path, base: Path) -> None:
+    """Raises AdapterError where one of the two output folders would be in the other, or in its unfinished one."""
+    one, other = (path.resolve() for path in (adapter, base))
+    hidden = [path.parent / f".{path.name}.quailora{end}" for path, end in ((one, ""), (other, "-base"))]
+    folders = [one, other, *hidden]
+    for mine in (one, other):
+        for theirs in folders:
+            if mine is not theirs and (mine == theirs or mine in theirs.parents or theirs in mine.parents):
+                raise AdapterError(
+                    f"the base's folder {base} (base_output, --base-output) and the adapter's, {adapter}, are in each "
+                    "other's way: give two that are apart"
+                )
+
+
 def quantized_linears(model: PeftModel, stream: StreamedModel) -> list[str]:
     """The linears of the blocks that the skeleton of a base has quantized."""
     plain: Any = model.get_base_model()
@@ -149,6 +210,7 @@ def partly(quantized: Collection[str], stream: StreamedModel) -> tuple[str, ...]
     return names if left else None
 
 
+_OWNER = ".adapter"  # in an unfinished folder: the folder of the adapter that it is made with
 _REST = "model-outside-blocks.safetensors"
 
 

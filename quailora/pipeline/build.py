@@ -21,7 +21,7 @@ from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.base_output import BaseOutput, partly, quantized_linears
+from quailora.pipeline.base_output import BaseOutput, check_apart, partly, quantized_linears
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
 from quailora.pipeline.quantize import CalibratedQ, GivenQ
@@ -117,9 +117,7 @@ def build_adapter(
     output = Path(output_dir)
     check_new_folder(output)
     if base_output is not None:
-        check_new_folder(Path(base_output))
-        if Path(base_output).resolve() == output.resolve():
-            raise AdapterError(f"base_output (--base-output) and the adapter's folder are both {output}: give two")
+        check_apart(output, Path(base_output))
     default = NEAREST if base_output is None else CALIBRATED
     rounds = RoundingConfig(rounding or default, rounding_damping, alternations)
     if base_output is None and rounds.rounding == CALIBRATED:
@@ -160,11 +158,22 @@ def build_adapter(
     record = make_record(source, dtype, form, solver_config, data, config, rounds, base_output)
     workspace = base = None
     if processes.is_main:
-        if base_output is not None:
-            base = BaseOutput(Path(base_output), stream, form, quantized)
         workspace = Workspace(output, _identity(run, record, batch_size), resume=resume)
-        if base is not None and not workspace.finished:
-            base.discard()
+        if base_output is not None:
+            try:
+                base = BaseOutput(
+                    Path(base_output),
+                    stream,
+                    form,
+                    quantized,
+                    adapter=output,
+                    resume=resume,
+                    keep=bool(workspace.finished),
+                    published=workspace.chosen.get("published", False),
+                )
+            except QuailoraError:
+                workspace.leave()
+                raise
     by_calibration = CalibratedQ(form, rounds, solver_config, run.stages)
     by_weights = GivenQ(lambda name, weight: form.quantize(weight), solver_config, run.stages)
 
@@ -184,7 +193,8 @@ def build_adapter(
         workspace.save_block(index, tensors, rows, {each.name: each.digest for each in solved if each.row is None})
 
     try:
-        finished, chosen = processes.broadcast((workspace.finished, workspace.chosen) if workspace else ([], {}))
+        whole = [i for i in workspace.finished if base is None or base.has(i)] if workspace else []
+        finished, chosen = processes.broadcast((whole, workspace.chosen if workspace else {}))
         plan = run.plan(chosen.get("batch_size", batch_size), timed=progress)
         if workspace:
             workspace.choose(batch_size=plan.batch_size)
@@ -209,7 +219,7 @@ def build_adapter(
                 *_more_damped(by_calibration.more_damped),
                 digests=workspace.digests,
             )
-            if base is not None:
+            if base is not None and not base.published:
                 with run.stages("write"):
                     base.complete(report.record)
             with workspace.finish() as folder, run.stages("write"):
@@ -220,18 +230,19 @@ def build_adapter(
                 save(model, folder, made | rest(model, stream, seed, made))
                 report.save(folder)
                 write_files(folder, {"README.md": model_card(report.record, report)})
-                if base is not None:
+                if base is not None and not base.published:
+                    workspace.choose(published=True)
                     base.publish()
     except KeyboardInterrupt as interruption:
-        raise KeyboardInterrupt(f"interrupted{_kept(workspace)}") from interruption
+        raise KeyboardInterrupt(f"interrupted{_kept(workspace, base)}") from interruption
     except QuailoraError as error:
-        kept = _kept(workspace)
+        kept = _kept(workspace, base)
         if isinstance(error, NotFiniteError) and dtype == torch.float16:
             anew = " with resume=False (--no-resume)" if kept else ""
             kept = f"; run it with dtype=torch.bfloat16 (--dtype bfloat16){anew}; in float16 it would fail again"
         raise type(error)(f"{error}{kept}") from error
     except Exception:
-        _kept(workspace)
+        _kept(workspace, base)
         raise
     return processes.broadcast(report)  # type: ignore[return-value]
 
@@ -257,7 +268,9 @@ def _shrunk(chosen: dict[str, Any], rank: int, finished: list[int]) -> dict[int,
     return {block: size for block, size in of_ranks[rank] if block <= max(finished, default=-1)} if of_ranks else {}
 
 
-def _kept(workspace: Workspace | None) -> str:
+def _kept(workspace: Workspace | None, base: BaseOutput | None) -> str:
+    if base is not None:
+        base.leave()
     kept = workspace.leave() if workspace else ""
     return f"; {kept}" if kept else ""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quailora import ops
 from quailora.calibration.gram import Gram
+from quailora.errors import CheckpointError
 from quailora.pipeline.stages import Stages
 from quailora.quantization.feedback import Curvature
 from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
@@ -84,7 +85,7 @@ class CalibratedQ:
             curvature = Curvature.of(h, self.rounding.damping)
             if curvature.damping > self.rounding.damping:
                 self.more_damped.update(dict.fromkeys(weights, curvature.damping))
-            quantized = {name: self._round(weight, curvature, h) for name, weight in weights.items()}
+            quantized = {name: self._round(name, weight, curvature, h) for name, weight in weights.items()}
         found = {name: Initialized(q, None) for name, q in quantized.items()}
         adapted = {name: weight for name, weight in weights.items() if name in ranks}
         for step in range(self.rounding.alternations + 1):
@@ -106,8 +107,11 @@ class CalibratedQ:
                 )
         return found
 
-    def _round(self, weight: Tensor, curvature: Curvature, h: Tensor) -> QuantizedWeight:
-        fed_back = self.base.calibrated(weight, curvature)
+    def _round(self, name: str, weight: Tensor, curvature: Curvature, h: Tensor) -> QuantizedWeight:
+        try:
+            fed_back = self.base.calibrated(weight, curvature)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
         nearest = self.base.calibrated(weight, curvature.without_feedback())
         return min(fed_back, nearest, key=lambda q: _energy(weight, q, h))
 

@@ -55,7 +55,7 @@ class Workspace:
         self._identity = json.loads(json.dumps(identity))  # as it is read again: no tuples
         with ExitStack() as held, writing(self.output):
             self.folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_locked(self.folder))
+            held.enter_context(locked(self.folder))
             if not resume:
                 for path in self.folder.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -176,7 +176,7 @@ _DISCARD = "discard it with resume=False (--no-resume)"
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """While it lasts, or until the process ends, no other process gets here with the same folder: that one gets a
     QuailoraError. (Windows has no such locks, and some network file systems have none.)"""
     if os.name != "posix":

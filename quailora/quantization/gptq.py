@@ -243,6 +243,8 @@ is wrong. Copy the folder.
 
     def _from_tensors(self, tensors: Mapping[str, Tensor], *, zeros_less_one: int, name: str) -> GPTQWeight:
         scales, top = tensors["scales"], (1 << self.bits) - 1
+        if tensors["qweight"].shape[0] % self.bits or tensors["qzeros"].shape[1] % self.bits:
+            raise CheckpointError(f"{name}: its codes are not packed in {self.bits} bits: is it a weight of this base?")
         groups, rows = scales.shape
         codes = unpack(tensors["qweight"], self.bits).T.contiguous()
         columns = codes.shape[1]

@@ -95,7 +95,8 @@ model = {auto_class}.from_pretrained({base["path"]!r}, dtype={base["dtype"]!r})
 model = PeftModel.from_pretrained(model, {folder!r}, is_trainable=True)
 ```
 
-If the base is moved, `base_model_name_or_path` in `adapter_config.json` has to follow.
+A base in GPTQ's format takes gptqmodel and optimum; its own card says how it is loaded. If the base is moved,
+`base_model_name_or_path` in `adapter_config.json` has to follow; `quailora merge` and `eval` take `--base`.
 """
 
 

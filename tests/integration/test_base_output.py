@@ -19,6 +19,7 @@ from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import StreamedModel
+from quailora.pipeline import base_output
 from quailora.quantization.registry import is_quantized, read
 from quailora.reporting.record import read_record
 from quailora.reporting.report import Report
@@ -132,6 +133,15 @@ def test_merge_and_eval_read_the_written_base(model: Path, tmp_path: Path) -> No
     assert comparison.adapted.kl < comparison.quantized.kl
 
 
+def test_eval_of_a_written_base_whose_linears_are_transposed(tmp_path: Path) -> None:
+    """GPT-2's Conv1D."""
+    checkpoint = tiny.checkpoint(tmp_path / "model", "gpt2", dtype=torch.bfloat16)
+    build(checkpoint, tmp_path, NF4)
+    data = load_calibration(tiny.sequences(seed=7), vocab_size=tiny.VOCABULARY)
+    comparison = compare(checkpoint, tmp_path / "start", data, device="cpu")
+    assert comparison.adapted is not None and comparison.adapted.kl < comparison.quantized.kl
+
+
 def test_a_base_that_has_moved_is_named_and_another_is_refused(model: Path, tmp_path: Path) -> None:
     build(model, tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
@@ -206,8 +216,18 @@ def test_a_run_that_died_goes_on_and_gives_the_same_base(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(model, tmp_path / "whole")
-    from quailora.pipeline import base_output
+    killed(monkeypatch, model, tmp_path)
+    assert not (tmp_path / "base").exists() and not (tmp_path / "start").exists()
+    with pytest.raises(QuailoraError, match=r"other settings.*alternations was 2 and is 1"):
+        build(model, tmp_path, alternations=1)
+    build(model, tmp_path)
+    for path in (tmp_path / "whole" / "base").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "base" / path.name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "base", "start"}
 
+
+def killed(monkeypatch: pytest.MonkeyPatch, model: Path, folder: Path, **settings: Any) -> None:
+    """A run that dies after its first block."""
     write = base_output.BaseOutput.write_block
 
     def dies(self: Any, index: int, quantized: Any) -> None:
@@ -215,17 +235,61 @@ def test_a_run_that_died_goes_on_and_gives_the_same_base(
             raise Stop
         write(self, index, quantized)
 
-    monkeypatch.setattr(base_output.BaseOutput, "write_block", dies)
-    with pytest.raises(Stop):
-        build(model, tmp_path)
-    assert not (tmp_path / "base").exists() and not (tmp_path / "start").exists()
-    monkeypatch.undo()
-    with pytest.raises(QuailoraError, match=r"other settings.*alternations was 2 and is 1"):
-        build(model, tmp_path, alternations=1)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(base_output.BaseOutput, "write_block", dies)
+        build(model, folder, **settings)
+
+
+def test_a_block_whose_file_was_lost_is_made_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(model, tmp_path / "whole")
+    killed(monkeypatch, model, tmp_path)
+    unfinished = tmp_path / ".base.quailora-base"
+    (unfinished / "model-block-0000.safetensors").unlink()
+    (unfinished / ".model-block-0001.safetensors.123").write_bytes(b"half of it")
     build(model, tmp_path)
+    names = {path.name for path in (tmp_path / "whole" / "base").iterdir()}
+    assert {path.name for path in (tmp_path / "base").iterdir()} == names
     for path in (tmp_path / "whole" / "base").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "base" / path.name).read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "base", "start"}
+
+
+def test_an_unfinished_base_of_another_adapter_is_not_taken(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(monkeypatch, model, tmp_path / "one", base_output=tmp_path / "base")
+    with pytest.raises(QuailoraError, match=r"unfinished base of a run that makes .*one/start"):
+        build(model, tmp_path / "other", base_output=tmp_path / "base")
+    assert not (tmp_path / "other" / "start").exists()
+    build(model, tmp_path / "other", base_output=tmp_path / "base", resume=False)
+    with pytest.raises(QuailoraError, match="is not empty"):
+        build(model, tmp_path / "one", base_output=tmp_path / "base")
+
+
+def test_a_run_that_died_between_its_two_folders_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = base_output.BaseOutput.publish
+
+    def dies(self: Any) -> None:
+        publish(self)
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(base_output.BaseOutput, "publish", dies)
+        build(model, tmp_path)
+    assert (tmp_path / "base").is_dir() and not (tmp_path / "start").exists()
+    build(model, tmp_path)
+    dense(model, tmp_path)  # every digest is right
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "start"}
+
+
+def test_a_weight_of_other_bits_is_refused(model: Path, tmp_path: Path) -> None:
+    build(model, tmp_path / "three")
+    build(model, tmp_path / "two", GPTQConfig(bits=2, group_size=32, desc_act=False))
+    with pytest.raises((CheckpointError, MismatchError), match=r"packed in 3 bits|is not the weight"):
+        quailora.merge(model, tmp_path / "three" / "start", tmp_path / "merged", base=tmp_path / "two" / "base")
 
 
 def test_what_cannot_be_is_refused_before_anything_is_read(model: Path, tmp_path: Path) -> None:
@@ -242,6 +306,8 @@ def test_what_cannot_be_is_refused_before_anything_is_read(model: Path, tmp_path
     fails("alternations.*at least 0", alternations=-1)
     fails("q_proj: its 64 inputs are not whole groups of 128: take group_size 64", GPTQConfig(bits=3, group_size=128))
     fails("desc_act=False", GPTQConfig(bits=3, group_size=32, desc_act=True))
+    for other in ("start", "start/base", ".", ".start.quailora"):
+        fails("in each other's way", base_output=tmp_path / other)
     with pytest.raises(QuailoraError, match="is not empty"):
         build(model, tmp_path, base_output=model)
 

@@ -220,6 +220,14 @@ def test_a_format_that_does_not_hold_the_model_is_named(tmp_path: Path) -> None:
     assert "NF4" in run.stdout and "int3" not in run.stdout.split("LoRA of")[0]
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_fused_experts_are_no_linears(family: str, tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path, family)
+    run = CliRunner().invoke(app, ["plan", str(folder), "--training", "--rank", "4", "--sequence-length", "32"])
+    assert run.exit_code == 0, run.output
+    assert "int3" in run.stdout
+
+
 def test_linears_that_a_format_does_not_hold_count_in_full(tmp_path: Path) -> None:
     """k_proj and v_proj, of 16 outputs, in GPTQ's format."""
     folder = tiny.checkpoint(tmp_path, "qwen2", dtype=torch.bfloat16, num_key_value_heads=1)
