@@ -381,7 +381,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(model: Path, tmp_path: Path) -> N
     with stopping_after(2, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         build(model, tmp_path / "out")
     kept = finished(tmp_path / "out")
-    with resume._locked(work(tmp_path / "out")):
+    with resume.locked(work(tmp_path / "out")):
         for go_on in (True, False):
             with pytest.raises(QuailoraError, match="another run is at work in"):
                 build(model, tmp_path / "out", resume=go_on)
@@ -408,7 +408,7 @@ def test_a_folder_that_goes_while_it_is_locked_still_belongs_to_the_other_run(tm
         with (
             mock.patch.object(fcntl, "flock", end),
             pytest.raises(QuailoraError, match="another run is at work in"),
-            resume._locked(folder),
+            resume.locked(folder),
         ):
             raise AssertionError("it was locked")
 
