@@ -115,6 +115,11 @@ class LazyTensor:
     dtype: torch.dtype
     read: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> LazyTensor:
+        """One that is in memory."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize

@@ -20,7 +20,7 @@ from quailora.modeling.devices import without_torch_modes
 from quailora.modeling.model_class import CAUSAL_LM
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import from_config, from_dict, from_module, is_quantized, read
-from quailora.quantization.verify import NEAREST, digest, verify
+from quailora.quantization.verify import CALIBRATED, NEAREST, digest, verify
 from quailora.reporting.record import RECORD, read_record
 
 
@@ -130,10 +130,11 @@ def check_base(
         _check_written(held, base, folder)
         return
     loaded_from = recorded_base(plain)
-    if loaded_from is not None and "path" in loaded_from:
+    calibrated = loaded_from is not None and loaded_from.get("rounding") == CALIBRATED
+    if calibrated and base.get("rounding", NEAREST) == NEAREST:
         raise MismatchError(
-            f"{folder} was made for a base that is quantized as it is loaded, and the model is one that was written "
-            "with another adapter"
+            f"{folder} was made for a base that is quantized as it is loaded, and the codes of this model were "
+            "chosen by calibration, with another adapter"
         )
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint or plain.name_or_path, revision=base["revision"])

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from quailora.errors import AdapterError, CheckpointError
 from quailora.files import LazyTensor, check_new_folder, new_folder, to_json, write_files, write_tensors
-from quailora.modeling.checkpoint import INDEX, Checkpoint
+from quailora.modeling.checkpoint import INDEX, Checkpoint, index_of
 from quailora.modeling.devices import without_torch_modes
 from quailora.modeling.model_class import CAUSAL_LM
 from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
@@ -75,16 +74,10 @@ def export(base: str | Path, output_dir: str | Path, *, format: str = METHOD) ->
         for path in folder.iterdir():
             if path.is_file() and path.name not in _OF_GPTQ and path.suffix != ".safetensors":
                 shutil.copyfile(path, partial_output / path.name)
-        weight_map: dict[str, str] = {}
-        size = 0
         for file in dict.fromkeys(entry.file for entry in source.tensors.values()):
-            tensors = _exported(written, form, file)
-            write_tensors(partial_output / file.name, tensors)
-            weight_map |= dict.fromkeys(tensors, file.name)
-            size += sum(tensor.nbytes for tensor in tensors.values())
+            write_tensors(partial_output / file.name, _exported(written, form, file))
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8")) | {"quantization_config": settings}
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        write_files(partial_output, {_CONFIG: to_json(config), INDEX: to_json(index)})
+        write_files(partial_output, {_CONFIG: to_json(config), INDEX: index_of(partial_output)})
 
 
 def _exported(written: QuantizedCheckpoint, form: GPTQ, file: Path) -> dict[str, LazyTensor]:
@@ -97,7 +90,7 @@ def _exported(written: QuantizedCheckpoint, form: GPTQ, file: Path) -> dict[str,
         if part == _CODES:
             weight: Any = written.stored(stem, stem)
             for new, tensor in packed(weight, form).items():
-                found[f"{stem}.{new}"] = LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
+                found[f"{stem}.{new}"] = LazyTensor.of(tensor)
         elif part not in TENSORS:
             found[name] = LazyTensor(entry.shape, entry.torch_dtype, entry.read)
     return found
@@ -115,7 +108,3 @@ def _in_full_precision(source: Checkpoint, form: GPTQ, quantized: set[str]) -> s
     }
     embeddings = {name for name, module in modules.items() if isinstance(module, nn.Embedding)}
     return (linears | stored) - quantized - embeddings
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from quailora.errors import CheckpointError
-from quailora.files import as_bytes
+from quailora.files import as_bytes, to_json
 from quailora.modeling.model_class import check_auto_class, default_auto_class
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -329,6 +329,14 @@ def read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
     for name, tensor in header.items():
         start, end = (8 + length + offset for offset in tensor["data_offsets"])
         yield name, TensorEntry(file, tensor["dtype"], tuple(tensor["shape"]), start, end, version)
+
+
+def index_of(folder: Path) -> str:
+    """The text of INDEX for the safetensors files in a folder."""
+    entries = {path.name: dict(read_header(path)) for path in sorted(folder.glob("*.safetensors"))}
+    size = sum(entry.nbytes for of_file in entries.values() for entry in of_file.values())
+    weight_map = {name: file for file, of_file in entries.items() for name in of_file}
+    return to_json({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

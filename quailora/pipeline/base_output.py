@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
 
 from quailora.adapters.merge import generation_config
 from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import AdapterError, QuailoraError
 from quailora.files import LazyTensor, check_new_folder, replaced, to_json, write_files, write_tensors, writing
-from quailora.modeling.checkpoint import INDEX, read_header
+from quailora.modeling.checkpoint import INDEX, index_of
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.resume import locked
 from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
@@ -117,7 +114,7 @@ class BaseOutput:
             stem = self._stems[name]
             del stored[f"{stem}.weight"]
             for part, tensor in self._base.tensors(weight, self._stream.dtype).items():
-                tensors[f"{stem}.{part}"] = LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
+                tensors[f"{stem}.{part}"] = LazyTensor.of(tensor)
         self._write(_shard(index), tensors | self._from_checkpoint(stored))
 
     def complete(self, record: dict[str, Any]) -> None:
@@ -139,7 +136,7 @@ class BaseOutput:
                 generation.save_pretrained(self._partial)
             if (tokenizer := load_tokenizer(source)) is not None:
                 tokenizer.save_pretrained(self._partial)
-            texts = {INDEX: self._index(), RECORD: to_json(record), "README.md": base_card(record)}
+            texts = {INDEX: index_of(self._partial), RECORD: to_json(record), "README.md": base_card(record)}
             write_files(self._partial, texts)
 
     def publish(self) -> None:
@@ -150,12 +147,6 @@ class BaseOutput:
             if self.folder.exists():
                 self.folder.rmdir()
             self._partial.replace(self.folder)
-
-    def _index(self) -> str:
-        checkpoint = {path: dict(read_header(path)) for path in sorted(self._partial.glob("model-*.safetensors"))}
-        size = sum(entry.nbytes for entries in checkpoint.values() for entry in entries.values())
-        weight_map = {name: path.name for path, entries in checkpoint.items() for name in entries}
-        return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
 
     def _from_checkpoint(self, keys: Iterable[str]) -> dict[str, LazyTensor]:
         """Tensors as the checkpoint holds them."""
@@ -216,7 +207,3 @@ _REST = "model-outside-blocks.safetensors"
 
 def _shard(index: int) -> str:
     return f"model-block-{index:04}.safetensors"
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

@@ -88,9 +88,7 @@ class CalibratedQ:
             quantized = {name: self._round(name, weight, curvature, h) for name, weight in weights.items()}
         found = {name: Initialized(q, None) for name, q in quantized.items()}
         adapted = {name: weight for name, weight in weights.items() if name in ranks}
-        for step in range(self.rounding.alternations + 1):
-            if not adapted:
-                break
+        for step in range(self.rounding.alternations + 1 if adapted else 0):
             if step > 0:
                 with self.stages("quantize"):
                     quantized = {name: self._round_rest(w, found[name], curvature) for name, w in adapted.items()}

@@ -6,8 +6,8 @@ This is OPTQ (GPTQ, arXiv 2210.17323), in the equivalent form of LDLQ (QuIP, arX
     H + λ · mean(diag H) · I = U D Uᵀ,    U unit upper triangular, D diagonal,
 
 column j is rounded to the nearest level of w_j + Σ_{i<j} e_i U_ij, where e = w - q are the errors so far. The damped
-objective is then Σ_j D_j ‖what rounding column j left‖²: D_j says how much an error in column j costs, and
-nothing needs the inverse of H. m and n are a linear's outputs and inputs.
+objective is then Σ_j D_j ‖what rounding column j left‖²: D_j says how much an error in column j costs. No inverse of H
+is needed. m and n are a linear's outputs and inputs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quailora import ops
+from quailora.errors import NotFiniteError, SolverError
 from quailora.ops.precision import exact_products
 
 BLOCK = 128  # columns that one call of `ops.quantize_columns` rounds; the errors of all before enter by one product
@@ -48,8 +49,13 @@ class Curvature:
 
     @classmethod
     def of(cls, gram: Tensor, damping: float) -> Self:
-        """From H (n, n) fp32, symmetric. An H of zeros has no preference: rounding is then to nearest."""
+        """From H (n, n) fp32, symmetric. An H of zeros has no preference: rounding is then to nearest.
+
+        Raises NotFiniteError for an H that is not finite, SolverError for one that no damping makes positive definite.
+        """
         mean = gram.diagonal().mean()
+        if not mean.isfinite():
+            raise NotFiniteError("gram holds values that are not finite: inputs overflow in their dtype")
         if mean <= 0:
             return cls.unknown(len(gram), gram.device)
         with exact_products(gram.device):
@@ -59,8 +65,10 @@ class Curvature:
                 damped = reversed_gram.clone()
                 damped.diagonal().add_(damping * mean)
                 lower, info = torch.linalg.cholesky_ex(damped)
-                if int(info) == 0 or damping >= _MOST_DAMPING:
+                if int(info) == 0:
                     break
+                if damping >= _MOST_DAMPING:
+                    raise SolverError(f"gram is not positive semi-definite: damping of {damping:g} does not make it so")
                 damping = max(damping, 1e-3) * _MORE_DAMPING
         factor = lower.flip(0, 1)
         scale = factor.diagonal().clone()
@@ -123,10 +131,8 @@ def round_with_feedback(
             within = min(group, stop - start)  # all columns of a block have one scale where a group is larger than it
             groups = slice(start // group, -(-stop // group))
             if curvature.factor is None:
-                feedback, factor = (
-                    torch.zeros_like(errors[:, start:stop]),
-                    torch.eye(stop - start, device=errors.device),
-                )
+                feedback = torch.zeros_like(errors[:, start:stop])
+                factor = torch.eye(stop - start, dtype=errors.dtype, device=errors.device)
             else:
                 feedback = errors[:, :start] @ curvature.factor[:start, start:stop]
                 factor = curvature.factor[start:stop, start:stop]

@@ -1,4 +1,4 @@
-"""A quantized base that is written besides its adapter: GPTQ's format, and bitsandbytes' with calibrated codes."""
+"""A quantized base that is written next to its adapter: GPTQ's format, and bitsandbytes' with calibrated codes."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
@@ -184,6 +184,22 @@ def test_calibrated_4_bits_load_through_transformers_and_bitsandbytes(
         quailora.check_base(
             AutoModelForCausalLM.from_pretrained(tmp_path / "nearest" / "base", device_map="cpu"), tmp_path / "start"
         )
+
+
+def test_an_adapter_of_a_base_that_is_quantized_as_it_loads_is_not_for_calibrated_codes(
+    model: Path, tmp_path: Path
+) -> None:
+    build(model, tmp_path, NF4)
+    build(model, tmp_path / "plain", NF4, base_output=None)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="cpu")
+    with pytest.raises(MismatchError, match="codes of this model were chosen by calibration"):
+        quailora.check_base(loaded, tmp_path / "plain" / "start")
+    # One that was initialized on the base itself is for it, though its record names no folder.
+    adapted = get_peft_model(loaded, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    report = quailora.initialize(adapted, tiny.sequences(), checkpoint=model, progress=False)
+    adapted.save_pretrained(tmp_path / "own")
+    report.save(tmp_path / "own")
+    quailora.check_base(adapted, tmp_path / "own", checkpoint=model)
 
 
 def test_nearest_rounding_written_is_what_transformers_quantizes(model: Path, tmp_path: Path) -> None:

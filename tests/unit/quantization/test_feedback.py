@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quailora.errors import NotFiniteError, SolverError
 from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.quantization.feedback import Curvature, round_with_feedback
 from quailora.quantization.gptq import GPTQ
@@ -99,6 +100,28 @@ def test_an_h_without_a_cholesky_factor_gets_more_damping() -> None:
     h[0, 0] = -0.5  # as no sum of x xᵀ is, but rounding may make something like it
     found = Curvature.of(h, 1e-3)
     assert found.damping > 1e-3 and found.factor is not None and found.factor.isfinite().all()
+
+
+def test_an_h_that_no_damping_mends_is_refused() -> None:
+    h = torch.eye(32)
+    h[:2, :2] = torch.tensor([[1.0, 100.0], [100.0, 1.0]])
+    with pytest.raises(SolverError, match="not positive semi-definite: damping of 10"):
+        Curvature.of(h, 0.1)
+    h[0, 0] = torch.inf
+    with pytest.raises(NotFiniteError, match="not finite"):
+        Curvature.of(h, 0.1)
+
+
+def test_the_callers_default_dtype_does_not_matter() -> None:
+    weight, curvature = 0.1 * random(32, 64), Curvature.of(correlated(64), 0.1)
+    base = GPTQ(3, 32)
+    expected = [base.calibrated(weight, curvature), base.quantize(weight)]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [base.calibrated(weight, Curvature.of(correlated(64).float(), 0.1)), base.quantize(weight)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[1].codes, expected[1].codes) and found[0].scales.dtype == torch.float16
 
 
 @pytest.mark.parametrize("method", ["nf4", "fp4"])
