@@ -17,16 +17,14 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.common import plots, tables
-from benchmarks.end_to_end import initialize, low_bits
+from benchmarks.end_to_end import initialize, low_bits, refine
 from benchmarks.kernels import gram, half, scaling
 from benchmarks.paper import claims
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "small"
-DOCUMENTS = (
-    ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("method.md", "performance.md", "results.md", "guides/bases.md")),
-)
+PAGES = ("method.md", "performance.md", "results.md", "guides/bases.md", "guides/refinement.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / page for page in PAGES))
 
 # Table -> the benchmark whose --json is kept in docs/results/speed, and what of it is shown.
 SPEEDS: dict[str, tuple[str, Callable[[tables.Record], str]]] = {
@@ -44,16 +42,17 @@ def _speed(benchmark: str, table: Callable[[tables.Record], str], results: Path)
     return f"{record['device']}, torch {record['torch']}:\n\n{table(record)}" if record else "Not run yet."
 
 
-def _low_bits(results: Path) -> str:
-    record = tables.read_json(results.parent / "low_bits.json")
-    return low_bits.table(record) if record else "Not run yet."
+def _of_record(name: str, table: Callable[[tables.Record], str], results: Path) -> str:
+    record = tables.read_json(results.parent / f"{name}.json")
+    return table(record) if record else "Not run yet."
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "circumstances": tables.circumstances,
     **{name: partial(tables.draw, name) for name in (*tables.TABLES, *tables.OF_RESULTS)},
     "claims": claims.table,
-    "low-bits": _low_bits,
+    "low-bits": partial(_of_record, "low_bits", low_bits.table),
+    "refine": partial(_of_record, "refine", refine.table),
     **{name: partial(_speed, *source) for name, source in SPEEDS.items()},
 }
 

@@ -105,9 +105,10 @@ def measure(
     targets: str | Sequence[str],
     budget: str,
     batch_size: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Initialize an adapter and discard it. Returns the bytes "measured" (the growth of peak resident memory),
-    "planned" and "budget", and the seconds of "stages"."""
+    """Initialize an adapter, with more `options` of `build_adapter`, and discard it. Returns the bytes "measured" (the
+    growth of peak resident memory), "planned" and "budget", and the seconds of "stages"."""
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     tokens = torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(0))
     targets = targets if isinstance(targets, str) else list(targets)
@@ -117,7 +118,14 @@ def measure(
         start = psutil.Process().memory_info().rss
         data = Calibration(tuple(tokens), "random tokens")
         report = quailora.build_adapter(
-            model, lora, data, Path(folder) / "adapter", memory_budget=budget, batch_size=batch_size, progress=False
+            model,
+            lora,
+            data,
+            Path(folder) / "adapter",
+            memory_budget=budget,
+            batch_size=batch_size,
+            progress=False,
+            **options,
         )
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
@@ -135,6 +143,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--refine", help="blocks, to refine them")
     parser.add_argument("--model", type=Path, help="folder of the model, which is kept there; by default it is deleted")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
@@ -149,7 +158,7 @@ def main() -> None:
         found = {}
         for budget in arguments.budget:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found[budget] = pool.apply(measure, (model, *settings, budget))
+                found[budget] = pool.apply(measure, (model, *settings, budget), {"refine": arguments.refine})
     finally:
         if temporary:
             shutil.rmtree(temporary)

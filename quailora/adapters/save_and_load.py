@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,18 @@ def take(model: PeftModel, targets: Iterable[Target]) -> dict[str, torch.Tensor]
             empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
             setattr(model.get_submodule(parent), leaf, empty)
     return taken
+
+
+def factors_of(
+    targets: Iterable[Target], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B of the targets that have them among an adapter's tensors, given by the names that PEFT saves."""
+    found = {}
+    for target in targets:
+        a, b = (tensors.get(f"{_PREFIX}{target.name}.lora_{side}.weight") for side in "AB")
+        if a is not None and b is not None:
+            found[target.name] = target.factors(a, b)
+    return found
 
 
 def rest(model: PeftModel, source: StreamedModel, seed: int, made: Collection[str]) -> dict[str, LazyTensor]:
@@ -121,6 +133,9 @@ def _allocate(layer: LoraLayer, adapter: str) -> None:
             embedding[adapter] = nn.Parameter(torch.empty_like(embedding[adapter], device="cpu"))
 
 
+_PREFIX = "base_model.model."
+
+
 def _saved_name(parameter: str) -> str:
     """The name that PEFT saves a parameter under."""
     return parameter.replace(".modules_to_save.default.", ".").replace(".default", "")
@@ -128,4 +143,4 @@ def _saved_name(parameter: str) -> str:
 
 def _base_name(key: str) -> str:
     """The base model's name of a tensor that PEFT saves besides the LoRA weights."""
-    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")

@@ -39,9 +39,8 @@ class Target:
     def assign(self, factors: LoraFactors, seed: int = 0) -> None:
         """Set lora_A and lora_B so that scaling * lora_B.weight @ lora_A.weight = A Bᵀ for any alpha, with the two
         balanced."""
-        root = self.scaling**0.5
         lora_a, lora_b = self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
-        down = factors.B.T / root
+        down, up = self.weights(factors.A, factors.B)
         if factors.effective_rank < self.rank:
             # If both factors are zero, neither has a gradient. Such a pair gets LoRA's default initialization, so that
             # it can learn.
@@ -50,9 +49,19 @@ class Target:
             start.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
             down[factors.effective_rank :] = start.to(down.device)
         fill(lora_a, "weight", down)
-        fill(lora_b, "weight", factors.A / root)
+        fill(lora_b, "weight", up)
         if getattr(lora_b, "bias", None) is not None:
             fill(lora_b, "bias", torch.zeros(self.base.out_features))
+
+    def weights(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """lora_A.weight (r, n) and lora_B.weight (m, r), from A (m, r) and B (n, r)."""
+        root = self.scaling**0.5
+        return b.T / root, a / root
+
+    def factors(self, lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inverse, in the dtype that the weights are saved in."""
+        root, dtype = self.scaling**0.5, self.layer.lora_A[self.adapter].get_parameter("weight").dtype
+        return lora_b.to(dtype).float() * root, (lora_a.to(dtype).float() * root).T.contiguous()
 
 
 def check_config(config: Any) -> LoraConfig:

@@ -24,6 +24,7 @@ from quailora.cli.options import (
     LoadedOption,
     MemoryOption,
     QuantOption,
+    RefineOption,
     RemoteOption,
     RevisionOption,
     SplitOption,
@@ -86,6 +87,11 @@ def init(
     alternations: Annotated[
         int | None, typer.Option(help="Of calibrated rounding: how often Q and the factors are found anew in turn.")
     ] = None,
+    refine: RefineOption = None,
+    refine_steps: Annotated[
+        int | None, typer.Option(help="Of --refine: steps of Adam for each block. Default: 48.")
+    ] = None,
+    refine_rate: Annotated[float | None, typer.Option(help="Of --refine: learning rate. Default: 1e-3.")] = None,
     quant: QuantOption = None,
     double_quant: DoubleOption = True,
     compute_dtype: ComputeOption = None,
@@ -125,6 +131,7 @@ def init(
     from quailora.pipeline import distributed
     from quailora.quantization.rounding import DEFAULT_ALTERNATIONS as ALTERNATIONS
     from quailora.quantization.rounding import DEFAULT_DAMPING as ROUNDING_DAMPING
+    from quailora.refinement.config import refinement_config
     from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
     # Checked first: a typo should not cost a download.
@@ -133,6 +140,7 @@ def init(
     if base_output is not None:
         check_new_folder(base_output)
     SolverConfig(solver, iterations, damping)
+    refinement_config(refine, refine_steps, refine_rate)
     if bits is not None and (quant is not None or compute_dtype is not None):
         given = "--compute-dtype" if quant is None else "--quant"
         raise QuailoraError(f"{given} is for bitsandbytes, and --bits for a base in GPTQ's format: leave one out")
@@ -174,6 +182,9 @@ def init(
             solver=solver,
             iterations=iterations,
             damping=damping,
+            refine=refine,
+            refine_steps=refine_steps,
+            refine_rate=refine_rate,
             samples=samples,
             sequence_length=sequence_length,
             split=split,

@@ -71,6 +71,13 @@ LoadedOption = Annotated[
         "values. Default: the checkpoint's dtype."
     ),
 ]
+RefineOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Train the factors further: blocks, those of each block together for its output in the quantized model. "
+        "Takes a second forward pass and, for each block, a few dozen steps of training. Default: not."
+    ),
+]
 RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 AutoClassOption = Annotated[
     AutoClass | None,

@@ -17,6 +17,7 @@ from quailora.cli.options import (
     LoadedOption,
     MemoryOption,
     QuantOption,
+    RefineOption,
     RemoteOption,
     RevisionOption,
     gptq_config,
@@ -66,6 +67,7 @@ def plan(
             help="Sequences in one forward pass. Default: about 8192 tokens; of a fine-tune, one sequence.", min=1
         ),
     ] = None,
+    refine: RefineOption = None,
     training: Annotated[
         bool, typer.Option("--training", help="Show what the fine-tune will hold on the device, by bits, not `init`.")
     ] = False,
@@ -101,12 +103,13 @@ def plan(
     from quailora.modeling.devices import default_device
     from quailora.modeling.streamed_model import StreamedModel
     from quailora.quantization.registry import from_config
+    from quailora.refinement.config import refinement_config
     from quailora.solvers.config import SolverConfig
 
-    settings = SolverConfig(solver, iterations)
-    if training and (quant is not None or host_memory_budget is not None):
-        given = "--host-memory-budget" if quant is None else "--quant"
-        raise QuailoraError(f"{given} is not for --training, which shows every format on one device: leave it out")
+    settings, refinement = SolverConfig(solver, iterations), refinement_config(refine, None, None)
+    given = {"--quant": quant, "--host-memory-budget": host_memory_budget, "--refine": refine}
+    if training and (others := [option for option, value in given.items() if value is not None]):
+        raise QuailoraError(f"{others[0]} is not for --training, which shows every format on one device: leave it out")
     memory = MemoryConfig(memory_budget, host_memory_budget, batch_size)  # checked first: a typo costs no download
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
     place = torch.device("cuda") if absent else default_device(device)
@@ -146,6 +149,7 @@ def plan(
         batch_size=memory.batch_size,
         device=place,
         timed=True,
+        refinement=refinement,
     )
     typer.echo(dumps(found.to_dict(), indent=2) if json else found.text())
 

@@ -7,8 +7,11 @@ For each block, a run has in memory, one phase after the other:
                the pass; activations of one micro-batch
     solve      weights and the H not used yet; quantized weights, E and the solver's thin matrices for one group of
                linears that share an input
+    refine     where blocks are refined: weights, every Q of the block, the factors with their gradients, Adam's moments
+               and the best so far, and what one micro-batch keeps for the backward pass
 
-and, before the first block, the embeddings. The hidden states of all tokens are kept too, in host memory or in a file.
+and, before the first block, the embeddings. The hidden states of all tokens are kept too, in host memory or in a file,
+and those of the quantized model beside them where blocks are refined.
 On a CPU, device and host share one memory and everything counts; on a GPU only what torch allocates there does.
 
 All of it is arithmetic on shapes, rounded up where shapes do not determine the size. Nothing is read or run.
@@ -29,8 +32,10 @@ from quailora import ops
 from quailora.errors import BudgetError, QuailoraError
 from quailora.memory.budget import about, describe_bytes, free_memory
 from quailora.memory.sizes import Base, BlockSizes, Device, activations, block_sizes, called_with, outside, solving
+from quailora.memory.training import refining
 from quailora.modeling.prefetch import STAGING_BYTES
 from quailora.modeling.streamed_model import StreamedModel
+from quailora.refinement.config import RefinementConfig
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.registry import SOLVERS
 
@@ -48,7 +53,7 @@ _LIBRARIES = {
 
 _READ_RATE = 2e9  # bytes per second: an NVMe disk, assumed
 
-_PHASES = ("embeddings", "load", "forward", "solve")
+_PHASES = ("embeddings", "load", "forward", "solve", "refine")
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Plan:
     passes: tuple[tuple[tuple[str, ...], ...], ...]  # by block: the linears whose H each pass accumulates
     parts: tuple[Part, ...]
     budget: int
-    flops: dict[str, int]  # "forward", "H", "solve"
+    flops: dict[str, int]  # "forward", "H", "solve", "refine"
     read: int  # bytes of weights
     seconds: float | None = None  # None: not estimated
 
@@ -139,6 +144,7 @@ def make_plan(
     held: int = 0,
     device: torch.device | None = None,
     timed: bool = False,
+    refinement: RefinementConfig | None = None,
 ) -> Plan:
     """The fastest plan whose peak is within the budget. No weight is read.
 
@@ -150,16 +156,20 @@ def make_plan(
     held: bytes of the budget that the process already uses.
     device: where the run will be, if not the device of `stream`; it need not be present.
     timed: measure how fast this device multiplies, and estimate the time.
+    refinement: how blocks are refined; the micro-batch is then at most a step of it, and half the data.
 
     Raises BudgetError if no plan fits, naming the smallest budget that would do and what needs it.
     """
-    planner = _Planner(stream, dict(targets), base, solver, samples, sequence_length, device or stream.device, held)
+    place = device or stream.device
+    planner = _Planner(stream, dict(targets), base, solver, samples, sequence_length, place, held, refinement)
     if memory_budget is None and planner.device.type == "cuda" and not torch.cuda.is_available():
         raise QuailoraError(
             "there is no CUDA device here, so its free memory is not known: give memory_budget (--memory-budget)"
         )
     budget = int(0.9 * free_memory(planner.device)) + held if memory_budget is None else memory_budget
-    batches = [min(batch_size, samples)] if batch_size else _batches(samples, sequence_length)
+    most = samples if refinement is None else max(1, samples // 2)
+    tokens = TOKENS_PER_BATCH if refinement is None else refinement.tokens
+    batches = [min(batch_size, most)] if batch_size else _batches(most, sequence_length, tokens)
     smallest: tuple[Plan, dict[str, str]] | None = None
     for states, prefetch, batch, passes in planner.preferences(batches, host_memory_budget):
         plan, blocks = planner.plan(states, prefetch, batch, passes, budget)
@@ -171,9 +181,9 @@ def make_plan(
     raise BudgetError(_too_little(*smallest, batch_size))
 
 
-def _batches(samples: int, length: int) -> list[int]:
-    """Sizes to consider: about 8192 tokens, halved repeatedly down to one sequence."""
-    sizes = [min(samples, max(1, TOKENS_PER_BATCH // length))]
+def _batches(samples: int, length: int, tokens: int = TOKENS_PER_BATCH) -> list[int]:
+    """Sizes to consider: about so many tokens, halved repeatedly down to one sequence."""
+    sizes = [min(samples, max(1, tokens // length))]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     return sizes
@@ -202,6 +212,7 @@ class _Planner:
     length: int
     device: torch.device
     held: int
+    refinement: RefinementConfig | None = None
 
     @cached_property
     def blocks(self) -> list[BlockSizes]:
@@ -235,14 +246,19 @@ class _Planner:
 
     @cached_property
     def hidden(self) -> int:
-        """Bytes of one token's hidden state."""
+        """Bytes of one token's hidden state in one stream."""
         config = self.stream.model.config.get_text_config(decoder=True)
         return config.hidden_size * self.stream.dtype.itemsize
+
+    @property
+    def streams(self) -> int:
+        """How many sets of hidden states there are."""
+        return 1 if self.refinement is None else 2
 
     def pinned_states(self, batch: int) -> int:
         """Bytes of all hidden states in pinned memory: torch rounds each batch up to a power of two."""
         of_one = batch * self.length * self.hidden
-        return ceil(self.samples / batch) * (1 << (of_one - 1).bit_length())
+        return self.streams * ceil(self.samples / batch) * (1 << (of_one - 1).bit_length())
 
     def plan(self, states: str, prefetch: bool, batch: int, passes: int, budget: int) -> tuple[Plan, dict[str, str]]:
         """The plan, and for each phase the block that needs most."""
@@ -289,6 +305,14 @@ class _Planner:
                     codes, workspace = solving(group, self.base, self.solver, self.on, turn is turns[-1])
                     taken = [("quantized weights", codes), ("E and the solver", workspace)]
                     phase("solve", name, *resident, *grams[place:], *taken)
+            if self.refinement is not None:
+                phase(
+                    "refine",
+                    name,
+                    *resident,
+                    *inward,
+                    *refining(block, self.stream, self.base, batch, self.length, self.on),
+                )
         parts = [part for _, _, made in found.values() for part in made]
         parts += self._throughout(states, batch, arguments, max(total for total, _, _ in found.values()))
         plan = Plan(
@@ -306,15 +330,15 @@ class _Planner:
 
     def _throughout(self, states: str, batch: int, arguments: int, most: int) -> Iterator[Part]:
         """What is in memory throughout."""
-        tokens = self.samples * self.length
+        tokens, hidden = self.samples * self.length, self.streams * self.hidden
         on_gpu = self.device.type == "cuda"
         beside = "host" if on_gpu else "device"  # the host's memory
         if states == "disk":
-            yield Part("hidden states", tokens * self.hidden, "disk", "all")
+            yield Part("hidden states", tokens * hidden, "disk", "all")
             if on_gpu:
                 yield Part("hidden states of two batches", 2 * batch * self.length * self.hidden, "host", "all")
         else:
-            size = self.pinned_states(batch) if on_gpu else tokens * self.hidden
+            size = self.pinned_states(batch) if on_gpu else tokens * hidden
             yield Part("hidden states", size, beside, "all")
             most += 0 if on_gpu else size
         yield Part("tokens and their mask", 9 * tokens, beside, "all")
@@ -337,6 +361,12 @@ class _Planner:
         # Two for each weight and token; in attention, four for each pair of tokens and channel.
         pairs = 4 * self.length * self.stream.model.config.get_text_config(decoder=True).hidden_size
         forward = [2 * block.multiplied + pairs for block in self.blocks]
+        depth = {}
+        if self.refinement is not None:
+            # A step is a forward pass, one back to the inputs, and the factors' part of both. And each token passes
+            # through the quantized block once.
+            steps = 3 * self.refinement.steps * max(self.refinement.tokens, self.length)
+            depth = {"refine": (steps + tokens) * sum(forward)}
         return {
             "forward": tokens * sum(of * len(turns) for of, turns in zip(forward, planned, strict=True)),
             # One triangle: n² per token.
@@ -345,6 +375,7 @@ class _Planner:
             "solve": sum(
                 w.outputs * w.inputs**2 + products * w.rank * (2 * w.outputs * w.inputs + w.inputs**2) for w in linears
             ),
+            **depth,
         }
 
     def seconds(self, plan: Plan) -> float | None:
@@ -355,10 +386,11 @@ class _Planner:
         # Plain PyTorch multiplies in fp32 for H, the extension in the dtype of the inputs.
         h_rate = rate if self.on.extension else exact_rate
         computing = plan.flops["forward"] / rate + plan.flops["H"] / h_rate + plan.flops["solve"] / exact_rate
+        computing += plan.flops.get("refine", 0) / rate
         reading = plan.read / _READ_RATE
         moved = 0.0
         if plan.states == "disk":
-            moved = 2 * len(self.blocks) * self.samples * self.length * self.hidden / _READ_RATE
+            moved = 2 * self.streams * len(self.blocks) * self.samples * self.length * self.hidden / _READ_RATE
         return (max(computing, reading) if plan.prefetch else computing + reading) + moved
 
 

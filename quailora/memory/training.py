@@ -16,7 +16,7 @@ Not counted: what allocators and libraries take besides, and images of vision-la
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import nn
 
-from quailora.memory.sizes import BlockSizes, unfused
+from quailora.memory.sizes import Base, BlockSizes, Device, unfused
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.modeling.transformers_internals import tied_weights
@@ -32,6 +32,10 @@ from quailora.quantization.protocol import QuantizedBase
 
 _FP32 = 4
 _MOMENTS = 8  # bytes of AdamW's two moments of a parameter, in fp32
+# Of A and B while a block is refined: the solver's and the copy that is trained, its gradient, Adam's two moments, the
+# best so far and what follows it, and copies in the model's dtype.
+_COPIES = 8
+_LOSS = 16  # bytes for each element of a block's output and its target, in the loss and its gradient
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,23 @@ def backward_row(
     scores = config.num_attention_heads * (((2 * size + _FP32) * length) if unfused(config, "cuda") else _FP32)
     experts = 3 * size * sizes.experts + 16 * sizes.scan
     return kept + adapted + 4 * _FP32 * config.hidden_size + scores + experts + _FP32 * widest
+
+
+def refining(
+    block: BlockSizes, stream: StreamedModel, base: Base, batch: int, length: int, on: Device
+) -> Iterator[tuple[str, int]]:
+    """Bytes that refining a block takes besides its weights, by what they are."""
+    tokens, size = batch * length, stream.dtype.itemsize
+    shapes = {w.name: (w.outputs, w.inputs) for w in block.linears}
+    ranks = {w.name: w.rank for w in block.linears if w.rank}
+    codes = sum(base.memory(w.outputs, w.inputs, on.device)[0] for w in block.linears)
+    largest = max((w.outputs * w.inputs for w in block.linears), default=0)
+    yield "quantized weights", codes + sum(size * m * n for m, n in shapes.values()) + _FP32 * largest
+    yield "factors, gradients and Adam", _COPIES * _FP32 * sum(w.rank * (w.outputs + w.inputs) for w in block.linears)
+    config: Any = stream.model.config.get_text_config(decoder=True)
+    row = backward_row(shapes, ranks, block, config, size, length) + _LOSS * config.hidden_size
+    copies = _FP32 * (block.largest + tokens * (block.widest + block.outputs)) if on.widened else 0
+    yield "activations and gradients", tokens * row + copies
 
 
 def training_table(rows: Sequence[Training], caption: str, budget: int | None = None) -> Table:

@@ -6,10 +6,14 @@ import copy
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import Tensor
 
 from quailora.adapters.merge import generation_config
 from quailora.calibration.tokenizer import load_tokenizer
@@ -100,6 +104,16 @@ class BaseOutput:
         """Whether the block is written."""
         return self.published or (self._partial / _shard(index)).is_file()
 
+    def read_block(self, index: int, names: Iterable[str]) -> dict[str, QuantizedWeight]:
+        """The quantized weights of a block that is written."""
+        folder = self.folder if self.published else self._partial
+        with safe_open(folder / _shard(index), framework="pt") as file:
+
+            def read(name: str, part: str) -> Tensor:
+                return file.get_tensor(f"{self._stems[name]}.{part}")
+
+            return {name: self._base.load(name, partial(read, name)) for name in names}
+
     def leave(self) -> None:
         """Let others have the folder, and remove it where it holds no block."""
         with self._lock:
@@ -184,6 +198,12 @@ def quantized_linears(model: PeftModel, stream: StreamedModel) -> list[str]:
     plain: Any = model.get_base_model()
     held = {name.removesuffix(".base_layer") for name, module in plain.named_modules() if is_quantized(module)}
     return [name for block in stream.blocks for name in block.linears() if name in held]
+
+
+def base_layer(model: PeftModel, name: str) -> Any:
+    """The linear of the base of that name, also where an adapter is on it."""
+    module: Any = model.get_base_model().get_submodule(name)
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def partly(quantized: Collection[str], stream: StreamedModel) -> tuple[str, ...] | None:

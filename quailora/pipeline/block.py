@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -75,17 +75,25 @@ class DeployedLinear:
     """The weight of a linear as the fine-tune has it: Q + A Bᵀ.
 
     Q: (m, n), in the dtype that the quantized linear computes in.
-    A, B: (m, r) and (n, r) fp32; they may require gradients.
+    A, B: (m, r) and (n, r) fp32; they may require gradients. None where no adapter is on the linear.
     """
 
     Q: Tensor
-    A: Tensor
-    B: Tensor
+    A: Tensor | None = None
+    B: Tensor | None = None
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x Qᵀ + bias + (x B) Aᵀ for x (..., n), with the casts of a quantized linear and of PEFT's LoRA layers."""
         base = multiply(x.to(self.Q.dtype), self.Q, None if bias is None else bias.to(self.Q.dtype)).to(x.dtype)
+        if self.A is None or self.B is None:
+            return base
         return (base + x.to(self.B.dtype) @ self.B @ self.A.T).to(x.dtype)
+
+    def computing_in(self, dtype: torch.dtype) -> DeployedLinear:
+        """The same with products of A and B in `dtype`, as autocast computes them; A and B keep their gradients."""
+        if self.A is None or self.B is None:
+            return self
+        return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
 
 
 @contextmanager

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quailora.adapters.save_and_load import check_can_be_saved, rest, save, take
+from quailora.adapters.save_and_load import check_can_be_saved, factors_of, rest, save, take
 from quailora.adapters.skeleton import targeted_skeleton
 from quailora.adapters.targets import check_config, find_targets
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
 from quailora.errors import AdapterError, NotFiniteError, QuailoraError
 from quailora.files import check_new_folder, write_files
 from quailora.memory.budget import MemoryConfig, Meter
+from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.base_output import BaseOutput, check_apart, partly, quantized_linears
+from quailora.pipeline.depth import Restored
 from quailora.pipeline.distributed import Processes
-from quailora.pipeline.loop import Solved
 from quailora.pipeline.quantize import CalibratedQ, GivenQ
 from quailora.pipeline.resume import Workspace
 from quailora.pipeline.setup import Run, enumerate_reasons
+from quailora.pipeline.solved import Solved
 from quailora.quantization.registry import Format, config_for, from_config
 from quailora.quantization.rounding import DEFAULT_ALTERNATIONS as ALTERNATIONS
 from quailora.quantization.rounding import DEFAULT_DAMPING as ROUNDING_DAMPING
 from quailora.quantization.rounding import RoundingConfig
 from quailora.quantization.verify import CALIBRATED, NEAREST
+from quailora.refinement.config import refinement_config
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import make_record
-from quailora.reporting.report import Report
+from quailora.reporting.report import BlockReport, Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
 RANK, ALPHA = 64, 16
@@ -52,6 +57,9 @@ def build_adapter(
     rounding: str | None = None,
     rounding_damping: float = ROUNDING_DAMPING,
     alternations: int = ALTERNATIONS,
+    refine: str | None = None,
+    refine_steps: int | None = None,
+    refine_rate: float | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     solver: str = "krylov",
     iterations: int | None = None,
@@ -87,6 +95,11 @@ def build_adapter(
         rounding: how the codes of a base that is written are chosen: "calibrated", for the layer's outputs, with the
             factors in turn, or "nearest". None is "calibrated" with a `base_output`.
         rounding_damping, alternations: of calibrated rounding; see `quailora.quantization.rounding.RoundingConfig`.
+        refine: "blocks" trains the factors of each block together, after they were found layer by layer, for the
+            output of the block on what the quantized blocks before it give; some of the data is held out, and what does
+            best on it is kept. None does not. It takes a second set of hidden states and a second forward pass, and a
+            few dozen steps of training for each block.
+        refine_steps, refine_rate: of Adam; see `quailora.refinement.config.RefinementConfig`.
         tokenizer: None takes the checkpoint's own.
         solver, iterations, damping: see `quailora.solve`.
         samples, sequence_length, seed: how much calibration data is taken, and the seed of the draw.
@@ -125,6 +138,7 @@ def build_adapter(
             "calibrated codes do not follow from the weights, so that their base has to be written: give base_output "
             "(--base-output)"
         )
+    refinement = refinement_config(refine, refine_steps, refine_rate)
     processes, solver_config = Processes(distributed), SolverConfig(solver, iterations, damping, seed)
     data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
     meter = Meter(default_device(device), MemoryConfig(memory_budget, host_memory_budget, batch_size))
@@ -149,13 +163,14 @@ def build_adapter(
         raise AdapterError(f"no quantized linear is targeted: {enumerate_reasons(left)}")
     check_can_be_saved(model, stream)
     data = read_calibration(source, calibration, data_config, tokenizer=tokenizer)
+    quantized = quantized_linears(model, stream)
     unadapted = None
     if base_output is not None:
-        quantized = quantized_linears(model, stream)
         form = form.of_modules(partly(quantized, stream))
+    if base_output is not None or refinement is not None:
         unadapted = sorted(set(quantized) - {target.name for target in targets})
-    run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted)
-    record = make_record(source, dtype, form, solver_config, data, config, rounds, base_output)
+    run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted, refinement)
+    record = make_record(source, dtype, form, solver_config, data, config, rounds, base_output, refinement)
     workspace = base = None
     if processes.is_main:
         workspace = Workspace(output, _identity(run, record, batch_size), resume=resume)
@@ -177,7 +192,7 @@ def build_adapter(
     by_calibration = CalibratedQ(form, rounds, solver_config, run.stages)
     by_weights = GivenQ(lambda name, weight: form.quantize(weight), solver_config, run.stages)
 
-    def finish(index: int, solved: list[Solved], shrunk: list[dict[int, int]]) -> None:
+    def finish(index: int, solved: list[Solved], shrunk: list[dict[int, int]], refined: BlockReport | None) -> None:
         assert workspace is not None, "only the main process has results"
         adapted = []
         for each in solved:
@@ -190,7 +205,20 @@ def build_adapter(
         if base is not None:
             base.write_block(index, {each.name: each.quantized for each in solved if each.quantized is not None})
         rows = [each.row for each in solved if each.row is not None]
-        workspace.save_block(index, tensors, rows, {each.name: each.digest for each in solved if each.row is None})
+        digests = {each.name: each.digest for each in solved if each.row is None}
+        workspace.save_block(index, tensors, rows, digests, refined)
+
+    def restore(index: int, linears: Mapping[str, nn.Module]) -> dict[str, Restored]:
+        assert workspace is not None
+        if index not in workspace.finished:  # it has no quantized linear
+            return {}
+        factors = factors_of(targets, workspace.block_tensors(index))
+        names = [name for name in quantized if name in linears]
+        if base is not None and rounds.rounding == CALIBRATED:
+            weights = base.read_block(index, names)
+        else:
+            weights = {name: form.quantize(linear_weight(linears[name])) for name in names}
+        return {name: (weights[name], *factors.get(name, (None, None))) for name in names}
 
     try:
         whole = [i for i in workspace.finished if base is None or base.has(i)] if workspace else []
@@ -203,6 +231,7 @@ def build_adapter(
             by_calibration if rounds.rounding == CALIBRATED else by_weights,
             finish,
             folder=output.resolve().parent,
+            restore=restore,
             finished=finished,
             known=workspace.layers if workspace else [],
             shrunk=_shrunk(chosen, processes.rank, finished),
@@ -218,6 +247,7 @@ def build_adapter(
                 *_resumed(finished),
                 *_more_damped(by_calibration.more_damped),
                 digests=workspace.digests,
+                blocks=workspace.blocks,
             )
             if base is not None and not base.published:
                 with run.stages("write"):
@@ -255,6 +285,7 @@ def _identity(run: Run, record: dict[str, Any], batch_size: int | None) -> dict[
         "solver": record["solver"],
         "targets": {target.name: [target.rank, target.scaling] for target in run.targets},
         "rounding": {name: record["base"].get(name) for name in ("rounding", "rounding_settings", "path")},
+        "refinement": record.get("refinement"),
         "batch_size": batch_size,
         "device": run.meter.device.type,
         "processes": run.processes.size,

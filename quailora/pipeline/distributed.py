@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
@@ -67,6 +68,20 @@ class Processes:
     def minimum(self, value: int) -> int:
         """The smallest value of any rank."""
         return min(self._all_gather(value))
+
+    def maximum(self, value: int) -> int:
+        """The largest value of any rank."""
+        return max(self._all_gather(value))
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each of these tensors, of one dtype, by its sum over all ranks: the same bits on each."""
+        if not self.distributed:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        with _other_rank_errors():
+            dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
     def all_reduce(self, grams: Mapping[str, Gram], device: torch.device) -> dict[str, Gram]:
         """The H of every linear over the tokens of all ranks, the same on each. Linears that shared an H still do.

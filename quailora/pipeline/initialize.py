@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.model_class import auto_class_of
 from quailora.modeling.streamed_model import StreamedModel
+from quailora.pipeline.base_output import base_layer, quantized_linears
 from quailora.pipeline.distributed import Processes
-from quailora.pipeline.loop import Solved
 from quailora.pipeline.quantize import GivenQ
 from quailora.pipeline.setup import Run, enumerate_reasons
+from quailora.pipeline.solved import Solved
 from quailora.quantization.protocol import QuantizedWeight
 from quailora.quantization.registry import from_module, read
 from quailora.quantization.verify import NEAREST, RELATED, verify
+from quailora.refinement.config import refinement_config
 from quailora.reporting.record import make_record
-from quailora.reporting.report import Report
+from quailora.reporting.report import BlockReport, Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
 
@@ -44,6 +47,9 @@ def initialize(
     solver: str = "krylov",
     iterations: int | None = None,
     damping: float = DEFAULT_DAMPING,
+    refine: str | None = None,
+    refine_steps: int | None = None,
+    refine_rate: float | None = None,
     samples: int = SAMPLES,
     sequence_length: int | None = None,
     split: str = "train",
@@ -82,6 +88,7 @@ def initialize(
         )
     if adapter not in peft_model.peft_config:
         raise AdapterError(f"the model has no adapter '{adapter}', only {', '.join(peft_model.peft_config)}")
+    refinement = refinement_config(refine, refine_steps, refine_rate)
     solver_config = SolverConfig(solver, iterations, damping, seed)
     data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
     config = check_config(peft_model.peft_config[adapter])
@@ -109,20 +116,22 @@ def initialize(
     form = from_module(targets[0].base, getattr(base_config, "quantization_config", None))
     known = recorded_base(peft_model.get_base_model()) or {}
     rounding = known.get("rounding", NEAREST)
-    run = Run(stream, targets, left, data, form, solver_config, meter, Processes())
-
     by_name = {target.name: target for target in targets}
+    unadapted = None
+    if refinement is not None:
+        unadapted = sorted(set(quantized_linears(peft_model, stream)) - set(by_name))
+    run = Run(stream, targets, left, data, form, solver_config, meter, Processes(), unadapted, refinement)
 
     def quantized_weight(name: str, weight: Tensor) -> QuantizedWeight:
-        target = by_name[name]
-        quantized = read(target.base).to(weight.device)  # a base may be spread over several devices
+        module = by_name[name].base if name in by_name else base_layer(peft_model, name)
+        quantized = read(module).to(weight.device)  # a base may be spread over several devices
         verify(
-            target.name,
+            name,
             quantized,
-            from_module(target.base),
+            from_module(module),
             lambda: weight,
             source.name,
-            recorded=known.get("digests", {}).get(target.name),
+            recorded=known.get("digests", {}).get(name),
             rounding=rounding,
             tolerance=RELATED,
             advice=f"; {_GIVE_THE_SAME}",
@@ -131,16 +140,22 @@ def initialize(
 
     plan = run.plan(batch_size, timed=progress)
     found: list[Solved] = []
+    blocks: list[BlockReport] = []
+
+    def finish(index: int, solved: list[Solved], shrunk: Any, refined: BlockReport | None) -> None:
+        found.extend(replace(each, quantized=None) for each in solved if each.factors is not None)
+        blocks.extend([refined] if refined is not None else [])
+
     with tempfile.TemporaryDirectory(prefix="quailora-") as folder:
         run.solve(
             plan,
             GivenQ(quantized_weight, solver_config, run.stages),
-            lambda index, solved, shrunk: found.extend(solved),
+            finish,
             folder=Path(folder),
             progress=progress,
         )
-    record = make_record(source, dtype, form, solver_config, data, config, rounding)
-    report = run.report(plan, [each.row for each in found if each.row is not None], record)
+    record = make_record(source, dtype, form, solver_config, data, config, rounding, refinement=refinement)
+    report = run.report(plan, [each.row for each in found if each.row is not None], record, blocks=blocks)
     for each in found:
         assert each.factors is not None
         by_name[each.name].assign(each.factors, seed)

@@ -1,9 +1,11 @@
 """The loop over the blocks, with one block in memory: H, Q, factors.
 
 for block in blocks:
-    grams = block.capture(linears, hidden)        # H of each distinct input; `hidden` moves on to the next block
+    grams = block.capture(linears, full)          # H of each distinct input; `full` moves on to the next block
     solved = solve(weights, grams)                # Q and the factors of every linear that a token reached
+    solved = refine(solved, quantized, full)      # where asked for
     finish(solved)
+    block.advance(quantized, solved)              # hidden states of the quantized blocks, where blocks are refined
 """
 
 from __future__ import annotations
@@ -30,30 +32,17 @@ from quailora.errors import QuailoraError
 from quailora.memory.planner import Plan
 from quailora.modeling.blocks import Block, linear_weight
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.block import BlockRun
+from quailora.pipeline.block import BlockRun, DeployedLinear
+from quailora.pipeline.depth import Depth, Streams
 from quailora.pipeline.distributed import Processes
-from quailora.pipeline.quantize import Initialized, QuantizeAndSolve
+from quailora.pipeline.quantize import QuantizeAndSolve
+from quailora.pipeline.solved import Solved, layer_report, unreached
 from quailora.pipeline.stages import Stages
-from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.quantization.verify import digest
 from quailora.reporting.progress import Progress
-from quailora.reporting.report import LayerReport
-from quailora.solvers.solve import LoraFactors
+from quailora.reporting.report import BlockReport
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class Solved:
-    """A linear that has its Q, which is kept if a base is written, and its factors if an adapter is on it; on the
-    CPU."""
-
-    name: str
-    digest: str
-    quantized: QuantizedWeight | None = None
-    target: Target | None = None
-    factors: LoraFactors | None = None
-    row: LayerReport | None = None
 
 
 @dataclass
@@ -61,23 +50,23 @@ class Loop:
     """What the loop over the blocks works with.
 
     initialize: finds Q and the factors of linears that share an input.
-    base: the base that will be written: every Q is kept, and linears that no token reached are rounded to nearest; None
-        keeps none.
-    finish: called with the index of a block, what was solved of it, and the `shrunk` of every rank; on the main process
-        only.
+    keep_q: whether every Q is kept, and linears that no token reached are rounded to nearest.
+    finish: called with the index of a block, what was solved of it, the `shrunk` of every rank, and how it was refined;
+        on the main process only.
     folder: where hidden states go if the plan has them on disk.
     trim: called where much memory was just freed; see `Meter.trim`.
     may_shrink: whether a device that runs out of memory may get smaller micro-batches than the plan's.
     shrunk: block -> the size of the micro-batches from it on, where this rank ran out of memory: in an earlier run that
         this one resumes, and in this one. The size decides bits, so what is there is repeated.
     notes: for the report; filled here.
+    depth: what refines blocks; None does not. It takes `keep_q`.
     """
 
     model: StreamedModel
     plan: Plan
     initialize: QuantizeAndSolve
-    base: QuantizedBase | None
-    finish: Callable[[int, list[Solved], list[dict[int, int]]], None]
+    keep_q: bool
+    finish: Callable[[int, list[Solved], list[dict[int, int]], BlockReport | None], None]
     processes: Processes
     progress: Progress
     stages: Stages
@@ -86,6 +75,7 @@ class Loop:
     may_shrink: bool
     shrunk: dict[int, int]
     notes: list[str]
+    depth: Depth | None = None
 
     def __post_init__(self) -> None:
         self._recorder = Calls(self.model)
@@ -106,8 +96,13 @@ class Loop:
             torch.no_grad(),
             torch.autocast(model.device.type, enabled=False),
             memory_errors(model.device, _SMALLER),
-            HiddenStates(model.device, self.folder if self.plan.states == "disk" else None) as states,
+            ExitStack() as stack,
         ):
+            folder = self.folder if self.plan.states == "disk" else None
+            full, *quantized = (
+                stack.enter_context(HiddenStates(model.device, folder)) for _ in range(1 if self.depth is None else 2)
+            )
+            states = Streams(full, *quantized)
             self._batches = list(batches)
             self._note_shrunk()
             if waiting:
@@ -120,7 +115,7 @@ class Loop:
             finally:
                 model.forget_prefetched()
 
-    def _embed(self, states: HiddenStates | None = None) -> None:
+    def _embed(self, states: Streams | None = None) -> None:
         """Record what each block is called with, by batch; `states` gets the hidden states that enter the first."""
         model = self.model
         self._calls.clear()
@@ -130,7 +125,7 @@ class Loop:
                 hidden, of_batch = self._recorder.record(batch)
                 self._calls.append(of_batch)
                 if states is not None:
-                    states[number] = hidden
+                    states.enter(number, hidden)
                 del hidden
         self.trim()
 
@@ -145,7 +140,7 @@ class Loop:
                 self.model.prefetch(_prefix(self.model.blocks[index + 1]))
             yield
 
-    def _forward(self, index: int, states: HiddenStates, step: Callable[[BlockRun], T]) -> T:
+    def _forward(self, index: int, states: Streams, step: Callable[[BlockRun], T], stage: str = "forward") -> T:
         """`step` of a block, which runs it over every batch.
 
         If the device runs out of memory before any hidden states have changed, the micro-batches are halved and the
@@ -162,14 +157,14 @@ class Loop:
                 calls=[of_batch[index] for of_batch in self._calls],
             )
             try:
-                with self.stages("forward"):
+                with self.stages(stage):
                     return step(run)
             except torch.OutOfMemoryError:
                 if not self.may_shrink or states.edits != edits or all(len(b.input_ids) == 1 for b in self._batches):
                     raise
             self._halve(index, states)
 
-    def _halve(self, index: int, states: HiddenStates) -> None:
+    def _halve(self, index: int, states: Streams) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         states.halve()
@@ -190,20 +185,26 @@ class Loop:
     def _largest_batch(self) -> int:
         return max((len(batch.input_ids) for batch in self._batches), default=0)
 
-    def _block(self, index: int, waiting: dict[str, Target | None], states: HiddenStates) -> None:
+    def _block(self, index: int, waiting: dict[str, Target | None], states: Streams) -> None:
         size = self.shrunk.get(index, math.inf)
         while self._largest_batch() > size:
             self._halve(index, states)
-        linears = {name: linear for name, linear in self.model.blocks[index].linears().items() if name in waiting}
+        every = self.model.blocks[index].linears()
+        linears = {name: linear for name, linear in every.items() if name in waiting}
         if not linears:
-            self._forward(index, states, lambda run: run.propagate(states))
+            self._forward(index, states, lambda run: run.propagate(states.full))
+            if self.depth is not None:
+                with self.stages("quantize"):
+                    deployed = self.depth.restored(index, every, self.model.device)
+                self._forward(index, states, partial(Depth.advance, linears=every, deployed=deployed, streams=states))
             return
+        targets = {name: waiting[name] for name in linears}
         solved: list[Solved] = []
         passes = self.plan.passes[index]
         for number, planned in enumerate(passes):
             last_pass = number == len(passes) - 1
             captured = {name: linears[name] for name in planned if name in linears}
-            capture = partial(BlockRun.capture, linears=captured, states=states, propagate=last_pass)
+            capture = partial(BlockRun.capture, linears=captured, states=states.full, propagate=last_pass)
             grams = self._forward(index, states, capture)
             self.trim()
             if self.processes.distributed:
@@ -211,16 +212,45 @@ class Loop:
                     grams = self.processes.all_reduce(grams, self.model.device)
             reached = {name: waiting.pop(name) for name in captured if name in grams}
             solved += self._solve(reached, linears, grams, overwrite=last_pass)
-        if self.base is not None and self.processes.is_main:
+        if self.keep_q and self.processes.is_main:
             with self.stages("quantize"):
-                solved += [_unreached(name, linears[name], self.base) for name in linears if name in waiting]
+                solved += [unreached(name, linears[name], self.initialize) for name in linears if name in waiting]
         for each in solved:
             if each.row is not None:
                 self.progress.layer(each.row)
+        refined = None
+        if self.depth is not None:
+            solved, deployed, refined = self._refine(index, solved, targets, linears, states)
         shrunk = self.processes.gather(self.shrunk)
-        if solved:
+        if solved and self.processes.is_main:
             with self.stages("write"):
-                self.finish(index, solved, shrunk)
+                self.finish(index, solved, shrunk, refined)
+        if self.depth is not None:
+            self._forward(index, states, partial(Depth.advance, linears=linears, deployed=deployed, streams=states))
+
+    def _refine(
+        self,
+        index: int,
+        solved: list[Solved],
+        targets: dict[str, Target | None],
+        linears: dict[str, nn.Module],
+        states: Streams,
+    ) -> tuple[list[Solved], dict[str, DeployedLinear], BlockReport | None]:
+        """What was solved with refined factors; the linears with them, as a run that resumes this one has them."""
+        assert self.depth is not None
+        everywhere = self.processes.broadcast([replace(each, target=None) for each in solved])
+        step = partial(
+            self.depth.refined,
+            name=self.model.blocks[index].name,
+            index=index,
+            solved=everywhere,
+            linears=linears,
+            streams=states,
+        )
+        found, deployed, report = self._forward(index, states, step, "refine")
+        self.trim()
+        refined = [replace(each, target=targets[each.name]) for each in found]
+        return refined, Depth.as_saved(deployed, targets), report
 
     def _solve(
         self, targets: dict[str, Target | None], linears: dict[str, nn.Module], grams: dict[str, Gram], overwrite: bool
@@ -251,11 +281,11 @@ class Loop:
         seconds = (perf_counter() - start) / sum(weight.numel() for weight in weights.values())
         solved = []
         for name, each in found.items():
-            quantized = None if self.base is None else each.quantized.to(_CPU)
+            quantized = each.quantized.to(_CPU) if self.keep_q else None
             factors, row = each.factors, None
             its_digest = digest(each.quantized)
             if factors is not None:
-                row = _row(name, each, gram.tokens, seconds * weights[name].numel(), its_digest)
+                row = layer_report(name, each, gram.tokens, seconds * weights[name].numel(), its_digest)
                 factors = replace(factors, A=factors.A.cpu(), B=factors.B.cpu())
             solved.append(Solved(name, its_digest, quantized, factors=factors, row=row))
         return solved
@@ -263,37 +293,6 @@ class Loop:
 
 def _prefix(block: Block) -> str:
     return f"{block.name}."
-
-
-def _row(name: str, found: Initialized, tokens: int, seconds: float, digest: str) -> LayerReport:
-    factors = found.factors
-    assert factors is not None
-
-    def per_token(objective: float) -> float:
-        return math.sqrt(2 * objective / tokens)
-
-    return LayerReport(
-        name=name,
-        outputs=len(factors.A),
-        inputs=len(factors.B),
-        rank=factors.A.shape[1],
-        tokens=tokens,
-        weight_error=factors.error_norm,
-        weight_error_after=factors.residual_norm,
-        output_error=per_token(factors.initial),
-        output_error_after=per_token(factors.objective),
-        jitter=factors.jitter,
-        seconds=seconds,
-        digest=digest,
-        alternations=[
-            [per_token(before), per_token(after)] for before, after in zip(found.before, found.after, strict=True)
-        ],
-    )
-
-
-def _unreached(name: str, linear: nn.Module, base: QuantizedBase) -> Solved:
-    quantized = base.quantize(linear_weight(linear)).to(_CPU)
-    return Solved(name, digest(quantized), quantized)
 
 
 _CPU = torch.device("cpu")

@@ -45,6 +45,9 @@ class QuantizeAndSolve(Protocol):
         self, weights: Mapping[str, Tensor], ranks: Mapping[str, int], gram: Gram, *, overwrite: bool
     ) -> dict[str, Initialized]: ...
 
+    def quantized(self, name: str, weight: Tensor) -> QuantizedWeight:
+        """Q of a linear whose inputs are not known."""
+
 
 @dataclass(frozen=True)
 class GivenQ:
@@ -62,6 +65,9 @@ class GivenQ:
         with self.stages("solve"):
             factors = solve(weights, quantized, ranks, gram, self.solver, overwrite=overwrite)
         return {name: Initialized(quantized[name], factors.get(name)) for name in weights}
+
+    def quantized(self, name: str, weight: Tensor) -> QuantizedWeight:
+        return self.quantized_weight(name, weight)
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,9 @@ class CalibratedQ:
                     (*known.after, of_one.objective),
                 )
         return found
+
+    def quantized(self, name: str, weight: Tensor) -> QuantizedWeight:
+        return self.base.quantize(weight)
 
     def _round(self, name: str, weight: Tensor, curvature: Curvature, h: Tensor) -> QuantizedWeight:
         try:

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quailora.errors import QuailoraError
 from quailora.files import LazyTensor, check_new_folder, replaced, to_json, writing
 from quailora.modeling.checkpoint import DTYPES
-from quailora.reporting.report import LayerReport
+from quailora.reporting.report import BlockReport, LayerReport
 
 _BLOCK = re.compile(r"block-(\d+)\.safetensors")
 
@@ -65,9 +65,9 @@ class Workspace:
                 self.chosen = known["chosen"]
             self._rows: dict[int, list[LayerReport]] = {}
             self._digests: dict[str, str] = {}
-            for index, rows, digests in self._read_blocks():
-                self._rows[index] = rows
-                self._digests |= digests
+            self._blocks: dict[int, BlockReport] = {}
+            for found in self._read_blocks():
+                self._remember(*found)
             self._lock = held.pop_all()
 
     @property
@@ -79,6 +79,11 @@ class Workspace:
     def layers(self) -> list[LayerReport]:
         """The rows of the report of all finished blocks."""
         return [row for index in self.finished for row in self._rows[index]]
+
+    @property
+    def blocks(self) -> list[BlockReport]:
+        """The rows of the report of all refined blocks."""
+        return [self._blocks[index] for index in sorted(self._blocks)]
 
     @property
     def digests(self) -> dict[str, str]:
@@ -97,14 +102,23 @@ class Workspace:
         tensors: dict[str, Tensor],
         rows: list[LayerReport],
         digests: Mapping[str, str] | None = None,
+        refined: BlockReport | None = None,
     ) -> None:
         """Keep what a block has: from now on it is finished. digests: of its linears that no adapter is on."""
         path = self.folder / f"block-{index:04}.safetensors"
-        kept = {"layers": json.dumps([asdict(row) for row in rows]), "digests": json.dumps(dict(digests or {}))}
+        values = {
+            "layers": [asdict(row) for row in rows],
+            "digests": dict(digests or {}),
+            "refined": asdict(refined) if refined else None,
+        }
+        kept = {name: json.dumps(value) for name, value in values.items()}
         with writing(path, f"block {index} could not be kept"), replaced(path) as partial:
             save_file(tensors, partial, metadata=kept)
-        self._rows[index] = rows
-        self._digests |= digests or {}
+        self._remember(index, rows, digests or {}, refined)
+
+    def block_tensors(self, index: int) -> dict[str, Tensor]:
+        """The adapter's tensors of a finished block."""
+        return load_file(self.folder / f"block-{index:04}.safetensors")
 
     def tensors(self) -> dict[str, LazyTensor]:
         """The adapter's tensors of all finished blocks."""
@@ -159,15 +173,26 @@ class Workspace:
                 f"same again, or {_DISCARD}"
             )
 
-    def _read_blocks(self) -> Iterator[tuple[int, list[LayerReport], dict[str, str]]]:
+    def _remember(
+        self, index: int, rows: list[LayerReport], digests: Mapping[str, str], refined: BlockReport | None
+    ) -> None:
+        self._rows[index] = rows
+        self._digests |= digests
+        if refined is not None:
+            self._blocks[index] = refined
+
+    def _read_blocks(self) -> Iterator[tuple[int, list[LayerReport], dict[str, str], BlockReport | None]]:
         for path in sorted(self.folder.iterdir()):
             if path.name.startswith(".block-") or path.name.startswith(".run.json"):
                 path.unlink()  # somebody died while writing it
             elif match := _BLOCK.fullmatch(path.name):
                 try:
                     with safe_open(path, framework="pt") as file:
-                        rows, digests = (json.loads(file.metadata()[name]) for name in ("layers", "digests"))
-                    yield int(match[1]), [LayerReport(**row) for row in rows], digests
+                        rows, digests, refined = (
+                            json.loads(file.metadata()[name]) for name in ("layers", "digests", "refined")
+                        )
+                    block = BlockReport(**refined) if refined else None
+                    yield int(match[1]), [LayerReport(**row) for row in rows], digests, block
                 except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
                     raise QuailoraError(f"{path} is damaged ({error}): {_DISCARD}") from error
 

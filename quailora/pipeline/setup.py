@@ -13,17 +13,20 @@ from torch import nn
 from quailora import ops
 from quailora.adapters.targets import Target
 from quailora.calibration.data import Calibration
-from quailora.errors import AdapterError
+from quailora.errors import AdapterError, CalibrationError
 from quailora.memory.budget import Meter
 from quailora.memory.planner import TOKENS_PER_BATCH, Plan, make_plan
 from quailora.modeling.streamed_model import StreamedModel
+from quailora.pipeline.depth import Depth, Restored
 from quailora.pipeline.distributed import Processes
-from quailora.pipeline.loop import Loop, Solved
+from quailora.pipeline.loop import Loop
 from quailora.pipeline.quantize import QuantizeAndSolve
+from quailora.pipeline.solved import Solved
 from quailora.pipeline.stages import Stages
 from quailora.quantization.protocol import QuantizedBase
+from quailora.refinement.config import RefinementConfig
 from quailora.reporting.progress import Progress
-from quailora.reporting.report import LayerReport, Report
+from quailora.reporting.report import BlockReport, LayerReport, Report
 from quailora.solvers.config import SolverConfig
 
 
@@ -34,7 +37,11 @@ class Run:
     stream: the full-precision model; W comes in its dtype.
     targets, left: the linears to find factors for, and the other adapted modules with the reason for each.
     form: how the base is quantized.
-    unadapted: the linears that no adapter is on and that are quantized all the same, where a base is written.
+    unadapted: the linears that no adapter is on and that are quantized all the same, where a base is written or blocks
+        are refined.
+    refinement: how blocks are refined; None does not.
+
+    Raises CalibrationError where there is too little data to hold some out.
     """
 
     stream: StreamedModel
@@ -46,8 +53,17 @@ class Run:
     meter: Meter
     processes: Processes
     unadapted: Sequence[str] | None = None
+    refinement: RefinementConfig | None = None
     stages: Stages = field(default_factory=Stages)
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.refinement is not None and len(self.data) < 2 * self.processes.size:
+            of_each = "" if self.processes.size == 1 else f" for each of {self.processes.size} processes"
+            raise CalibrationError(
+                f"refine (--refine) holds some of the data out, so it takes at least 2 sequences{of_each}: "
+                f"{self.data.source} has {len(self.data)}; give more, or lower sequence_length (--sequence-length)"
+            )
 
     def plan(self, batch_size: int | None, *, timed: bool = False) -> Plan:
         """The fastest plan within the budget, the same on every process; if `timed`, with an estimate of the time.
@@ -63,7 +79,8 @@ class Run:
             memory_budget=processes.minimum(meter.budget),
             host_memory_budget=processes.minimum(meter.host_budget),
             batch_size=batch_size,
-            held=-processes.minimum(-meter.held()),
+            held=processes.maximum(meter.held()),
+            refinement=self.refinement,
             timed=timed and processes.is_main,
         )
         meter.expect(plan.peak)
@@ -73,24 +90,29 @@ class Run:
         self,
         plan: Plan,
         initialize: QuantizeAndSolve,
-        finish: Callable[[int, list[Solved], list[dict[int, int]]], None],
+        finish: Callable[[int, list[Solved], list[dict[int, int]], BlockReport | None], None],
         *,
         folder: Path,
+        restore: Callable[[int, Mapping[str, nn.Module]], Mapping[str, Restored]] = lambda index, linears: {},
         finished: Collection[int] = (),
         known: Sequence[LayerReport] = (),
         shrunk: Mapping[int, int] | None = None,
         progress: bool = True,
     ) -> None:
-        """Run the loop over all blocks but those in `finished`, whose rows of the report are `known`; see `Loop`."""
+        """Run the loop over all blocks but those in `finished`, whose rows of the report are `known`; see `Loop`, and
+        `Depth` for `restore`."""
         with ExitStack() as stack:
             shown = progress and self.processes.is_main
+            depth = None
+            if self.refinement is not None:
+                depth = Depth(self.refinement, self.solver.seed, self.processes, restore)
             bar = stack.enter_context(Progress(enabled=shown, finished=finished, layers=known, estimate=plan.seconds))
             stack.enter_context(self.meter)
             loop = Loop(
                 model=self.stream,
                 plan=plan,
                 initialize=initialize,
-                base=None if self.unadapted is None else self.form,
+                keep_q=self.unadapted is not None,
                 finish=finish,
                 processes=self.processes,
                 progress=bar,
@@ -100,6 +122,7 @@ class Run:
                 may_shrink=self.meter.config.batch_size is None,
                 shrunk=dict(shrunk or {}),
                 notes=self.notes,
+                depth=depth,
             )
             targets = dict.fromkeys(self.unadapted or ()) | {target.name: target for target in self.targets}
             loop.run(targets, list(self.processes.shard(self.data).batches(plan.batch_size)), finished)
@@ -111,6 +134,7 @@ class Run:
         record: dict[str, Any],
         *notes: str,
         digests: Mapping[str, str] | None = None,
+        blocks: Sequence[BlockReport] = (),
     ) -> Report:
         """What was done.
 
@@ -119,8 +143,16 @@ class Run:
         """
         left = self.left | _unreached(self.targets, layers, self.stream)
         base = record["base"] | {"digests": {row.name: row.digest for row in layers} | dict(digests or {})}
-        every = [*_notes(self.stream, self.data, layers), *self.notes, *notes]
-        return Report(layers, left, every, record | {"base": base}, self.stages.seconds, self.meter.figures(plan.peak))
+        every = [*_notes(self.stream, self.data, layers), *self.notes, *_stopped(blocks), *notes]
+        figures = self.meter.figures(plan.peak)
+        return Report(layers, left, every, record | {"base": base}, self.stages.seconds, figures, list(blocks))
+
+
+def _stopped(blocks: Sequence[BlockReport]) -> list[str]:
+    def kept(row: BlockReport) -> str:
+        return f"those of step {row.steps}" if row.steps else "those found layer by layer"
+
+    return [f"{row.name}: {row.stopped}, and its factors are {kept(row)}" for row in blocks if row.stopped]
 
 
 def default_batch_size(calibration: Calibration) -> int:

@@ -44,7 +44,7 @@ This LoRA adapter has not been trained yet. It is initialized to reduce the erro
 linear layer, A and B minimize ‖(W - Q - A Bᵀ) X‖, where W is the full-precision weight, Q the quantized weight and X
 the layer's inputs on calibration data (QuAILoRA, [arXiv 2410.14713](https://arxiv.org/abs/2410.14713)).
 {len(report.layers)} linear layers were initialized, and {report.error_left:.1%} of their output error on that data is
-left (geometric mean). `report.md` lists every layer.
+left (geometric mean). {_REFINED if report.blocks else ""}`report.md` lists every layer.
 
 {settings_table(record)}
 
@@ -63,6 +63,10 @@ before or after training, use
 - `quailora convert`, which turns what training learned into an adapter for the full-precision weights. It needs this
   folder as it is now, so keep a copy before you train.
 """
+
+
+_REFINED = """Then the factors of each block were trained together, on that data, for the output of the block in the
+quantized model. """
 
 
 def _loading(base: dict[str, Any], auto_class: str, arguments: str, folder: str) -> str:

@@ -20,6 +20,7 @@ from quailora.quantization.protocol import QuantizedBase
 from quailora.quantization.registry import LIBRARIES, from_dict
 from quailora.quantization.rounding import RoundingConfig
 from quailora.quantization.verify import CALIBRATED, NEAREST
+from quailora.refinement.config import RefinementConfig
 from quailora.reporting import markdown
 from quailora.solvers.config import SolverConfig
 
@@ -37,11 +38,13 @@ def make_record(
     config: LoraConfig,
     rounding: RoundingConfig | str = NEAREST,
     base_output: str | Path | None = None,
+    refinement: RefinementConfig | None = None,
 ) -> dict[str, Any]:
     """The record as plain JSON.
 
     dtype: what the weights of the base are loaded as before they are quantized.
     rounding: how the codes of the base were chosen.
+    refinement: how factors were refined.
     base_output: the folder that the base is written to, where it is; the adapter loads it from there.
     """
     given = rounding if quantization.nearest else CALIBRATED  # of a base that was found
@@ -49,7 +52,7 @@ def make_record(
     written: dict[str, Any] = {} if base_output is None else {"path": str(Path(base_output).resolve())}
     if isinstance(rounding, RoundingConfig) and chosen == CALIBRATED:
         written["rounding_settings"] = {"damping": rounding.damping, "alternations": rounding.alternations}
-    return {
+    return ({} if refinement is None else {"refinement": asdict(refinement)}) | {
         "quailora": quailora.__version__,
         "base": {
             "checkpoint": checkpoint.name,
@@ -109,6 +112,7 @@ def settings_table(record: dict[str, Any]) -> str:
         "quantization": from_dict(base["quantization"]).describe(),
         "LoRA": markdown.pairs(lora),
         "solver": f"{solver['name']}{iterations}, damping {solver['damping']:g}, seed {solver['seed']}",
+        **({"refinement": markdown.pairs(record["refinement"])} if "refinement" in record else {}),
         "calibration data": f"{calibration['source']}: {calibration['tokens']} tokens in {calibration['samples']} "
         f"sequences of at most {calibration['sequence_length']}, seed {calibration['seed']}",
         "made with": markdown.pairs({"quailora": record["quailora"]} | record["versions"]),

@@ -44,16 +44,31 @@ class LayerReport:
         return self.name.rpartition(".")[2]
 
 
+@dataclass(frozen=True)
+class BlockReport:
+    """A block whose factors were refined. Errors are root mean squares of ‖f̂(x̂) - f(x)‖ / ‖f(x)‖ over held-out tokens:
+    the output of the deployed block on what the quantized blocks before it give, against the full-precision model."""
+
+    name: str
+    tokens: int  # held-out
+    error: float  # with the factors found layer by layer
+    error_after: float  # with those that were kept
+    steps: int  # after which they were taken; 0 where none did better
+    stopped: str  # why refinement could not go on; "" if it could
+    seconds: float
+
+
 @dataclass
 class Report:
     """What a run did.
 
-    layers: the linear layers that were initialized.
+    layers: the linear layers that were initialized; where blocks were refined, as they were before.
     left: the targeted modules left at LoRA's default initialization, each with the reason.
     notes: what else the user should know.
     record: what the adapter was made for and how, as plain JSON. See `quailora.reporting.record.make_record`.
     stages: seconds spent in each stage.
     memory: bytes: the budget, the planned peak and the measured peak.
+    blocks: the blocks that were refined.
     """
 
     layers: list[LayerReport]
@@ -62,6 +77,7 @@ class Report:
     record: dict[str, Any]
     stages: dict[str, float]
     memory: dict[str, int] = field(default_factory=dict)
+    blocks: list[BlockReport] = field(default_factory=list)
 
     @property
     def error_left(self) -> float:
@@ -112,6 +128,17 @@ class Report:
             {"stage": name, "time": markdown.duration(spent), "share": f"{spent / (self.seconds or 1):.0%}"}
             for name, spent in (self.stages | {"all": self.seconds}).items()
         ]
+        by_block = [
+            {
+                "block": x.name,
+                "held-out tokens": x.tokens,
+                "error": x.error,
+                "after": x.error_after,
+                "steps": x.steps,
+                "seconds": x.seconds,
+            }
+            for x in self.blocks
+        ]
         left = [f"- {why}: {', '.join(names)}" for why, names in _by_reason(self.left).items()]
         parts = [
             "# QuAILoRA report",
@@ -122,6 +149,7 @@ class Report:
             markdown.table(by_kind),
             "## Every layer",
             markdown.table(by_layer),
+            *(["## Blocks, refined", _REFINED, markdown.table(by_block)] if by_block else []),
             *(["## Left at the LoRA default", "\n".join(left)] if left else []),
             *(["## Notes", "\n".join(f"- {note}" for note in self.notes)] if self.notes else []),
             "## Time",
@@ -148,9 +176,13 @@ class Report:
 
     def _headline(self) -> str:
         left = _left(self.layers)
+        refined = ""
+        if self.blocks:
+            share = _geometric_mean([x.error_after / x.error for x in self.blocks if x.error > 0])
+            refined = f". {len(self.blocks)} blocks refined; {share:.1%} of their error on held-out tokens is left"
         return (
             f"{len(self.layers)} linear layers initialized; {left} of their output error on the calibration tokens is "
-            "left (geometric mean)"
+            f"left (geometric mean){refined}"
         )
 
     def save(self, folder: str | Path) -> None:
@@ -174,14 +206,25 @@ class Report:
         if values is None:
             raise AdapterError(f"{folder} has no {REPORT}: give a folder that quailora wrote")
         try:
-            return cls(**values | {"layers": [LayerReport(**layer) for layer in values["layers"]]})
+            layers = [LayerReport(**layer) for layer in values["layers"]]
+            blocks = [BlockReport(**block) for block in values.get("blocks", [])]
+            return cls(**values | {"layers": layers, "blocks": blocks})
         except (TypeError, KeyError) as error:
             raise AdapterError(f"{path} is not a report that quailora wrote: {error!r}") from error
 
 
+_REFINED = (
+    "Errors of a block's output are relative to that of the full-precision model, root mean squares over held-out "
+    "tokens. The tables above have the factors as they were before."
+)
+
+
 def error_left(layers: Iterable[LayerReport]) -> float:
     """Geometric mean of output_error_after / output_error over the layers that have an output error; 1 if none has."""
-    ratios = [layer.output_error_after / layer.output_error for layer in layers if layer.output_error > 0]
+    return _geometric_mean([x.output_error_after / x.output_error for x in layers if x.output_error > 0])
+
+
+def _geometric_mean(ratios: list[float]) -> float:
     if 0.0 in ratios:
         return 0.0
     return math.exp(math.fsum(map(math.log, ratios)) / max(1, len(ratios)))

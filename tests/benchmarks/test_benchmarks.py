@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import quailora
 from benchmarks.common import timing
-from benchmarks.end_to_end import initialize
+from benchmarks.end_to_end import initialize, refine
 from benchmarks.kernels import gram, half, precision, scaling, solver
 from quailora import ops
 from quailora.calibration.gram import Gram
@@ -63,6 +63,31 @@ def test_what_is_kept_says_where_it_was_measured(tmp_path: Path) -> None:
     assert found.keys() == libraries | {"machine", "device", "bf16_products", "cores", "threads", "figure"}
     assert found["device"] == timing.describe(CPU)
     assert (found["quailora"], found["threads"]) == (quailora.__version__, torch.get_num_threads())
+
+
+# ---- refine.py
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 3])
+def test_refinement_is_measured_on_two_texts(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.checkpoint(tmp_path / "model")
+    for seed, name in enumerate(("calibrate", "measure", "other")):
+        rows = [json.dumps({"input_ids": sequence.tolist()}) for sequence in tiny.sequences(20, seed=seed)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    files = [tmp_path / f"{name}.jsonl" for name in ("calibrate", "measure", "other")]
+    output = tmp_path / "found.json"
+    arguments = [*files, "--model", model, "--bits", str(bits), "--work", tmp_path / "work", "--json", output]
+    run(refine.main, monkeypatch, *arguments)
+    first = json.loads(output.read_text())
+    names = ["none"] * (bits == 4) + ["layer by layer", "blocks"]
+    assert [row["factors"] for row in first["rows"]] == names
+    assert all(row["measure"][0] > 1 and row["other"][0] > 1 for row in first["rows"])
+    assert all(row["passes"] > 0 for row in first["rows"][-2:])
+    monkeypatch.setattr(quailora, "build_adapter", None)  # what is kept is not made again
+    run(refine.main, monkeypatch, *arguments)
+    table = refine.table(first).splitlines()
+    assert len(table) == 3 + len(names) and table[2].startswith("| full precision |")
 
 
 # ---- gram.py

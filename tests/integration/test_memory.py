@@ -27,12 +27,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def measure(model: Path, samples: int, budget: str, batch_size: int | None = None) -> dict[str, Any]:
+def measure(model: Path, samples: int, budget: str, batch_size: int | None = None, **options: Any) -> dict[str, Any]:
     # Two linears of each block, to save time: all else is as ever.
     arguments = (model, samples, 16, 16, ["gate_proj", "down_proj"], budget, batch_size)
     # Without the working folder on the path, where our folder `kernels/` would answer `import kernels`.
     with mock.patch.dict(os.environ, {"PYTHONSAFEPATH": "1"}), multiprocessing.get_context("spawn").Pool(1) as pool:
-        found: dict[str, Any] = pool.apply(memory.measure, arguments)
+        found: dict[str, Any] = pool.apply(memory.measure, arguments, options)
     return found
 
 
@@ -58,3 +58,14 @@ def test_the_peak_is_what_was_planned(samples: int, budget: str, model: Path) ->
     # The plan is an upper bound: 19 % too much was seen.
     assert 0.75 * found["planned"] < found["measured"] < 1.15 * found["planned"]
     assert found["measured"] <= 1.1 * found["budget"]
+
+
+@pytest.mark.slow
+def test_blocks_are_refined_within_the_budget_whatever_the_depth(model: Path, tmp_path: Path) -> None:
+    deep = tmp_path / "deep"
+    memory.write_model(deep, replace(SMALL, blocks=16))
+    budget = f"{_LIBRARIES['cpu'] // 2**20 + 230}MiB"
+    found, deeper = (measure(each, 128, budget, refine="blocks", refine_steps=2) for each in (model, deep))
+    assert found["planned"] <= found["budget"]
+    assert 0.5 * found["planned"] < found["measured"] < 1.1 * found["planned"]
+    assert deeper["measured"] == pytest.approx(found["measured"], rel=0.1)

@@ -142,6 +142,9 @@ def test_options_reach_build_adapter(
         "rounding": None,
         "rounding_damping": pipeline.ROUNDING_DAMPING,
         "alternations": pipeline.ALTERNATIONS,
+        "refine": None,
+        "refine_steps": None,
+        "refine_rate": None,
         "solver": "krylov",
         "iterations": None,
         "damping": pipeline.DEFAULT_DAMPING,
@@ -163,6 +166,7 @@ def test_options_reach_build_adapter(
     config, quantization, keywords = call(
         *("--rank", "8", "--alpha", "3", "--rslora", "--dropout", "0.1", "--target-modules", "q_proj, v_proj,"),
         *("--quant", "fp4", "--no-double-quant", "--compute-dtype", "float16"),
+        *("--refine", "blocks", "--refine-steps", "7", "--refine-rate", "0.5"),
         *("--solver", "als", "--iterations", "7", "--damping", "0", "--samples", "3", "--sequence-length", "5"),
         *("--split", "validation", "--column", "body", "--batch-size", "2", "--device", "cpu", "--seed", "9"),
         *(
@@ -185,6 +189,9 @@ def test_options_reach_build_adapter(
         "rounding": None,
         "rounding_damping": pipeline.ROUNDING_DAMPING,
         "alternations": pipeline.ALTERNATIONS,
+        "refine": "blocks",
+        "refine_steps": 7,
+        "refine_rate": 0.5,
         "solver": "als",
         "iterations": 7,
         "damping": 0.0,
@@ -230,9 +237,11 @@ def test_options_reach_build_adapter(
         (("--asymmetric",), "--asymmetric goes with --bits"),
         (("--bits", "3"), "has to be written: give base_output (--base-output)"),
         (("--rounding", "calibrated"), "give base_output (--base-output)"),
+        (("--refine", "block"), "refine='block' (--refine): it is 'blocks'"),
+        (("--refine-rate", "1"), "refine_rate (--refine-rate) goes with refine (--refine)"),
     ],
 )
-def test_options_of_bases_that_do_not_go_together(
+def test_options_that_do_not_go_together(
     options: tuple[str, ...], message: str, run: Ran, checkpoint: Path, corpus: Path, tmp_path: Path
 ) -> None:
     code, out, err = run("init", checkpoint, "--data", corpus, "--output", tmp_path / "out", *options)

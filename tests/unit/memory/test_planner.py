@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from quailora import ops
 from quailora.calibration.calls import Calls
 from quailora.calibration.data import Batch
+from quailora.calibration.hidden_states import HiddenStates
 from quailora.calibration.hooks import collect
 from quailora.cli.app import app
 from quailora.errors import QuailoraError
@@ -25,10 +26,16 @@ from quailora.memory import planner, sizes
 from quailora.memory.budget import parse_bytes
 from quailora.memory.planner import BudgetError, Plan, make_plan
 from quailora.memory.sizes import Device, Weight, activations, block_sizes, solving
+from quailora.memory.training import refining
+from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops import reference
+from quailora.pipeline.block import BlockRun, DeployedLinear
+from quailora.pipeline.distributed import Processes
 from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.refinement.blocks import refine_block
+from quailora.refinement.config import RefinementConfig
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.inputs import Linear
 from quailora.solvers.solve import solve_group
@@ -398,6 +405,58 @@ def test_an_fp32_weight_makes_room_for_its_error() -> None:
     assert kept - given_up > (6 - 2) * 4 * MIB  # 24 MiB; but that of quantizing, 10 for the last one, is left
     conv1d = [replace(one, transposed=True) for one in shapes]
     assert solving(conv1d, INT8, SolverConfig("krylov", 0), on, True)[1] == given_up + 6 * 4 * MIB
+
+
+# ---- refining blocks
+
+
+@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)], ids=["bf16", "bf16 in fp32"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_refining_a_block(
+    family: str, slow: tuple[torch.dtype, ...], slow_halves: Callable[..., None], tmp_path: Path
+) -> None:
+    """All that is allocated besides the block's weights and the hidden states."""
+    slow_halves(*slow)
+    wide = {"n_embd": 256} if family == "gpt2" else {"hidden_size": 256, "intermediate_size": 512}
+    stream = streamed(tiny.checkpoint(tmp_path, family, torch.bfloat16, **wide))
+    batches = [Batch(torch.randint(2, tiny.VOCABULARY, (4, 64)), None) for _ in range(2)]
+    full, quantized = HiddenStates(CPU), HiddenStates(CPU)
+    with torch.no_grad(), stream.resident(*stream.outside_blocks()):
+        calls = Calls(stream)
+        for number, batch in enumerate(batches):
+            full[number], of_blocks = calls.record(batch)
+            quantized[number] = full[number] + 0.01
+    block = stream.blocks[0]
+    run = BlockRun(block.module, CPU, stream.dtype, batches, [of_blocks[0]] * 2)
+    with stream.resident(f"{block.name}."), torch.no_grad(), Footprint() as footprint:
+        deployed = {}
+        for name, linear in block.linears().items():
+            m, n = linear_weight(linear).shape
+            q = NF4.quantize(linear_weight(linear))
+            deployed[name] = DeployedLinear(q.dequantize(), 0.1 * torch.randn(m, 16), 0.1 * torch.randn(n, 16))
+        config = RefinementConfig(steps=3, every=1, tokens=4 * 64)
+        refine_block(run, block.linears(), deployed, quantized, full, config, Processes(), name=block.name)
+    sizes = block_sizes(stream, targets_of(stream, rank=16))[0]
+    planned = sum(dict(refining(sizes, stream, NF4, 4, 64, Device.of(CPU, stream.dtype))).values())
+    assert footprint.peak <= planned <= 3 * footprint.peak
+
+
+@pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
+def test_with_refinement(device: torch.device, small: StreamedModel) -> None:
+    """A second stream of hidden states, steps for micro-batches, and what a step takes."""
+    options = SMALL | {"device": device}
+    plain, plan = (planned(small, 80 * GIB, refinement=each, **options) for each in (None, RefinementConfig()))
+    assert (plain.batch_size, plan.batch_size) == (16, 4)  # 4 x 512 tokens, a step
+    where = "host" if device == CUDA else "device"
+    assert size_of(plan, "hidden states", where) == 2 * size_of(plain, "hidden states", where)
+    factors = 64 * sum(m + n for m, n in [(1024, 1024)] * 2 + [(256, 1024)] * 2 + [(4096, 1024)] * 3)
+    assert size_of(plan, "factors, gradients and Adam", phase="refine") == 8 * 4 * factors
+    assert "refine" in plan.text() and "refine" not in plain.flops
+    # 48 steps of 2048 tokens, three times as much as a forward pass, and one pass through the quantized block.
+    assert plan.flops["refine"] == pytest.approx((3 * 48 * 2048 / (64 * 512) + 1) * plan.flops["forward"], rel=1e-6)
+    assert planned(small, 80 * GIB, refinement=RefinementConfig(), batch_size=64, **options).batch_size == 32
+    tight = planned(small, 300 * MIB, refinement=RefinementConfig(), **options)
+    assert tight.batch_size < 4 and tight.peak <= 300 * MIB
 
 
 # ---- a GPU, by the sizes seen under FakeTensorMode

@@ -1,0 +1,57 @@
+"""Whether and how factors are refined."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from quailora.errors import QuailoraError
+
+BLOCKS = "blocks"
+
+
+@dataclass(frozen=True)
+class RefinementConfig:
+    """The settings of refinement, chosen by held-out perplexity.
+
+    level: "blocks": the factors of a block together, for its output.
+    steps: of Adam, for each block.
+    rate: Adam's largest learning rate: after a warm-up it falls linearly to 0.
+    tokens: in one step, about; at least one sequence of every process.
+    held_out: every so many steps' worth of data is kept for measuring.
+    every: steps between measurements. Refinement ends early when `patience` of them in a row are no better.
+
+    Raises QuailoraError for another level or values out of range.
+    """
+
+    level: str = BLOCKS
+    steps: int = 48
+    rate: float = 1e-3
+    tokens: int = 2048
+    held_out: int = 16
+    every: int = 12
+    patience: int = 2
+    warmup: int = 6
+
+    def __post_init__(self) -> None:
+        if self.level != BLOCKS:
+            raise QuailoraError(f"refine={self.level!r} (--refine): it is {BLOCKS!r}")
+        if self.steps < 1:
+            raise QuailoraError(f"refine_steps (--refine-steps) must be at least 1, got {self.steps}")
+        if not (math.isfinite(self.rate) and self.rate > 0):
+            raise QuailoraError(f"refine_rate (--refine-rate) must be above 0, got {self.rate}")
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 1."""
+        return self.rate * min(1.0, step / self.warmup) * (self.steps - step + 1) / self.steps
+
+
+def refinement_config(refine: str | None, steps: int | None, rate: float | None) -> RefinementConfig | None:
+    """From the arguments of `build_adapter`; None without `refine`. Raises QuailoraError."""
+    given = {name: value for name, value in (("steps", steps), ("rate", rate)) if value is not None}
+    if refine is None:
+        if given:
+            name = next(iter(given))
+            raise QuailoraError(f"refine_{name} (--refine-{name}) goes with refine (--refine): give that too")
+        return None
+    return RefinementConfig(refine, **given)  # type: ignore[arg-type]
