@@ -92,12 +92,9 @@ def merge(
         raise AdapterError(f"{folder / WEIGHTS} lacks {lacking[0]}, which its configuration names: save it again")
     stream = StreamedModel(source, place, load_dtype)
     merged = model.get_base_model()
-    names: dict[str, list[str]] = {}
-    for name in dict(stream.model.named_parameters()):
-        if key := stream.source(name):
-            names.setdefault(key, []).append(name)
-    parameters = {key: tied[0] for key, tied in names.items()}
-    _check_mergeable(merged, {tied[0] for tied in names.values() if len(tied) == 1})
+    parameters = {key: tied[0] for key, tied in _by_key(stream).items()}
+    if why := obstacle(merged, stored_alone(stream)):
+        raise AdapterError(f"{why}: it cannot be merged into this checkpoint")
 
     known = made_for or {}
 
@@ -179,16 +176,35 @@ def _merged(
     return weight.T if transposed else weight
 
 
-def _check_mergeable(model: nn.Module, stored: set[str]) -> None:
+def stored_alone(stream: StreamedModel) -> set[str]:
+    """The parameters that the checkpoint stores as one tensor, and no other with them."""
+    return {names[0] for names in _by_key(stream).values() if len(names) == 1}
+
+
+def _by_key(stream: StreamedModel) -> dict[str, list[str]]:
+    """The checkpoint's tensors that are parameters as they are, each with the names of those."""
+    names: dict[str, list[str]] = {}
+    for name in dict(stream.model.named_parameters()):
+        if key := stream.source(name):
+            names.setdefault(key, []).append(name)
+    return names
+
+
+def obstacle(model: nn.Module, stored: set[str]) -> str | None:
+    """Why an adapter cannot be merged into its checkpoint; None if it can.
+
+    model: the plain model with the adapter's layers. stored: see `stored_alone`.
+    """
     for name, module in model.named_modules():
         adapted = isinstance(module, LoraLayer) or hasattr(module, "modules_to_save")
         if adapted and f"{name}.weight" not in stored:
-            raise AdapterError(
+            return (
                 f"{name} is adapted, and the checkpoint does not store its weight as one tensor of its own (it is "
-                "tied or fused): it cannot be merged into this checkpoint"
+                "tied or fused)"
             )
         if isinstance(module, LoraLayer) and any(module.lora_variant.values()):
-            raise AdapterError(f"{name} uses a variant of LoRA whose product is not B A: it cannot be merged")
+            return f"{name} uses a variant of LoRA whose product is not B A"
+    return None
 
 
 def _end_with(

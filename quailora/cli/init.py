@@ -27,6 +27,7 @@ from quailora.cli.options import (
     RemoteOption,
     RevisionOption,
     SplitOption,
+    check_bits,
     gptq_config,
     parse_names,
     parse_pattern,
@@ -34,7 +35,6 @@ from quailora.cli.options import (
     quantization_config,
     torch_dtype,
 )
-from quailora.errors import QuailoraError
 from quailora.quantization.registry import Format
 
 
@@ -123,8 +123,7 @@ def init(
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import build as pipeline
     from quailora.pipeline import distributed
-    from quailora.quantization.rounding import DEFAULT_ALTERNATIONS as ALTERNATIONS
-    from quailora.quantization.rounding import DEFAULT_DAMPING as ROUNDING_DAMPING
+    from quailora.quantization.rounding import RoundingConfig
     from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
     # Checked first: a typo should not cost a download.
@@ -133,13 +132,8 @@ def init(
     if base_output is not None:
         check_new_folder(base_output)
     SolverConfig(solver, iterations, damping)
-    if bits is not None and (quant is not None or compute_dtype is not None):
-        given = "--compute-dtype" if quant is None else "--quant"
-        raise QuailoraError(f"{given} is for bitsandbytes, and --bits for a base in GPTQ's format: leave one out")
-    if bits is None and (group_size is not None or not symmetric):
-        raise QuailoraError(
-            f"{'--asymmetric' if group_size is None else '--group-size'} goes with --bits: give that too"
-        )
+    RoundingConfig.given(rounding, rounding_damping, alternations, written=base_output is not None)
+    check_bits(bits, quant, compute_dtype, group_size, symmetric)
     MemoryConfig(memory_budget, host_memory_budget, batch_size)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
     loaded_as = torch_dtype(dtype) or source.dtype
@@ -168,8 +162,8 @@ def init(
             quantization=quantization,
             base_output=base_output,
             rounding=rounding,
-            rounding_damping=ROUNDING_DAMPING if rounding_damping is None else rounding_damping,
-            alternations=ALTERNATIONS if alternations is None else alternations,
+            rounding_damping=rounding_damping,
+            alternations=alternations,
             dtype=loaded_as,
             solver=solver,
             iterations=iterations,

@@ -134,6 +134,19 @@ def quantization_config(quant: Format, double: bool | None, compute: Dtype | Non
     return config_for(quant, dtype, double=double is not False, compute=torch_dtype(compute))
 
 
+def check_bits(
+    bits: int | None, quant: Format | None, compute: Dtype | None, group_size: int | None, symmetric: bool = True
+) -> None:
+    """Raises QuailoraError where options of a base in GPTQ's format and of bitsandbytes' are mixed."""
+    if bits is not None and (quant is not None or compute is not None):
+        given = "--compute-dtype" if quant is None else "--quant"
+        raise QuailoraError(f"{given} is for bitsandbytes, and --bits for a base in GPTQ's format: leave one out")
+    if bits is None and (group_size is not None or not symmetric):
+        raise QuailoraError(
+            f"{'--asymmetric' if group_size is None else '--group-size'} goes with --bits: give that too"
+        )
+
+
 def gptq_config(bits: int, group_size: int, symmetric: bool) -> Any:
     """Raises QuailoraError for bits that the format does not hold."""
     from transformers import GPTQConfig

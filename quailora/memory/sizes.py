@@ -30,6 +30,20 @@ class Base(Protocol):
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """A base whose codes are chosen by calibration, in turn with the factors (`pipeline.quantize.CalibratedQ`)."""
+
+    base: Base
+
+    def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
+        """Codes are there twice, the best and the last. Rounding holds W - A Bᵀ, its errors, and codes as bytes; to
+        compare with nearest rounding takes W, Q and E in fp32, and Q in 16 bits."""
+        codes, work = self.base.memory(outputs, inputs, device)
+        elements = outputs * inputs
+        return 2 * codes, max(work + 9 * elements, 14 * elements)
+
+
+@dataclass(frozen=True)
 class Device:
     """The device of a run, and what there is fast code for.
 
@@ -245,9 +259,13 @@ def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Devic
         )
     energy = 12 * _PANEL * tallest  # the initial objective
     thin = _thin(group, solver)
+    curvature = known = 0
+    if isinstance(base, Calibrated):
+        curvature = 4 * n * n  # U; what it is made from is as large
+        known = sum(4 * w.rank * (w.outputs + n) for w in group)  # the factors found before
     if SOLVERS[solver.name].dense and on.fused:
         thin += 4 * largest
-    return sum(codes), copies + max(max(work), errors + max(making, energy, thin))
+    return sum(codes), copies + curvature + known + max(curvature, max(work), errors + max(making, energy, thin))
 
 
 def _thin(group: Sequence[Weight], solver: SolverConfig) -> int:

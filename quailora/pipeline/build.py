@@ -7,34 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quailora.adapters.merge import obstacle, stored_alone
 from quailora.adapters.save_and_load import check_can_be_saved, rest, save, take
 from quailora.adapters.skeleton import targeted_skeleton
 from quailora.adapters.targets import check_config, find_targets
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
-from quailora.errors import AdapterError, NotFiniteError, QuailoraError
+from quailora.errors import AdapterError, CheckpointError, NotFiniteError, QuailoraError, SolverError
 from quailora.files import check_new_folder, write_files
 from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.base_output import BaseOutput, check_apart, partly, quantized_linears
+from quailora.pipeline.base_output import BaseOutput, check_apart, discard_unfinished, partly, quantized_linears
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Solved
-from quailora.pipeline.quantize import CalibratedQ, GivenQ
+from quailora.pipeline.quantize import CalibratedQ, GivenQ, QuantizeAndSolve
 from quailora.pipeline.resume import Workspace
 from quailora.pipeline.setup import Run, enumerate_reasons
 from quailora.quantization.registry import Format, config_for, from_config
-from quailora.quantization.rounding import DEFAULT_ALTERNATIONS as ALTERNATIONS
-from quailora.quantization.rounding import DEFAULT_DAMPING as ROUNDING_DAMPING
 from quailora.quantization.rounding import RoundingConfig
-from quailora.quantization.verify import CALIBRATED, NEAREST
+from quailora.quantization.verify import CALIBRATED
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import make_record
-from quailora.reporting.report import Report
+from quailora.reporting.report import LayerReport, Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
 RANK, ALPHA = 64, 16
@@ -50,8 +49,8 @@ def build_adapter(
     quantization: QuantizationConfigMixin | None = None,
     base_output: str | Path | None = None,
     rounding: str | None = None,
-    rounding_damping: float = ROUNDING_DAMPING,
-    alternations: int = ALTERNATIONS,
+    rounding_damping: float | None = None,
+    alternations: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     solver: str = "krylov",
     iterations: int | None = None,
@@ -87,6 +86,7 @@ def build_adapter(
         rounding: how the codes of a base that is written are chosen: "calibrated", for the layer's outputs, with the
             factors in turn, or "nearest". None is "calibrated" with a `base_output`.
         rounding_damping, alternations: of calibrated rounding; see `quailora.quantization.rounding.RoundingConfig`.
+            None takes its defaults.
         tokenizer: None takes the checkpoint's own.
         solver, iterations, damping: see `quailora.solve`.
         samples, sequence_length, seed: how much calibration data is taken, and the seed of the draw.
@@ -118,13 +118,7 @@ def build_adapter(
     check_new_folder(output)
     if base_output is not None:
         check_apart(output, Path(base_output))
-    default = NEAREST if base_output is None else CALIBRATED
-    rounds = RoundingConfig(rounding or default, rounding_damping, alternations)
-    if base_output is None and rounds.rounding == CALIBRATED:
-        raise AdapterError(
-            "calibrated codes do not follow from the weights, so that their base has to be written: give base_output "
-            "(--base-output)"
-        )
+    rounds = RoundingConfig.given(rounding, rounding_damping, alternations, written=base_output is not None)
     processes, solver_config = Processes(distributed), SolverConfig(solver, iterations, damping, seed)
     data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
     meter = Meter(default_device(device), MemoryConfig(memory_budget, host_memory_budget, batch_size))
@@ -154,13 +148,16 @@ def build_adapter(
         quantized = quantized_linears(model, stream)
         form = form.of_modules(partly(quantized, stream))
         unadapted = sorted(set(quantized) - {target.name for target in targets})
-    run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted)
+    calibrated = rounds.rounding == CALIBRATED
+    run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted, calibrated)
     record = make_record(source, dtype, form, solver_config, data, config, rounds, base_output)
     workspace = base = None
     if processes.is_main:
         workspace = Workspace(output, _identity(run, record, batch_size), resume=resume)
-        if base_output is not None:
-            try:
+        try:
+            if (other := workspace.discarded.get("rounding", {}).get("path")) is not None:
+                discard_unfinished(Path(other), output)
+            if base_output is not None:
                 base = BaseOutput(
                     Path(base_output),
                     stream,
@@ -171,11 +168,12 @@ def build_adapter(
                     keep=bool(workspace.finished),
                     published=workspace.chosen.get("published", False),
                 )
-            except QuailoraError:
-                workspace.leave()
-                raise
-    by_calibration = CalibratedQ(form, rounds, solver_config, run.stages)
-    by_weights = GivenQ(lambda name, weight: form.quantize(weight), solver_config, run.stages)
+        except QuailoraError:
+            workspace.leave()
+            raise
+    quantize: QuantizeAndSolve = GivenQ(lambda name, weight: form.quantize(weight), solver_config, run.stages)
+    if calibrated:
+        quantize = CalibratedQ(form, rounds, solver_config, run.stages)
 
     def finish(index: int, solved: list[Solved], shrunk: list[dict[int, int]]) -> None:
         assert workspace is not None, "only the main process has results"
@@ -200,7 +198,7 @@ def build_adapter(
             workspace.choose(batch_size=plan.batch_size)
         run.solve(
             plan,
-            by_calibration if rounds.rounding == CALIBRATED else by_weights,
+            quantize,
             finish,
             folder=output.resolve().parent,
             finished=finished,
@@ -216,9 +214,12 @@ def build_adapter(
                 record,
                 *_capped(capped),
                 *_resumed(finished),
-                *_more_damped(by_calibration.more_damped),
+                *_more_damped(workspace.layers),
+                *_not_mergeable(model, stream),
                 digests=workspace.digests,
             )
+            if base is not None:
+                report.record["base"]["unquantized"] = base.unquantized()
             if base is not None and not base.published:
                 with run.stages("write"):
                     base.complete(report.record)
@@ -234,12 +235,17 @@ def build_adapter(
                     workspace.choose(published=True)
                     base.publish()
     except KeyboardInterrupt as interruption:
-        raise KeyboardInterrupt(f"interrupted{_kept(workspace, base)}") from interruption
+        kept = _kept(workspace, base)
+        raise KeyboardInterrupt(f"interrupted{kept}{_CONTINUES if kept else ''}") from interruption
     except QuailoraError as error:
         kept = _kept(workspace, base)
         if isinstance(error, NotFiniteError) and dtype == torch.float16:
             anew = " with resume=False (--no-resume)" if kept else ""
             kept = f"; run it with dtype=torch.bfloat16 (--dtype bfloat16){anew}; in float16 it would fail again"
+        elif kept and isinstance(error, CheckpointError | SolverError):
+            kept += ", but the same command would fail again until this is mended"
+        elif kept:
+            kept += _CONTINUES
         raise type(error)(f"{error}{kept}") from error
     except Exception:
         _kept(workspace, base)
@@ -268,6 +274,9 @@ def _shrunk(chosen: dict[str, Any], rank: int, finished: list[int]) -> dict[int,
     return {block: size for block, size in of_ranks[rank] if block <= max(finished, default=-1)} if of_ranks else {}
 
 
+_CONTINUES = ", and the same command continues from there"
+
+
 def _kept(workspace: Workspace | None, base: BaseOutput | None) -> str:
     if base is not None:
         base.leave()
@@ -282,13 +291,24 @@ def _capped(names: list[str]) -> list[str]:
     return [f"{linears} narrower than r ({names[0]} for one) have the rank of their smaller side, by rank_pattern"]
 
 
-def _more_damped(dampings: dict[str, float]) -> list[str]:
+def _more_damped(layers: list[LayerReport]) -> list[str]:
+    dampings = {layer.name: layer.more_damping for layer in layers if layer.more_damping is not None}
     if not dampings:
         return []
     name, damping = max(dampings.items(), key=lambda item: item[1])
     return [
         f"H of {len(dampings)} linears is too poor for error feedback with the rounding damping asked for: up to "
         f"{damping:g} was used ({name}); more calibration data would help"
+    ]
+
+
+def _not_mergeable(model: PeftModel, stream: StreamedModel) -> list[str]:
+    why = obstacle(model.get_base_model(), stored_alone(stream))
+    if why is None:
+        return []
+    return [
+        f"this adapter cannot be merged into the checkpoint (quailora merge): {why}. An adapter that names only "
+        "linears in target_modules (--target-modules), such as q_proj, can"
     ]
 
 

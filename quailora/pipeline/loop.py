@@ -285,6 +285,7 @@ def _row(name: str, found: Initialized, tokens: int, seconds: float, digest: str
         jitter=factors.jitter,
         seconds=seconds,
         digest=digest,
+        more_damping=found.more_damping,
         alternations=[
             [per_token(before), per_token(after)] for before, after in zip(found.before, found.after, strict=True)
         ],

@@ -4,7 +4,7 @@ factors by calibration."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -27,12 +27,14 @@ class Initialized:
     """Q of a linear, and its factors; None where no adapter is on it.
 
     before, after: the objective 1/2 tr(E H Eᵀ) of E = W - Q, and of E - A Bᵀ, after each alternation.
+    more_damping: λ of error feedback, where it is more than was asked for.
     """
 
     quantized: QuantizedWeight
     factors: LoraFactors | None
     before: tuple[float, ...] = ()
     after: tuple[float, ...] = ()
+    more_damping: float | None = None
 
 
 class QuantizeAndSolve(Protocol):
@@ -75,7 +77,6 @@ class CalibratedQ:
     rounding: RoundingConfig
     solver: SolverConfig
     stages: Stages
-    more_damped: dict[str, float] = field(default_factory=dict)  # where that of `rounding` was too little; filled here
 
     def __call__(
         self, weights: Mapping[str, Tensor], ranks: Mapping[str, int], gram: Gram, *, overwrite: bool
@@ -83,10 +84,9 @@ class CalibratedQ:
         h = gram.matrix()
         with self.stages("quantize"):
             curvature = Curvature.of(h, self.rounding.damping)
-            if curvature.damping > self.rounding.damping:
-                self.more_damped.update(dict.fromkeys(weights, curvature.damping))
+            more = curvature.damping if curvature.damping > self.rounding.damping else None
             quantized = {name: self._round(name, weight, curvature, h) for name, weight in weights.items()}
-        found = {name: Initialized(q, None) for name, q in quantized.items()}
+        found = {name: Initialized(q, None, more_damping=more) for name, q in quantized.items()}
         adapted = {name: weight for name, weight in weights.items() if name in ranks}
         for step in range(self.rounding.alternations + 1 if adapted else 0):
             if step > 0:
@@ -102,6 +102,7 @@ class CalibratedQ:
                     of_one if better else known.factors,
                     (*known.before, of_one.initial),
                     (*known.after, of_one.objective),
+                    more,
                 )
         return found
 

@@ -189,10 +189,10 @@ class GPTQ(QuantizedBase):
         return columns if self.group_size == WHOLE_ROWS else self.group_size
 
     def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
-        """Codes are a byte each here. Rounding holds what is rounded and its errors in fp32, and U."""
+        """Codes are a byte each here. Rounding holds its errors in fp32, and those codes."""
         elements = outputs * inputs
         groups = outputs * (inputs // self._group(inputs) if inputs % self._group(inputs) == 0 else 1)
-        return elements + 3 * groups, 9 * elements + 12 * inputs * inputs
+        return elements + 3 * groups, 4 * elements
 
     keeps_q = True  # gptqmodel's linears multiply with a de-quantized weight, which autograd keeps
 
@@ -226,13 +226,13 @@ class GPTQ(QuantizedBase):
             "g_idx": torch.arange(columns, dtype=torch.int32) // self._group(columns),
         }
 
-    def notes(self) -> str:
-        return f"""
-## Loading
+    def loading(self) -> str:
+        return f"""Training takes [gptqmodel](https://github.com/ModelCloud/GPTQModel) and optimum. On a CPU, ask for a
+backend that can be trained, with the GPTQConfig of transformers:
+`from_pretrained(..., quantization_config=GPTQConfig(bits={self.bits}, backend="auto_trainable"))`."""
 
-Training takes [gptqmodel](https://github.com/ModelCloud/GPTQModel) and optimum. On a CPU, ask for a backend that can be
-trained: `from_pretrained(..., quantization_config=GPTQConfig(bits={self.bits}, backend="auto_trainable"))`. PEFT's
-`target_modules="all-linear"` finds nothing on a GPTQ base: give names, as the adapter does.
+    def notes(self) -> str:
+        return """PEFT's `target_modules="all-linear"` finds nothing on a GPTQ base: give names, as the adapter does.
 
 Do not save this base again through transformers: it writes zeros of another version under the same label, and the copy
 is wrong. Copy the folder.

@@ -165,8 +165,12 @@ class QuantizedBase(ABC):
         model."""
         raise NotImplementedError
 
+    def loading(self) -> str:
+        """What loading a written base takes, in Markdown: a paragraph for the cards of the base and of its adapter."""
+        return ""
+
     def notes(self) -> str:
-        """What the card of a written base says of the format, in Markdown."""
+        """What the card of a written base says of the format besides, in Markdown."""
         return ""
 
     def load(self, name: str, tensor: Callable[[str], Tensor]) -> QuantizedWeight:

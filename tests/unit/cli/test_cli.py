@@ -140,8 +140,8 @@ def test_options_reach_build_adapter(
     assert keywords == {
         "base_output": None,
         "rounding": None,
-        "rounding_damping": pipeline.ROUNDING_DAMPING,
-        "alternations": pipeline.ALTERNATIONS,
+        "rounding_damping": None,
+        "alternations": None,
         "solver": "krylov",
         "iterations": None,
         "damping": pipeline.DEFAULT_DAMPING,
@@ -183,8 +183,8 @@ def test_options_reach_build_adapter(
     assert keywords == {
         "base_output": None,
         "rounding": None,
-        "rounding_damping": pipeline.ROUNDING_DAMPING,
-        "alternations": pipeline.ALTERNATIONS,
+        "rounding_damping": None,
+        "alternations": None,
         "solver": "als",
         "iterations": 7,
         "damping": 0.0,
@@ -230,6 +230,8 @@ def test_options_reach_build_adapter(
         (("--asymmetric",), "--asymmetric goes with --bits"),
         (("--bits", "3"), "has to be written: give base_output (--base-output)"),
         (("--rounding", "calibrated"), "give base_output (--base-output)"),
+        (("--alternations", "2"), "(--alternations) is of calibrated rounding"),
+        (("--rounding-damping", "0.1"), "(--rounding-damping) is of calibrated rounding"),
     ],
 )
 def test_options_of_bases_that_do_not_go_together(

@@ -18,17 +18,22 @@ from typer.testing import CliRunner
 from quailora import ops
 from quailora.calibration.calls import Calls
 from quailora.calibration.data import Batch
+from quailora.calibration.gram import Gram
 from quailora.calibration.hooks import collect
 from quailora.cli.app import app
 from quailora.errors import QuailoraError
 from quailora.memory import planner, sizes
 from quailora.memory.budget import parse_bytes
 from quailora.memory.planner import BudgetError, Plan, make_plan
-from quailora.memory.sizes import Device, Weight, activations, block_sizes, solving
+from quailora.memory.sizes import Calibrated, Device, Weight, activations, block_sizes, solving
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops import reference
+from quailora.pipeline.quantize import CalibratedQ
+from quailora.pipeline.stages import Stages
 from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.quantization.gptq import GPTQ
+from quailora.quantization.rounding import RoundingConfig
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.inputs import Linear
 from quailora.solvers.solve import solve_group
@@ -389,6 +394,23 @@ def test_quantizing_and_solving(
     assert footprint.peak <= codes + besides < 2.1 * footprint.peak
 
 
+@pytest.mark.parametrize("form", [NF4, GPTQ(3, 64)], ids=["NF4", "int3"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_codes_chosen_by_calibration(group: str, form: Any) -> None:
+    heights, n, rank = GROUPS[group]
+    generator = torch.Generator().manual_seed(0)
+    weights = {str(m): torch.randn(m, n, generator=generator).bfloat16() for m in heights}
+    x = torch.randn(2 * n, n, generator=generator)
+    gram = Gram(n)
+    gram.update(x)
+    step = CalibratedQ(form, RoundingConfig(alternations=1), KRYLOV, Stages())
+    with Footprint() as footprint:
+        step(weights, dict.fromkeys(weights, rank), gram, overwrite=False)
+    shapes = [Weight(str(m), m, n, rank, torch.bfloat16) for m in heights]
+    codes, besides = solving(shapes, Calibrated(form), KRYLOV, Device(CPU, False, False, False), False)
+    assert footprint.peak <= codes + besides < 2.1 * footprint.peak
+
+
 def test_an_fp32_weight_makes_room_for_its_error() -> None:
     shapes = [Weight("w", 1024, 1024, 8, torch.float32)] * 6
     on = Device(CPU, False, False, False)
@@ -459,3 +481,18 @@ def test_command(tmp_path: Path) -> None:
     some = run("--memory-budget", "1GiB", "--target-modules", "q_proj,v_proj", "--json", "--quant", "int8")
     one_pass = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
     assert json.loads(some.stdout)["passes"][0] == [one_pass]
+
+    def solving_bytes(*options: str) -> int:
+        chosen = run("--memory-budget", "1GiB", "--target-modules", "q_proj", "--json", "--device", "cpu", *options)
+        return sum(part["bytes"] for part in json.loads(chosen.stdout)["parts"] if part["phase"] == "solve")
+
+    # Of a base that is written, every linear is quantized, and feedback takes a matrix as large as H.
+    nearest, calibrated = solving_bytes(), solving_bytes("--rounding", "calibrated")
+    assert calibrated > nearest + 4 * 4096**2
+    assert solving_bytes("--bits", "3", "--group-size", "128") > nearest + 4 * 4096**2
+    for options, message in (
+        (("--group-size", "64"), "--group-size goes with --bits"),
+        (("--bits", "3", "--training"), "--bits is not for --training"),
+        (("--rounding", "gptq"), "--rounding"),
+    ):
+        assert message in str(run(*options).exception)
