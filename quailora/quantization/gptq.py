@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import GPTQConfig
+from transformers import AwqConfig, GPTQConfig
 
 from quailora.errors import AdapterError, CheckpointError
 from quailora.quantization.feedback import Curvature, Rounded, round_with_feedback
@@ -27,6 +27,11 @@ WHOLE_ROWS = -1
 
 _WORD = 32  # bits of a packed word; also how many codes are packed together, into `bits` words
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+
+_AWQ = (
+    "AWQ moves scales between norms and linears before it rounds, so its Q is not one of the checkpoint's weights, and "
+    "W - Q is not its error: make a base in GPTQ's format (bits=4, --bits 4) of the checkpoint instead"
+)
 
 
 class PlannedLinear(nn.Linear):
@@ -70,6 +75,8 @@ class GPTQ(QuantizedBase):
         """From a GPTQConfig. Raises AdapterError for what is not supported, `desc_act=True` among it."""
         if not isinstance(config, GPTQConfig):
             raise AdapterError(f"{type(config).__name__} is not a GPTQConfig")
+        if isinstance(config, AwqConfig):
+            raise AdapterError(_AWQ)
         if config.desc_act:
             raise AdapterError(
                 "desc_act=True sorts the columns of a weight, which few servers take and which slows training: set "
@@ -130,6 +137,8 @@ class GPTQ(QuantizedBase):
         """From a linear of gptqmodel. Raises AdapterError for any other, or one without its weight in memory."""
         if not _is_gptqmodel_linear(module):
             raise AdapterError(f"{type(module).__name__} is not a GPTQ linear of gptqmodel with its weight in memory")
+        if not hasattr(module, "g_idx"):
+            raise AdapterError(f"{type(module).__name__}: {_AWQ}")
         layer: Any = module
         modules = cls.from_config(config).modules if isinstance(config, GPTQConfig) else None
         group = WHOLE_ROWS if layer.group_size in (WHOLE_ROWS, layer.in_features) else layer.group_size
@@ -324,7 +333,7 @@ def _as_int32(words: Tensor) -> Tensor:
 
 
 def _is_gptqmodel_linear(thing: object) -> bool:
-    """Without importing it: a module of it can only be there where somebody has."""
+    """Whether it is one, of GPTQ or AWQ. Without importing it: a module of it can only be there where somebody has."""
     if "gptqmodel" not in sys.modules or not isinstance(thing, nn.Module):
         return False
-    return type(thing).__module__.startswith("gptqmodel.") and all(hasattr(thing, name) for name in TENSORS)
+    return type(thing).__module__.startswith("gptqmodel.") and all(hasattr(thing, name) for name in TENSORS[:3])
