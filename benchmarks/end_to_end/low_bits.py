@@ -6,7 +6,8 @@ CALIBRATE and MEASURE are text files; the first 64 x 512 tokens of one calibrate
 measure. W and H are gathered once, and every base is made from them, as `quailora init --bits` makes it. Perplexities
 are those of a dense model with Q, and with Q + A Bᵀ, in place of W. "left" is the geometric mean over the linears of
 the objective with the factors, relative to that of A Bᵀ = 0 and Q = 0. Alternations count from 0: the factors are
-found once. The time of a row, quantizing and solving, is given in forward passes over the calibration tokens.
+found once, which with MagR is CLoQ (arXiv 2501.18475). The time of a row, quantizing and solving, is given in forward
+passes over the calibration tokens.
 """
 
 import argparse
@@ -53,7 +54,9 @@ class Row:
     def name(self) -> str:
         if self.rounding.rounding == NEAREST:
             return f"{self.base.name} nearest"
-        return f"{self.base.name} calibrated, λ {self.rounding.damping:g}, alternations {self.rounding.alternations}"
+        magr = ", MagR" if self.rounding.magr else ""
+        chosen = f"λ {self.rounding.damping:g}, alternations {self.rounding.alternations}{magr}"
+        return f"{self.base.name} calibrated, {chosen}"
 
     def make(self, layers: Mapping[str, tuple[Tensor, Gram]], rank: int, stages: Stages) -> dict[str, Initialized]:
         """Q and the factors of every linear; those that share an H together, as in a run."""
@@ -109,6 +112,7 @@ def main() -> None:
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--damping", type=float, nargs="*", default=[DEFAULT_DAMPING])
     parser.add_argument("--alternations", type=int, nargs="*", default=[0, DEFAULT_ALTERNATIONS])
+    parser.add_argument("--magr", type=float, nargs="*", default=[0.0], help="strengths of MagR; 0 is without")
     parser.add_argument("--nf4", action="store_true", help="NF4 with double quantization too")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--json", type=Path)
@@ -131,9 +135,10 @@ def main() -> None:
         bases.insert(0, from_config(config_for("nf4", checkpoint.dtype)))
     for base in bases:
         roundings = [RoundingConfig(NEAREST)] + [
-            RoundingConfig(CALIBRATED, damping, alternations)
+            RoundingConfig(CALIBRATED, damping, alternations, magr)
             for damping in arguments.damping
             for alternations in arguments.alternations
+            for magr in arguments.magr
         ]
         for rounding in roundings:
             row, stages, start = Row(base, rounding), Stages(), perf_counter()

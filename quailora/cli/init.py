@@ -86,6 +86,10 @@ def init(
     alternations: Annotated[
         int | None, typer.Option(help="Of calibrated rounding: how often Q and the factors are found anew in turn.")
     ] = None,
+    magr: Annotated[
+        float | None,
+        typer.Option(help="Of calibrated rounding: strength of MagR before it, such as 7e-4. Default: 0, without."),
+    ] = None,
     quant: QuantOption = None,
     double_quant: DoubleOption = True,
     compute_dtype: ComputeOption = None,
@@ -132,7 +136,8 @@ def init(
     if base_output is not None:
         check_new_folder(base_output)
     SolverConfig(solver, iterations, damping)
-    RoundingConfig.given(rounding, rounding_damping, alternations, written=base_output is not None)
+    written = base_output is not None
+    RoundingConfig.given(rounding, written=written, damping=rounding_damping, alternations=alternations, magr=magr)
     check_bits(bits, quant, compute_dtype, group_size, symmetric)
     MemoryConfig(memory_budget, host_memory_budget, batch_size)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
@@ -164,6 +169,7 @@ def init(
             rounding=rounding,
             rounding_damping=rounding_damping,
             alternations=alternations,
+            magr=magr,
             dtype=loaded_as,
             solver=solver,
             iterations=iterations,

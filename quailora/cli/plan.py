@@ -59,6 +59,7 @@ def plan(
         str | None,
         typer.Option(help="Of a run that writes its base: calibrated or nearest. Default: calibrated with --bits."),
     ] = None,
+    magr: Annotated[float | None, typer.Option(help="Of calibrated rounding, as in init.")] = None,
     double_quant: DoubleOption = True,
     compute_dtype: ComputeOption = None,
     dtype: LoadedOption = None,
@@ -117,12 +118,13 @@ def plan(
     from quailora.solvers.config import SolverConfig
 
     settings = SolverConfig(solver, iterations)
-    given = {"--quant": quant, "--bits": bits, "--rounding": rounding, "--host-memory-budget": host_memory_budget}
+    given = {"--quant": quant, "--bits": bits, "--rounding": rounding, "--magr": magr}
+    given["--host-memory-budget"] = host_memory_budget
     if training and (odd := next((name for name, value in given.items() if value is not None), None)):
         raise QuailoraError(f"{odd} is not for --training, which shows every format on one device: leave it out")
     check_bits(bits, quant, compute_dtype, group_size if not training else None)
     rounding = rounding or (NEAREST if bits is None else CALIBRATED)
-    RoundingConfig(rounding)
+    rounds = RoundingConfig.given(rounding, written=bits is not None or rounding == CALIBRATED, magr=magr)
     group_size = 64 if group_size is None else group_size
     memory = MemoryConfig(memory_budget, host_memory_budget, batch_size)  # checked first: a typo costs no download
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
@@ -163,7 +165,7 @@ def plan(
     found = make_plan(
         stream,
         ranks,
-        Calibrated(form) if rounding == CALIBRATED else form,
+        Calibrated(form, magr=rounds.magr > 0) if rounding == CALIBRATED else form,
         settings,
         samples=samples,
         sequence_length=length,

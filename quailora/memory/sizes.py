@@ -34,13 +34,18 @@ class Calibrated:
     """A base whose codes are chosen by calibration, in turn with the factors (`pipeline.quantize.CalibratedQ`)."""
 
     base: Base
+    magr: bool = False
 
     def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
         """Codes are there twice, the best and the last. Rounding holds W - A Bᵀ, its errors, and codes as bytes; to
-        compare with nearest rounding takes W, Q and E in fp32, and Q in 16 bits."""
+        compare with nearest rounding takes W, Q and E in fp32, and Q in 16 bits. MagR has eight fp32 copies of W at
+        work and a scaled H, and one of W stays."""
         codes, work = self.base.memory(outputs, inputs, device)
         elements = outputs * inputs
-        return 2 * codes, max(work + 9 * elements, 14 * elements)
+        work = max(work + 9 * elements, 14 * elements)
+        if not self.magr:
+            return 2 * codes, work
+        return 2 * codes + 4 * elements, max(work, 32 * elements + 4 * inputs * inputs)
 
 
 @dataclass(frozen=True)

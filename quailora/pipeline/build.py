@@ -19,6 +19,7 @@ from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibrati
 from quailora.errors import AdapterError, CheckpointError, NotFiniteError, QuailoraError, SolverError
 from quailora.files import check_new_folder, write_files
 from quailora.memory.budget import MemoryConfig, Meter
+from quailora.memory.sizes import Calibrated
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
@@ -51,6 +52,7 @@ def build_adapter(
     rounding: str | None = None,
     rounding_damping: float | None = None,
     alternations: int | None = None,
+    magr: float | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     solver: str = "krylov",
     iterations: int | None = None,
@@ -85,8 +87,8 @@ def build_adapter(
             then names as its base. None: the base follows from the checkpoint and `quantization`, by nearest rounding.
         rounding: how the codes of a base that is written are chosen: "calibrated", for the layer's outputs, with the
             factors in turn, or "nearest". None is "calibrated" with a `base_output`.
-        rounding_damping, alternations: of calibrated rounding; see `quailora.quantization.rounding.RoundingConfig`.
-            None takes its defaults.
+        rounding_damping, alternations, magr: of calibrated rounding; see
+            `quailora.quantization.rounding.RoundingConfig`. None takes its defaults.
         tokenizer: None takes the checkpoint's own.
         solver, iterations, damping: see `quailora.solve`.
         samples, sequence_length, seed: how much calibration data is taken, and the seed of the draw.
@@ -118,7 +120,13 @@ def build_adapter(
     check_new_folder(output)
     if base_output is not None:
         check_apart(output, Path(base_output))
-    rounds = RoundingConfig.given(rounding, rounding_damping, alternations, written=base_output is not None)
+    rounds = RoundingConfig.given(
+        rounding,
+        written=base_output is not None,
+        damping=rounding_damping,
+        alternations=alternations,
+        magr=magr,
+    )
     processes, solver_config = Processes(distributed), SolverConfig(solver, iterations, damping, seed)
     data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
     meter = Meter(default_device(device), MemoryConfig(memory_budget, host_memory_budget, batch_size))
@@ -149,7 +157,8 @@ def build_adapter(
         form = form.of_modules(partly(quantized, stream))
         unadapted = sorted(set(quantized) - {target.name for target in targets})
     calibrated = rounds.rounding == CALIBRATED
-    run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted, calibrated)
+    counted = Calibrated(form, magr=rounds.magr > 0) if calibrated else form
+    run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted, counted)
     record = make_record(source, dtype, form, solver_config, data, config, rounds, base_output)
     workspace = base = None
     if processes.is_main:

@@ -15,6 +15,7 @@ from quailora.calibration.gram import Gram
 from quailora.errors import CheckpointError
 from quailora.pipeline.stages import Stages
 from quailora.quantization.feedback import Curvature
+from quailora.quantization.magr import reduce_magnitude
 from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.quantization.rounding import RoundingConfig
 from quailora.solvers.config import SolverConfig
@@ -69,7 +70,8 @@ class GivenQ:
 @dataclass(frozen=True)
 class CalibratedQ:
     """Q and the factors are found in turn: Q is W - A Bᵀ rounded with error feedback, A and B solve for W - Q (CLoQ,
-    arXiv 2501.18475, alternated as LoftQ, arXiv 2310.08659, alternates). What left the least is taken, linear by
+    arXiv 2501.18475, alternated as LoftQ, arXiv 2310.08659, alternates). With MagR, W is rounded with smaller extremes,
+    and A and B solve for W as it is. What left the least is taken, linear by
     linear, so that more alternations are never worse on the calibration data; nor is it worse than nearest rounding.
     """
 
@@ -85,13 +87,16 @@ class CalibratedQ:
         with self.stages("quantize"):
             curvature = Curvature.of(h, self.rounding.damping)
             more = curvature.damping if curvature.damping > self.rounding.damping else None
-            quantized = {name: self._round(name, weight, curvature, h) for name, weight in weights.items()}
+            rounded = {name: self._reduced(weight, h) for name, weight in weights.items()}
+            quantized = {
+                name: self._round(name, weight, rounded[name], curvature, h) for name, weight in weights.items()
+            }
         found = {name: Initialized(q, None, more_damping=more) for name, q in quantized.items()}
         adapted = {name: weight for name, weight in weights.items() if name in ranks}
         for step in range(self.rounding.alternations + 1 if adapted else 0):
             if step > 0:
                 with self.stages("quantize"):
-                    quantized = {name: self._round_rest(w, found[name], curvature) for name, w in adapted.items()}
+                    quantized = {name: self._round_rest(rounded[name], found[name], curvature) for name in adapted}
             with self.stages("solve"):
                 factors = solve(adapted, quantized, ranks, gram, self.solver, overwrite=False)
             for name, of_one in factors.items():
@@ -106,9 +111,14 @@ class CalibratedQ:
                 )
         return found
 
-    def _round(self, name: str, weight: Tensor, curvature: Curvature, h: Tensor) -> QuantizedWeight:
+    def _reduced(self, weight: Tensor, h: Tensor) -> Tensor:
+        if not self.rounding.magr:
+            return weight
+        return reduce_magnitude(weight, h, group=self.base.group_of(weight.shape[1]), strength=self.rounding.magr)
+
+    def _round(self, name: str, weight: Tensor, rounded: Tensor, curvature: Curvature, h: Tensor) -> QuantizedWeight:
         try:
-            fed_back = self.base.calibrated(weight, curvature)
+            fed_back = self.base.calibrated(rounded, curvature)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from error
         nearest = self.base.calibrated(weight, curvature.without_feedback())

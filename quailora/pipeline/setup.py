@@ -16,7 +16,7 @@ from quailora.calibration.data import Calibration
 from quailora.errors import AdapterError
 from quailora.memory.budget import Meter
 from quailora.memory.planner import TOKENS_PER_BATCH, Plan, make_plan
-from quailora.memory.sizes import Calibrated
+from quailora.memory.sizes import Base
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Loop, Solved
@@ -36,7 +36,7 @@ class Run:
     targets, left: the linears to find factors for, and the other adapted modules with the reason for each.
     form: how the base is quantized.
     unadapted: the linears that no adapter is on and that are quantized all the same, where a base is written.
-    calibrated: whether codes are chosen by calibration.
+    counted: what the plan counts with, if it is not `form`.
     """
 
     stream: StreamedModel
@@ -48,7 +48,7 @@ class Run:
     meter: Meter
     processes: Processes
     unadapted: Sequence[str] | None = None
-    calibrated: bool = False
+    counted: Base | None = None
     stages: Stages = field(default_factory=Stages)
     notes: list[str] = field(default_factory=list)
 
@@ -59,7 +59,7 @@ class Run:
         plan = make_plan(
             self.stream,
             {target.name: target.rank for target in self.targets} | dict.fromkeys(self.unadapted or (), 0),
-            Calibrated(self.form) if self.calibrated else self.form,
+            self.counted or self.form,
             self.solver,
             samples=-(-len(self.data) // processes.size),
             sequence_length=self.data.longest,

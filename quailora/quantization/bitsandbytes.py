@@ -315,6 +315,9 @@ class BitsAndBytes(QuantizedBase):
         codes = codes_of.to(torch.uint8)[rounded.codes.long()].view(-1, 2)
         return replace(nearest, codes=codes[:, 0] << 4 | codes[:, 1])
 
+    def group_of(self, columns: int) -> int:
+        return columns if self.blocksize is None else self.blocksize
+
     def checkpoint_config(self, blocks: str) -> dict[str, Any]:
         if self.blocksize is None:
             return super().checkpoint_config(blocks)  # raises

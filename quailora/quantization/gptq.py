@@ -185,7 +185,7 @@ class GPTQ(QuantizedBase):
 
     def calibrated(self, weight: Tensor, curvature: Curvature) -> GPTQWeight:
         """The quantized weight of W (m, n), with errors fed back. Raises CheckpointError where W is not finite."""
-        columns = self._group(weight.shape[1])
+        columns = self.group_of(weight.shape[1])
         rounded = round_with_feedback(weight, curvature, bits=self.bits, symmetric=self.symmetric, group=columns)
         if not (rounded.scales.isfinite() & (rounded.scales != 0)).all():  # 0: no scale had a finite cost
             raise CheckpointError("a weight is not finite, or too large for scales in fp16")
@@ -194,26 +194,26 @@ class GPTQ(QuantizedBase):
     def _of(self, rounded: Rounded) -> GPTQWeight:
         return GPTQWeight(rounded.codes, rounded.scales.half(), rounded.zeros, self.bits, self.dtype)
 
-    def _group(self, columns: int) -> int:
+    def group_of(self, columns: int) -> int:
         return columns if self.group_size == WHOLE_ROWS else self.group_size
 
     def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
         """Codes are a byte each here. Rounding holds its errors in fp32, and those codes."""
         elements = outputs * inputs
-        groups = outputs * (inputs // self._group(inputs) if inputs % self._group(inputs) == 0 else 1)
+        groups = outputs * (inputs // self.group_of(inputs) if inputs % self.group_of(inputs) == 0 else 1)
         return elements + 3 * groups, 4 * elements
 
     keeps_q = True  # gptqmodel's linears multiply with a de-quantized weight, which autograd keeps
 
     def loaded(self, outputs: int, inputs: int) -> int:
-        groups = inputs // self._group(inputs)
+        groups = inputs // self.group_of(inputs)
         codes, zeros = outputs * inputs * self.bits // 8, outputs * groups * self.bits // 8
         return codes + zeros + 2 * outputs * groups + 4 * inputs  # scales in 16 bits, and g_idx
 
     def obstacle(self, outputs: int, inputs: int) -> str | None:
         if inputs % _WORD or outputs % _WORD:
             return f"its {outputs} x {inputs} weight is not made of whole words of {_WORD} codes"
-        if inputs % self._group(inputs):
+        if inputs % self.group_of(inputs):
             fitting = [size for size in GROUP_SIZES if inputs % size == 0]
             raise AdapterError(
                 f"its {inputs} inputs are not whole groups of {self.group_size}: take group_size {fitting[-1]} "
@@ -232,7 +232,7 @@ class GPTQ(QuantizedBase):
             "qweight": pack(weight.codes.T, self.bits),
             "qzeros": pack(zeros.T, self.bits).T.contiguous(),
             "scales": weight.scales.T.contiguous(),
-            "g_idx": torch.arange(columns, dtype=torch.int32) // self._group(columns),
+            "g_idx": torch.arange(columns, dtype=torch.int32) // self.group_of(columns),
         }
 
     def loading(self) -> str:
@@ -258,8 +258,8 @@ is wrong. Copy the folder.
         codes = unpack(tensors["qweight"], self.bits).T.contiguous()
         columns = codes.shape[1]
         zeros = (unpack(tensors["qzeros"].T.contiguous(), self.bits).to(torch.int32) + zeros_less_one) & top
-        order = torch.arange(columns, device=scales.device) // self._group(columns)
-        if codes.shape[0] != rows or zeros.shape != (rows, groups) or groups != columns // self._group(columns):
+        order = torch.arange(columns, device=scales.device) // self.group_of(columns)
+        if codes.shape[0] != rows or zeros.shape != (rows, groups) or groups != columns // self.group_of(columns):
             raise CheckpointError(
                 f"{name}: its tensors do not fit together: {tuple(codes.shape)}, {tuple(scales.shape)}"
             )

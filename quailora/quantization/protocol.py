@@ -119,6 +119,10 @@ class QuantizedBase(ABC):
         that cannot be quantized."""
         raise AdapterError(f"{self.describe()} has no calibrated rounding: its codes follow from the weights alone")
 
+    def group_of(self, columns: int) -> int:
+        """How many of a row's columns share a scale; for calibrated rounding."""
+        raise NotImplementedError
+
     def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
         """Bytes of the quantized weight (m, n), and of what quantizing it on `device` takes besides, at most; for plans
         within a memory budget. As long as a base does not say: 8 bits with an fp32 scale for every 64 elements, and

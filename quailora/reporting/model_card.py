@@ -112,8 +112,9 @@ def base_card(record: dict[str, Any]) -> str:
     settings = base.get("rounding_settings")
     how = "Its codes are those of nearest rounding."
     if settings:
+        magr = f"MagR (arXiv 2406.00800, strength {settings['magr']:g}), then " if settings.get("magr") else ""
         how = (
-            "Its codes were chosen by calibration: error feedback (GPTQ, arXiv 2210.17323) with damping "
+            f"Its codes were chosen by calibration: {magr}error feedback (GPTQ, arXiv 2210.17323) with damping "
             f"{settings['damping']:g}, in turn with the factors of the adapter, {settings['alternations']} times."
         )
     return f"""{_front_of_base(base, quantization.tags)}

@@ -394,20 +394,21 @@ def test_quantizing_and_solving(
     assert footprint.peak <= codes + besides < 2.1 * footprint.peak
 
 
+@pytest.mark.parametrize("magr", [0.0, 1e-3], ids=["", "MagR"])
 @pytest.mark.parametrize("form", [NF4, GPTQ(3, 64)], ids=["NF4", "int3"])
 @pytest.mark.parametrize("group", GROUPS)
-def test_codes_chosen_by_calibration(group: str, form: Any) -> None:
+def test_codes_chosen_by_calibration(group: str, form: Any, magr: float) -> None:
     heights, n, rank = GROUPS[group]
     generator = torch.Generator().manual_seed(0)
     weights = {str(m): torch.randn(m, n, generator=generator).bfloat16() for m in heights}
     x = torch.randn(2 * n, n, generator=generator)
     gram = Gram(n)
     gram.update(x)
-    step = CalibratedQ(form, RoundingConfig(alternations=1), KRYLOV, Stages())
+    step = CalibratedQ(form, RoundingConfig(alternations=1, magr=magr), KRYLOV, Stages())
     with Footprint() as footprint:
         step(weights, dict.fromkeys(weights, rank), gram, overwrite=False)
     shapes = [Weight(str(m), m, n, rank, torch.bfloat16) for m in heights]
-    codes, besides = solving(shapes, Calibrated(form), KRYLOV, Device(CPU, False, False, False), False)
+    codes, besides = solving(shapes, Calibrated(form, magr > 0), KRYLOV, Device(CPU, False, False, False), False)
     assert footprint.peak <= codes + besides < 2.1 * footprint.peak
 
 
