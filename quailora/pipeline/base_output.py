@@ -119,14 +119,15 @@ class BaseOutput:
         self._write(_shard(index), tensors | self._from_checkpoint(stored))
 
     def unquantized(self) -> dict[str, str]:
-        """Digests of the parameters that are not quantized, by name; but for those that a loader merges or splits."""
+        """Digests of the parameters that are not quantized, by name. Left out are those that a loader merges or splits,
+        and fused experts, which may be most of the checkpoint."""
         entries, quantized = self._stream.checkpoint.tensors, {f"{name}.weight" for name in self._stems}
-        sources = {name: self._stream.source(name) for name, _ in self._stream.model.named_parameters()}
-        return {
-            name: digest_of(entries[key].read(self._stream.dtype))
-            for name, key in sources.items()
-            if key is not None and name not in quantized
-        }
+        found = {}
+        for name, parameter in self._stream.model.named_parameters():
+            key = self._stream.source(name)
+            if key is not None and name not in quantized and parameter.dim() < 3:
+                found[name] = digest_of(entries[key].read(self._stream.dtype))
+        return found
 
     def complete(self, record: dict[str, Any]) -> None:
         """Write the rest: what is outside the blocks, configuration, tokenizer, index, model card and `record`."""

@@ -316,8 +316,8 @@ def _not_mergeable(model: PeftModel, stream: StreamedModel) -> list[str]:
     if why is None:
         return []
     return [
-        f"this adapter cannot be merged into the checkpoint (quailora merge): {why}. An adapter that names only "
-        "linears in target_modules (--target-modules), such as q_proj, can"
+        f"this adapter cannot be merged into the checkpoint (quailora merge): {why}. For one that can, name linears in "
+        "target_modules (--target-modules), such as q_proj, and nothing that is tied in modules_to_save"
     ]
 
 

@@ -287,18 +287,18 @@ def test_an_unfinished_base_of_another_adapter_is_not_taken(
 def test_a_run_that_is_discarded_takes_its_unfinished_base_along(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed(monkeypatch, model, tmp_path, base_output=tmp_path / "first")
-    killed(monkeypatch, model, tmp_path / "other", base_output=tmp_path / "theirs")
+    killed(monkeypatch, model, tmp_path, base_output=tmp_path / "first", alternations=0)
+    killed(monkeypatch, model, tmp_path / "other", base_output=tmp_path / "theirs", alternations=0)
     with pytest.raises(QuailoraError, match="other settings"):
         build(model, tmp_path)
-    build(model, tmp_path, resume=False)
+    build(model, tmp_path, resume=False, alternations=0)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "start", "other", ".theirs.quailora-base"}
 
 
 def test_an_h_that_took_more_damping_is_reported_after_a_resume(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {"calibration": tiny.sequences(2, 8), "rounding_damping": 1e-12}
+    few = {"calibration": tiny.sequences(2, 8), "rounding_damping": 1e-12, "alternations": 0}
     whole = build(model, tmp_path / "whole", **few)
     killed(monkeypatch, model, tmp_path, **few)
     resumed = build(model, tmp_path, **few)

@@ -153,9 +153,8 @@ def test_the_card(made: Path) -> None:
     assert "served on this one as it is" in " ".join(body.split())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_a_mixture_of_experts_is_refused(family: str, tmp_path: Path) -> None:
-    build(tmp_path, 3, True, 32, torch.bfloat16, {"family": family})
+def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    build(tmp_path, 3, True, 32, torch.bfloat16, {"family": "mixtral"})
     with pytest.raises(AdapterError, match=r"fused expert weights \(model.layers.0.mlp.experts.* cannot load them"):
         quailora.export(tmp_path / "base", tmp_path / "out")
     assert not (tmp_path / "out").exists()
