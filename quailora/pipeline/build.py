@@ -218,9 +218,10 @@ def build_adapter(
         if workspace:
             notes, grow = [], 1.0
             if alpha is not None:
+                tuned = config.lora_alpha
                 factor, note = match_alpha(model, "default", workspace.layers)
                 notes, grow = [note], factor**-0.5
-                record["lora"] = lora_record(config)
+                record["lora"] = lora_record(config) | {"alpha_tuned": tuned}
             report = run.report(
                 plan,
                 workspace.layers,
