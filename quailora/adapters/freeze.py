@@ -39,7 +39,8 @@ def freeze_correction(
         model: the quantized base, as transformers loaded it.
         correction: the folder of the initialized adapter.
         adapter: the configuration of the adapter to train; the folder of one that was trained over this correction, to
-            use it or to train it further; None is LoRA with the correction's rank and modules, and alpha 16.
+            use it or to train it further; None is LoRA with the correction's ranks and modules, and alpha 16
+            at its rank.
 
     Raises:
         MismatchError: the correction was made for another base, or the adapter was trained over another correction.
@@ -71,6 +72,7 @@ def freeze_correction(
             target_modules=its.target_modules,
             exclude_modules=its.exclude_modules,
             rank_pattern=its.rank_pattern,
+            alpha_pattern={name: ALPHA * rank / its.r for name, rank in (its.rank_pattern or {}).items()},
             task_type=its.task_type,
         )
     with warnings.catch_warnings():
