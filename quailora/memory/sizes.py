@@ -28,12 +28,16 @@ class Base(Protocol):
 
     def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]: ...
 
+    @property
+    def fused(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class Device:
     """The device of a run, and what there is fast code for.
 
-    extension: the compiled extension accumulates H. fused: products with E never have all of E in memory.
+    extension: the compiled extension accumulates H. fused: kernels read the codes of a base that has some
+    for them, so that all of E is never in memory.
     widened: the model's products are computed in fp32, with fp32 copies of the operands.
     """
 
@@ -234,8 +238,8 @@ def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Devic
     codes, work = zip(*(base.memory(w.outputs, n, on.device) for w in group), strict=True)
     copies = sum(w.outputs * n * w.dtype.itemsize for w in group if w.transposed)
     tallest = max(w.outputs for w in group)
-    largest = tallest * n
-    if on.fused:
+    largest, fused = tallest * n, on.fused and base.fused
+    if fused:
         errors, making = 0, 4 * _ROWS * n
     else:
         in_place = overwrite and group[0].dtype == torch.float32
@@ -245,7 +249,7 @@ def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Devic
         )
     energy = 12 * _PANEL * tallest  # the initial objective
     thin = _thin(group, solver)
-    if SOLVERS[solver.name].dense and on.fused:
+    if SOLVERS[solver.name].dense and fused:
         thin += 4 * largest
     return sum(codes), copies + max(max(work), errors + max(making, energy, thin))
 

@@ -126,6 +126,11 @@ class QuantizedBase(ABC):
         elements = outputs * inputs
         return elements + elements // 16 + 8 * outputs, 16 * elements
 
+    @property
+    def fused(self) -> bool:
+        """Whether the fused kernels read its weights, by their `packed`; where not, a GPU has E in memory."""
+        return False
+
     keeps_q: ClassVar[bool] = False  # whether a block's backward pass has every Q in memory, and not one at a time
 
     def loaded(self, outputs: int, inputs: int) -> int:
