@@ -36,8 +36,8 @@ class Base(Protocol):
 class Device:
     """The device of a run, and what there is fast code for.
 
-    extension: the compiled extension accumulates H. fused: kernels read the codes of a base that has some
-    for them, so that all of E is never in memory.
+    extension: the compiled extension accumulates H. fused: where kernels read the base's codes, products with E never
+    have all of E in memory.
     widened: the model's products are computed in fp32, with fp32 copies of the operands.
     """
 

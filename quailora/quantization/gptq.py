@@ -205,10 +205,7 @@ class GPTQ(QuantizedBase):
 
     @classmethod
     def kernel_examples(cls) -> dict[str, tuple[torch.dtype, QuantizedBase]]:
-        return {
-            "int3": (torch.bfloat16, cls(3, 64, symmetric=False)),
-            "int4": (torch.float16, cls(4, 32, dtype=torch.float16)),
-        }
+        return {"int3": (torch.bfloat16, cls(3, 32, symmetric=False))}  # in other blocks than the examples in NF4
 
     keeps_q = True  # gptqmodel's linears multiply with a de-quantized weight, which autograd keeps
 

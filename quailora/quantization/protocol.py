@@ -20,7 +20,8 @@ from quailora.quantization.feedback import Curvature
 
 
 class QuantizedWeight(Protocol):
-    """The quantized weight of one linear. One with a `packed` property is read by the fused kernels (`ops.packed`)."""
+    """The quantized weight of one linear. One whose property `packed` is not None is read by the fused kernels, in that
+    form: a `bitsandbytes.FourBit`, an `EightBit` or `Steps` (`ops.packed`)."""
 
     @property
     def shape(self) -> tuple[int, int]:
