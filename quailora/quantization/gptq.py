@@ -293,9 +293,9 @@ class GPTQWeight:
     def dequantize(self) -> Tensor:
         """Q (m, n) in `dtype`: as a layer of gptqmodel computes it, from scales in that dtype."""
         rows, columns = self.shape
-        codes, zeros = self.codes.view(rows, self.scales.shape[1], -1), self.zeros[..., None]
+        codes, zeros = self.codes.view(rows, self.scales.shape[1], -1), self.zeros.unsqueeze(-1)
         steps = codes.to(torch.int16) - zeros.to(torch.int16)
-        return (self.scales.to(self.dtype)[..., None] * steps).view(rows, columns)
+        return (self.scales.to(self.dtype).unsqueeze(-1) * steps).view(rows, columns)
 
     @cached_property
     def packed(self) -> Steps | None:

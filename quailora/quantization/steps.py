@@ -45,7 +45,7 @@ class Steps:
         group = n // groups
         if (size := block(group)) is None:
             return None
-        nibbles = (codes.view(m, groups, group) - (zeros + _LOW)[..., None]).view(-1, 2)  # modulo 256: 0 to 15
+        nibbles = (codes.view(m, groups, group) - (zeros + _LOW).unsqueeze(-1)).view(-1, 2)  # modulo 256: 0 to 15
         absmax = scales.to(dtype).float().repeat_interleave(group // size, dim=1)
         return cls((nibbles[:, 0] << 4) | nibbles[:, 1], absmax.view(-1), size, (m, n), dtype)
 

@@ -5,7 +5,8 @@ The *form* in which an E is held decides how many bytes a product reads:
     dense     fp32, in memory of its own                 4 bytes per element
     cached    in the dtype of W, overwriting W           2, from NF4 with W and Q both bf16 or both fp16;
                                                          4, the same E as "dense", if W is fp32
-    fused     not stored: each product dequantizes Q     2.56, from bf16 and blocks of 64
+    fused     not stored: each product dequantizes Q     2.56, from bf16 and 4-bit codes in blocks of 64 (GPTQ's of 2
+                                                         and 3 bits too: `quantization.steps`)
 """
 
 from collections.abc import Callable, Iterator, Sequence
