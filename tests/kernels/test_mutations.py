@@ -66,7 +66,7 @@ FAULTS = {  # files in kernels/ -> file of tests -> the test -> what is wrong, t
                 ("granules straddle blocks", "min(blocksize, columns, alignment)", "min(columns, alignment)"),
             ],
             "test_each_group_has_its_own_scale_and_zero[error_product-64]": [
-                ("every scale above 0", "* absmax[:, :, None]\n        return", "* tl.abs(absmax)[:, :, None]\n        return"),
+                ("every scale above 0", "GRANULE)) * absmax[:, :, None]", "GRANULE)) * tl.abs(absmax)[:, :, None]"),
             ],
             "test_whole_tiles[nf4-ieee]": [
                 ("table of the launch's first W", "_table(codes, partial),\n        partial,",
