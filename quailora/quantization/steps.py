@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _LOW = -8  # the value of code 0
-_BLOCKS = (64, 32)  # 64 first: kernels read an absmax for every 64 columns at least, however wide a block is
+_BLOCKS = (64, 32)  # of the sizes that a group is divided into; kernels read an absmax for each 64 columns anyway
 
 
 def block(group: int) -> int | None:
