@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quailora.adapters.correction import correction_folder
 from quailora.adapters.skeleton import quantized_skeleton
 from quailora.errors import AdapterError, MismatchError
 from quailora.modeling.blocks import linear_weight
@@ -25,15 +26,16 @@ from quailora.reporting.record import RECORD, read_record
 
 
 def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None:
-    """The record of the base an adapter was made for: next to the adapter; next to `initial`, if given; or in the
-    parent folder, which for a trainer's checkpoint is the output folder.
+    """The record of the base an adapter was made for: next to the adapter; next to `initial`, if given; next to the
+    frozen adapter that it was trained over; or in the parent folder, which for a trainer's checkpoint is the output
+    folder.
 
     Raises:
         AdapterError: `adapter` does not exist; or `initial` is looked into and has no record.
     """
     if not adapter.is_dir():
         raise AdapterError(f"{adapter} does not exist or is not a folder: give an adapter's folder")
-    record = read_record(adapter) or read_record(initial or adapter.parent)
+    record = read_record(adapter) or read_record(initial or correction_folder(adapter) or adapter.parent)
     if record is None and initial is not None:
         raise AdapterError(
             f"{initial} {f'has no {RECORD}' if initial.is_dir() else 'does not exist'}: initial (--initial) is the "

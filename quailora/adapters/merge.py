@@ -17,9 +17,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quailora.adapters.base_record import as_recorded, base_of, for_full_precision, loading
+from quailora.adapters.correction import saved_adapter
 from quailora.adapters.new_tokens import resize_to
 from quailora.adapters.save_and_load import put, unfilled
-from quailora.adapters.saved_adapter import SavedAdapter
 from quailora.adapters.skeleton import adapted_skeleton, quantized_skeleton
 from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import AdapterError
@@ -56,8 +56,8 @@ def merge(
         checkpoint: the full-precision checkpoint of the base.
         adapter: the folder of a trained, or just initialized, adapter.
         output_dir: new or empty.
-        initial: the adapter that training started from, if `adapter` has no record of its base; None looks in the
-            parent folder of `adapter`.
+        initial: the adapter that training started from, or that was kept frozen, if it is not where the file beside
+            `adapter` says; None looks in the parent folder of `adapter` too.
         quantization: how the base is quantized, such as a BitsAndBytesConfig, if there is no record; if there is one,
             it must agree.
         base: the folder of the quantized base, if it is not where the record says, or Q does not follow from the
@@ -82,7 +82,7 @@ def merge(
     form, dtype = from_config(config), dtype or source.dtype
     skeleton = quantized_skeleton(source, config, load_dtype)
     written = QuantizedCheckpoint.recorded(made_for or {}, base)
-    trained = SavedAdapter(folder)
+    trained = saved_adapter(folder, Path(initial) if initial else None)
     if tokens := next((key for key in trained.tensors if ".token_adapter." in key), None):
         raise AdapterError(f"{folder} has {tokens} (trainable_token_indices): single rows cannot be merged")
     rows = resize_to(skeleton, folder)

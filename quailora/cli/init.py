@@ -29,6 +29,7 @@ from quailora.cli.options import (
     SplitOption,
     check_bits,
     gptq_config,
+    parse_alpha,
     parse_names,
     parse_pattern,
     parse_target_modules,
@@ -43,7 +44,13 @@ def init(
     data: DataOption,
     output: Annotated[Path, typer.Option(help="Where the adapter goes: a new or empty folder.")],
     rank: Annotated[int, typer.Option(help="LoRA's r.", min=1)] = 64,
-    alpha: Annotated[int, typer.Option(help="LoRA's alpha. The initial A Bᵀ does not depend on it.", min=1)] = 16,
+    alpha: Annotated[
+        str,
+        typer.Option(
+            help="LoRA's alpha; or matched, or matched:16: one with which a learning rate tuned for QLoRA at alpha 16 "
+            "suits this adapter. The initial A Bᵀ does not depend on it."
+        ),
+    ] = "16",
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(r).")] = False,
     dropout: Annotated[float, typer.Option(help="LoRA's dropout in training.", min=0, max=1)] = 0.0,
     target_modules: Annotated[
@@ -132,6 +139,7 @@ def init(
 
     # Checked first: a typo should not cost a download.
     check_new_folder(output)
+    tuned_alpha, matched = parse_alpha(alpha)
     damping = DEFAULT_DAMPING if damping is None else damping
     if base_output is not None:
         check_new_folder(base_output)
@@ -148,7 +156,7 @@ def init(
         quantization = gptq_config(bits, 64 if group_size is None else group_size, symmetric)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=tuned_alpha,
         use_rslora=rslora,
         lora_dropout=dropout,
         target_modules=parse_target_modules(target_modules),
@@ -181,6 +189,7 @@ def init(
             batch_size=batch_size,
             memory_budget=memory_budget,
             host_memory_budget=host_memory_budget,
+            alpha=matched,
             resume=resume,
             distributed=distributed.launched_by_torchrun(),
             device=place,

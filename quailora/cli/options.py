@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_MATCHED = "matched"  # as in adapters.alpha, which would import torch
+
+
 class AutoClass(StrEnum):
     """The transformers classes that a base can be loaded with."""
 
@@ -113,6 +116,14 @@ def parse_pattern(option: str, text: str | None) -> dict[str, int]:
             raise QuailoraError(f"{option} {part!r}: write it as name=number, such as q_proj=8")
         found[name] = int(value)
     return found
+
+
+def parse_alpha(text: str) -> tuple[int, str | None]:
+    """ "32" -> (32, None); "matched:32" -> (32, "matched"); "matched" -> (16, "matched")."""
+    kind, _, number = text.rpartition(":") if text != _MATCHED else (_MATCHED, "", "16")
+    if kind not in ("", _MATCHED) or not number.isdecimal() or int(number) < 1:
+        raise QuailoraError(f"--alpha {text!r}: write a whole number, {_MATCHED}, or {_MATCHED}:16")
+    return int(number), kind or None
 
 
 def parse_target_modules(text: str) -> str | list[str]:

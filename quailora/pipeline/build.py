@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quailora.adapters.alpha import check_alpha, match_alpha
 from quailora.adapters.merge import obstacle, stored_alone
 from quailora.adapters.save_and_load import check_can_be_saved, rest, save, take
 from quailora.adapters.skeleton import targeted_skeleton
@@ -33,7 +34,7 @@ from quailora.quantization.registry import Format, config_for, from_config
 from quailora.quantization.rounding import RoundingConfig
 from quailora.quantization.verify import CALIBRATED
 from quailora.reporting.model_card import model_card
-from quailora.reporting.record import make_record
+from quailora.reporting.record import lora_record, make_record
 from quailora.reporting.report import LayerReport, Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
@@ -64,6 +65,7 @@ def build_adapter(
     batch_size: int | None = None,
     memory_budget: int | str | None = None,
     host_memory_budget: int | str | None = None,
+    alpha: str | None = None,
     resume: bool = True,
     distributed: bool = False,
     dtype: torch.dtype | None = None,
@@ -99,6 +101,9 @@ def build_adapter(
             memory may grow. None is nine tenths of what is free.
         host_memory_budget: on a GPU, what hidden states may take of the host's memory; what is more goes to a file
             beside `output_dir`. None is nine tenths of what is free.
+        alpha: "matched" gives the adapter another alpha, with which a learning rate that was tuned for QLoRA at
+            `lora_config.lora_alpha` is right for it (`quailora.adapters.alpha`); the initial A Bᵀ is the same. None
+            keeps `lora_alpha`.
         resume: continue an unfinished run into `output_dir`. Its finished blocks are kept beside the folder. It is an
             error if its settings differ; False discards it.
         distributed: whether every process of the default group of torch.distributed calls this: samples and solves are
@@ -118,6 +123,7 @@ def build_adapter(
     """
     output = Path(output_dir)
     check_new_folder(output)
+    check_alpha(alpha)
     if base_output is not None:
         check_apart(output, Path(base_output))
     rounds = RoundingConfig.given(
@@ -217,6 +223,12 @@ def build_adapter(
         )
         report = None
         if workspace:
+            notes, grow = [], 1.0
+            if alpha is not None:
+                tuned = config.lora_alpha
+                factor, note = match_alpha(model, "default", workspace.layers)
+                notes, grow = [note], factor**-0.5
+                record["lora"] = lora_record(config) | {"alpha_tuned": tuned}
             report = run.report(
                 plan,
                 workspace.layers,
@@ -225,6 +237,7 @@ def build_adapter(
                 *_resumed(finished),
                 *_more_damped(workspace.layers),
                 *_not_mergeable(model, stream),
+                *notes,
                 digests=workspace.digests,
             )
             if base is not None:
@@ -233,7 +246,7 @@ def build_adapter(
                 with run.stages("write"):
                     base.complete(report.record)
             with workspace.finish() as folder, run.stages("write"):
-                made = workspace.tensors()
+                made = {name: tensor.times(grow) for name, tensor in workspace.tensors().items()}
                 if base is not None:
                     adapter_config: Any = model.peft_config["default"]
                     adapter_config.base_model_name_or_path, adapter_config.revision = str(base.folder), None

@@ -284,6 +284,7 @@ def _row(name: str, found: Initialized, tokens: int, seconds: float, digest: str
         output_error_after=per_token(factors.objective),
         jitter=factors.jitter,
         seconds=seconds,
+        nuclear_norm=float(factors.A.square().sum()),  # A and B are balanced
         digest=digest,
         more_damping=found.more_damping,
         alternations=[

@@ -264,6 +264,10 @@ class BitsAndBytes(QuantizedBase):
             return stored, 4 * scales
         return stored, (28 if self.method == "fp4" else 14) * elements + 4 * scales
 
+    @property
+    def fused(self) -> bool:
+        return True
+
     def loaded(self, outputs: int, inputs: int) -> int:
         levels = 0 if self.blocksize is None else 4 * 16
         return super().loaded(outputs, inputs) + levels

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -20,6 +21,7 @@ from transformers import AwqConfig, GPTQConfig
 from quailora.errors import AdapterError, CheckpointError
 from quailora.quantization.feedback import Curvature, Rounded, round_with_feedback
 from quailora.quantization.protocol import QuantizedBase
+from quailora.quantization.steps import Steps, block
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)  # and whole rows, which GPTQConfig writes as -1
@@ -198,10 +200,21 @@ class GPTQ(QuantizedBase):
         return columns if self.group_size == WHOLE_ROWS else self.group_size
 
     def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
-        """Codes are a byte each here. Rounding holds its errors in fp32, and those codes."""
+        """Codes are a byte each here; where kernels read them, in 4 bits besides, with fp32 scales. Rounding holds its
+        errors in fp32, and codes of its own."""
         elements = outputs * inputs
         groups = outputs * (inputs // self.group_of(inputs) if inputs % self.group_of(inputs) == 0 else 1)
-        return elements + 3 * groups, 4 * elements
+        size = block(self.group_of(inputs)) if self.fused and device.type == "cuda" else None
+        packed = 0 if size is None else elements // 2 + 4 * elements // size
+        return elements + 3 * groups + packed, 4 * elements
+
+    @property
+    def fused(self) -> bool:
+        return self.bits < 4 or (self.bits == 4 and self.symmetric)
+
+    @classmethod
+    def kernel_examples(cls) -> dict[str, tuple[torch.dtype, QuantizedBase]]:
+        return {"int3": (torch.bfloat16, cls(3, 32, symmetric=False))}  # in other blocks than the examples in NF4
 
     keeps_q = True  # gptqmodel's linears multiply with a de-quantized weight, which autograd keeps
 
@@ -289,9 +302,17 @@ class GPTQWeight:
     def dequantize(self) -> Tensor:
         """Q (m, n) in `dtype`: as a layer of gptqmodel computes it, from scales in that dtype."""
         rows, columns = self.shape
-        codes, zeros = self.codes.view(rows, self.scales.shape[1], -1), self.zeros[..., None]
+        codes, zeros = self.codes.view(rows, self.scales.shape[1], -1), self.zeros.unsqueeze(-1)
         steps = codes.to(torch.int16) - zeros.to(torch.int16)
-        return (self.scales.to(self.dtype)[..., None] * steps).view(rows, columns)
+        return (self.scales.to(self.dtype).unsqueeze(-1) * steps).view(rows, columns)
+
+    @cached_property
+    def packed(self) -> Steps | None:
+        """The same Q as the fused kernels read it, in memory of its own: codes - zeros in 4 bits. None where they take
+        more, with 8 bits, or with 4 and an asymmetric grid; or where 32 does not divide g."""
+        if self.bits == 8 or (self.bits == 4 and bool((self.zeros != 8).any())):
+            return None
+        return Steps.of(self.codes, self.zeros, self.scales, self.dtype)
 
     def parts(self) -> tuple[list[Tensor], list[Tensor]]:
         return [self.codes, self.zeros], [self.scales]

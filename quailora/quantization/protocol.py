@@ -20,7 +20,8 @@ from quailora.quantization.feedback import Curvature
 
 
 class QuantizedWeight(Protocol):
-    """The quantized weight of one linear. One with a `packed` property is read by the fused kernels (`ops.packed`)."""
+    """The quantized weight of one linear. One whose property `packed` is not None is read by the fused kernels, in that
+    form: a `bitsandbytes.FourBit`, an `EightBit` or `Steps` (`ops.packed`)."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -129,6 +130,11 @@ class QuantizedBase(ABC):
         four fp32 copies of W."""
         elements = outputs * inputs
         return elements + elements // 16 + 8 * outputs, 16 * elements
+
+    @property
+    def fused(self) -> bool:
+        """Whether the fused kernels read its weights, by their `packed`; where not, a GPU has E in memory."""
+        return False
 
     keeps_q: ClassVar[bool] = False  # whether a block's backward pass has every Q in memory, and not one at a time
 

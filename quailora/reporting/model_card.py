@@ -53,6 +53,8 @@ left (geometric mean). `report.md` lists every layer.
 {_loading_written(base, auto_class, folder) if written else _loading(base, auto_class, revision + remote, folder)}
 Training and serving the adapter do not need quailora.
 
+{_learning_rate(record, folder)}
+
 ## Do not merge it into the full-precision weights
 
 A Bᵀ approximates the quantization error W - Q. The full-precision weights have no such error, and a base that was
@@ -63,6 +65,19 @@ before or after training, use
 - `quailora convert`, which turns what training learned into an adapter for the full-precision weights. It needs this
   folder as it is now, so keep a copy before you train.
 """
+
+
+def _learning_rate(record: dict[str, Any], folder: str) -> str:
+    lora = record["lora"]
+    if "alpha_tuned" in lora:
+        return (
+            f"**Learning rate**: one that was tuned for QLoRA with alpha {lora['alpha_tuned']:g}. Alpha is "
+            f"{lora['alpha']:g} here so that it suits this adapter; weight decay acts more strongly with it."
+        )
+    return (
+        "**Learning rate**: lower than QLoRA's; try a quarter of it first. Or keep this adapter frozen and train "
+        f"another on top of it at QLoRA's rate: `model = quailora.freeze_correction(base, {folder!r})`."
+    )
 
 
 def _loading(base: dict[str, Any], auto_class: str, arguments: str, folder: str) -> str:

@@ -143,6 +143,7 @@ def test_options_reach_build_adapter(
         "rounding_damping": None,
         "alternations": None,
         "magr": None,
+        "alpha": None,
         "solver": "krylov",
         "iterations": None,
         "damping": pipeline.DEFAULT_DAMPING,
@@ -187,6 +188,7 @@ def test_options_reach_build_adapter(
         "rounding_damping": None,
         "alternations": None,
         "magr": None,
+        "alpha": None,
         "solver": "als",
         "iterations": 7,
         "damping": 0.0,
@@ -204,6 +206,9 @@ def test_options_reach_build_adapter(
         "seed": 9,
         "progress": False,
     }
+
+    config, _, keywords = call("--alpha", "matched:32")
+    assert (config.lora_alpha, keywords["alpha"]) == (32, "matched")
 
     _, quantization, keywords = call("--dtype", "bfloat16")
     assert quantization.bnb_4bit_compute_dtype == keywords["dtype"] == torch.bfloat16

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -423,6 +424,14 @@ def test_an_fp32_weight_makes_room_for_its_error() -> None:
     assert solving(conv1d, INT8, SolverConfig("krylov", 0), on, True)[1] == given_up + 6 * 4 * MIB
 
 
+def test_an_error_is_in_memory_on_a_gpu_where_no_kernel_reads_the_codes() -> None:
+    shapes, config = [Weight("w", 1024, 1024, 8, torch.bfloat16)] * 12, SolverConfig("krylov", 0)
+    on = Device(CUDA, extension=False, fused=True, widened=False)
+    read, not_read = (solving(shapes, GPTQ(4, 64, symmetric), config, on, True) for symmetric in (True, False))
+    assert not_read[1] - read[1] > (12 - 6) * 4 * MIB  # 48 MiB; but that of quantizing, 21 for the last one, is left
+    assert read[0] - not_read[0] == 12 * (2**20 // 2 + 4 * 2**20 // 64)
+
+
 # ---- a GPU, by the sizes seen under FakeTensorMode
 
 try:
@@ -433,20 +442,32 @@ except pytest.skip.Exception:
 
 @pytest.mark.skipif(launches is None, reason="Triton is not installed")
 @pytest.mark.parametrize("solver", ["krylov", "als", "svd", "eigh"])
-@pytest.mark.parametrize(("heights", "n"), [((4096, 1024, 1024), 4096), ((4096,), 14336)], ids=str)
+@pytest.mark.parametrize(
+    ("heights", "n", "method"),
+    [
+        ((4096, 1024, 1024), 4096, "nested"),
+        ((4096,), 14336, "nested"),
+        pytest.param((4096, 1024, 1024), 4096, "gptq", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_device_bytes_on_a_gpu(
-    solver: str, heights: tuple[int, ...], n: int, launches: Any, monkeypatch: pytest.MonkeyPatch
+    solver: str, heights: tuple[int, ...], n: int, method: str, launches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that is on the device while a group is solved: weights, codes, H and the solver's."""
     weights = [Weight(str(m), m, n, 64, torch.bfloat16) for m in heights]
     on = Device(CUDA, extension=False, fused=True, widened=False)
-    codes, besides = solving(weights, NF4, SolverConfig(solver, few(solver)), on, overwrite=True)
+    base: Any = NF4
+    if method == "gptq":  # whose codes are given
+        base = SimpleNamespace(fused=True, memory=lambda *of: (GPTQ(3, 64).memory(*of)[0], 0))
+    codes, besides = solving(weights, base, SolverConfig(solver, few(solver)), on, overwrite=True)
     monkeypatch.setattr(launches, "append", lambda launch: None, raising=False)  # it would keep what is allocated
-    group = [linear("nested", m, n, torch.bfloat16, 64) for m in heights]
+    group = [linear(method, m, n, torch.bfloat16, 64) for m in heights]
     with Footprint("cuda") as footprint:
         solved(group, monkeypatch, solver=solver, iterations=few(solver), overwrite_weights=True)
-    around = sum(2 * m * n for m in heights) + codes
-    seen, planned = around + footprint.peak, around + 4 * n * n + besides
+    around = sum(2 * m * n for m in heights)
+    seen = around + sum(each.quantized.nbytes for each in group) + footprint.peak
+    planned = around + codes + 4 * n * n + besides
     assert seen <= planned < 1.5 * seen
 
 
