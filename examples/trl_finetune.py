@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--output", default="trained", help="folder for the trained adapter")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--freeze", action="store_true", help="keep the initialized adapter, and train another on top")
     parser.add_argument("--max-steps", type=int, default=-1, help="default: one epoch")
     arguments = parser.parse_args()
 
@@ -43,7 +44,10 @@ def main() -> None:
 
     base = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=quantization)
     quailora.check_base(base, arguments.initial)
-    model = PeftModel.from_pretrained(base, arguments.initial, is_trainable=True)
+    if arguments.freeze:
+        model = quailora.freeze_correction(base, arguments.initial)
+    else:
+        model = PeftModel.from_pretrained(base, arguments.initial, is_trainable=True)
     trainer = SFTTrainer(
         model,  # a PeftModel, and therefore no peft_config
         args=SFTConfig(
@@ -60,8 +64,8 @@ def main() -> None:
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(arguments.model),
     )
-    # TRL casts the factors of a 4-bit model to bf16. Both are far from zero here, so most of Adam's steps are smaller
-    # than half the distance to the next bf16 number, and would be rounded away.
+    # TRL casts the factors of a 4-bit model to bf16. Without --freeze both are far from zero here, so most of Adam's
+    # steps are smaller than half the distance to the next bf16 number, and would be rounded away.
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

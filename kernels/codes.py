@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """A packed Q as the kernel reads it: every absmax in fp32."""
+    """A packed Q as the kernel reads it: every absmax in fp32. GPTQ's codes come in 4 bits: `quantization.steps`."""
 
     codes: Tensor
     absmax: Tensor

@@ -10,7 +10,7 @@ with Q the values of the forward pass, rounded to its compute dtype.
     b          elements that share one absmax in a 4-bit weight: b in a row along the flat, row-major order
     weight     (m, n) bf16, fp16 or fp32, row-major
     codes      4 bits: (ceil(m n / 2),) uint8, high nibble first.  LLM.int8: (m, n) int8
-    absmax     4 bits: (ceil(m n / b),) fp32.  LLM.int8: (m,) fp32
+    absmax     4 bits: (ceil(m n / b),) fp32, of either sign.  LLM.int8: (m,) fp32
     right      (n, r) fp32;  left (m, r) fp32; in the kernel with columns of zeros up to RANK, which tensor cores take
 
     error_product_kernels.py    the kernels: how the work is divided, and what it costs

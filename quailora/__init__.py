@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from quailora.adapters.base_record import check_base as check_base
     from quailora.adapters.convert import convert as convert
     from quailora.adapters.export import export as export
+    from quailora.adapters.freeze import freeze_correction as freeze_correction
     from quailora.adapters.merge import merge as merge
     from quailora.calibration.gram import Gram as Gram
     from quailora.errors import QuailoraError as QuailoraError
@@ -28,6 +29,7 @@ _HOMES = {
     "check_base": "adapters.base_record",
     "convert": "adapters.convert",
     "export": "adapters.export",
+    "freeze_correction": "adapters.freeze",
     "initialize": "pipeline.initialize",
     "merge": "adapters.merge",
     "solve": "solvers.solve",

@@ -6,6 +6,7 @@ In a sequence of t tokens, tokens 2 to t are each predicted from those before th
 from __future__ import annotations
 
 import math
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from rich.table import Table
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quailora import ops
 from quailora.adapters.base_record import as_recorded, base_of, check_base, for_full_precision, loading
+from quailora.adapters.correction import Correction, saved_adapter
 from quailora.adapters.new_tokens import resize_to, vocabulary
 from quailora.adapters.saved_adapter import check_weights
 from quailora.calibration.data import Batch, Calibration, load_calibration
@@ -174,7 +178,7 @@ def compare(
         checkpoint: the full-precision model: a folder, or an id on the Hugging Face hub.
         adapter: a folder that PEFT saved; None scores the quantized base alone.
         calibration: the held-out tokens.
-        initial: the initialized adapter that training started from, if `adapter` has no record of its base.
+        initial: the initialized adapter that training started from, or that was kept frozen; see `merge`.
         quantization: of the base, such as a BitsAndBytesConfig; None is that of the adapter's record.
         device: None is CUDA if there is a CUDA device, else the CPU.
         dtype: of both models; None is that of the record, or else of the checkpoint.
@@ -197,8 +201,9 @@ def compare(
         check_weights(folder)
         made_for = base_of(folder, Path(initial) if initial else None)
         converted = made_for is not None and for_full_precision(made_for)
-        # Trainers do not copy the record, so an adapter that has one is untrained.
-        untrained = read_record(folder) is not None and not converted
+        # Trainers do not copy the record, and `convert` says that it is of a trained one.
+        own = read_record(folder)
+        untrained = own is not None and not own.get("trained") and not converted
         source = as_recorded(source, made_for)
         quantization, loaded_in = loading(made_for, source, quantization, folder)
     elif quantization is None:
@@ -222,7 +227,7 @@ def compare(
             receiver = full if converted else quantized
             resize_to(receiver, Path(adapter))
             shared = min(shared, vocabulary(receiver))
-            adapted = _with_adapter(receiver, adapter)
+            adapted = _with_adapter(receiver, Path(adapter), Path(initial) if initial else None)
         batches = list(load_calibration(calibration, vocab_size=shared).batches(batch_size))
         with _evaluating(full, quantized):
             for done, batch in enumerate(map(_predictions, batches), 1):
@@ -386,13 +391,26 @@ def _load_written(
     return model
 
 
-def _with_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, adapter: Path, initial: Path | None = None) -> PeftModel:
     try:
-        with warnings.catch_warnings():
+        with _as_one(adapter, initial) as folder, warnings.catch_warnings():
             # PEFT calls deprecated functions of transformers.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             # An adapter on disk that lacks tensors its configuration names would be scored incomplete.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(adapter))
+            return PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, UserWarning) as error:  # no such module, another shape, missing tensors
         raise MismatchError(f"{adapter} does not fit {type(model).__name__}: {error}") from error
+
+
+@contextmanager
+def _as_one(adapter: Path, initial: Path | None) -> Iterator[Path]:
+    """The folder of an adapter; if it was trained over a frozen one, a temporary folder with both as one adapter."""
+    if Correction.read(adapter) is None:
+        yield adapter
+        return
+    both = saved_adapter(adapter, initial)
+    with tempfile.TemporaryDirectory(prefix="quailora-") as folder:
+        both.config.save_pretrained(folder)
+        save_file(both.tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
+        yield Path(folder)

@@ -120,6 +120,9 @@ class LazyTensor:
         """One that is in memory."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
+    def times(self, factor: float) -> LazyTensor:
+        return self if factor == 1 else LazyTensor(self.shape, self.dtype, lambda: self.read() * factor)
+
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.common import plots, tables
 from benchmarks.end_to_end import initialize, low_bits, refine
 from benchmarks.kernels import gram, half, scaling
-from benchmarks.paper import claims
+from benchmarks.paper import bases, claims
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "small"
@@ -47,12 +47,17 @@ def _of_record(name: str, table: Callable[[tables.Record], str], results: Path) 
     return table(record) if record else "Not run yet."
 
 
+def _bases(draw: Callable[[Path], str], results: Path) -> str:
+    return draw(results.parent / "bases")
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "circumstances": tables.circumstances,
     **{name: partial(tables.draw, name) for name in (*tables.TABLES, *tables.OF_RESULTS)},
     "claims": claims.table,
     "low-bits": partial(_of_record, "low_bits", low_bits.table),
     "refine": partial(_of_record, "refine", refine.table),
+    **{name: partial(_bases, draw) for name, draw in bases.TABLES.items()},
     **{name: partial(_speed, *source) for name, source in SPEEDS.items()},
 }
 

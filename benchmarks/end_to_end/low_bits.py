@@ -6,7 +6,8 @@ CALIBRATE and MEASURE are text files; the first 64 x 512 tokens of one calibrate
 measure. W and H are gathered once, and every base is made from them, as `quailora init --bits` makes it. Perplexities
 are those of a dense model with Q, and with Q + A Bᵀ, in place of W. "left" is the geometric mean over the linears of
 the objective with the factors, relative to that of A Bᵀ = 0 and Q = 0. Alternations count from 0: the factors are
-found once.
+found once, which with MagR is CLoQ (arXiv 2501.18475). The time of a row, quantizing and solving, is given in forward
+passes over the calibration tokens.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +33,7 @@ from quailora.calibration.data import Calibration, CalibrationConfig, read_calib
 from quailora.calibration.gram import Gram
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.pipeline.quantize import CalibratedQ, GivenQ, Initialized
+from quailora.pipeline.setup import default_batch_size
 from quailora.pipeline.stages import Stages
 from quailora.quantization.gptq import GPTQ
 from quailora.quantization.protocol import QuantizedBase
@@ -51,7 +54,9 @@ class Row:
     def name(self) -> str:
         if self.rounding.rounding == NEAREST:
             return f"{self.base.name} nearest"
-        return f"{self.base.name} calibrated, λ {self.rounding.damping:g}, alternations {self.rounding.alternations}"
+        magr = ", MagR" if self.rounding.magr else ""
+        chosen = f"λ {self.rounding.damping:g}, alternations {self.rounding.alternations}{magr}"
+        return f"{self.base.name} calibrated, {chosen}"
 
     def make(self, layers: Mapping[str, tuple[Tensor, Gram]], rank: int, stages: Stages) -> dict[str, Initialized]:
         """Q and the factors of every linear; those that share an H together, as in a run."""
@@ -67,6 +72,18 @@ class Row:
             weights = {name: weight for name, (weight, _) in members.items()}
             found |= step(weights, dict.fromkeys(weights, rank), gram, overwrite=False)
         return found
+
+
+def forward_seconds(model: Any, calibration: Calibration) -> float:
+    """Of one forward pass of the decoder over all calibration tokens, after a batch that is not timed."""
+    batches = list(calibration.batches(default_batch_size(calibration)))
+    with torch.no_grad(), ops.half_products(model.device, [model.dtype]):
+        for batch in batches[:1]:
+            model.base_model(batch.input_ids, use_cache=False)
+        start = perf_counter()
+        for batch in batches:
+            model.base_model(batch.input_ids, use_cache=False)
+        return perf_counter() - start
 
 
 def perplexity(model: Any, weights: Mapping[str, Tensor], text: Calibration) -> float:
@@ -95,6 +112,7 @@ def main() -> None:
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--damping", type=float, nargs="*", default=[DEFAULT_DAMPING])
     parser.add_argument("--alternations", type=int, nargs="*", default=[0, DEFAULT_ALTERNATIONS])
+    parser.add_argument("--magr", type=float, nargs="*", default=[0.0], help="strengths of MagR; 0 is without")
     parser.add_argument("--nf4", action="store_true", help="NF4 with double quantization too")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--json", type=Path)
@@ -107,7 +125,8 @@ def main() -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=checkpoint.dtype)
     results: dict[str, dict[str, float]] = {}
     full = quailora.evaluate.perplexity(model, text.batches(2))
-    print(f"{'full precision':<44} {full:8.2f}", flush=True)
+    forward = forward_seconds(model, calibration)
+    print(f"{'full precision':<44} {full:8.2f}   forward pass {forward:.1f} s", flush=True)
 
     bases: list[QuantizedBase] = [
         GPTQ(bits, arguments.group_size, not arguments.asymmetric, checkpoint.dtype) for bits in arguments.bits
@@ -116,9 +135,10 @@ def main() -> None:
         bases.insert(0, from_config(config_for("nf4", checkpoint.dtype)))
     for base in bases:
         roundings = [RoundingConfig(NEAREST)] + [
-            RoundingConfig(CALIBRATED, damping, alternations)
+            RoundingConfig(CALIBRATED, damping, alternations, magr)
             for damping in arguments.damping
             for alternations in arguments.alternations
+            for magr in arguments.magr
         ]
         for rounding in roundings:
             row, stages, start = Row(base, rounding), Stages(), perf_counter()
@@ -141,11 +161,13 @@ def main() -> None:
             of_row = results[row.name]
             print(
                 f"{row.name:<44} {of_row['alone']:8.2f} {of_row['with factors']:8.2f}   left {of_row['left']:.5f}   "
-                f"{seconds:.0f} s ({', '.join(f'{name} {value:.0f}' for name, value in stages.seconds.items())})",
+                f"{seconds:.0f} s, {seconds / forward:.2f} forward passes "
+                f"({', '.join(f'{name} {value:.0f}' for name, value in stages.seconds.items())})",
                 flush=True,
             )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"full precision": full, "rows": results}, indent=2))
+        record = {"full precision": full, "forward seconds": forward, "rows": results}
+        arguments.json.write_text(json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":

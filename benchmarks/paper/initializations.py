@@ -121,9 +121,10 @@ def load_trained(checkpoint: Checkpoint, base: str, folder: Path) -> Any:
         return PeftModel.from_pretrained(load(checkpoint, base), str(folder))
 
 
-def lora(rank: int, alpha: int) -> LoraConfig:
+def lora(rank: int, alpha: float) -> LoraConfig:
     """LoRA on every linear layer, as in the paper."""
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    whole: Any = alpha  # PEFT takes floats
+    return LoraConfig(r=rank, lora_alpha=whole, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def keep(

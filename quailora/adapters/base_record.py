@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quailora.adapters.correction import correction_folder
 from quailora.adapters.skeleton import quantized_skeleton
 from quailora.errors import AdapterError, MismatchError
 from quailora.modeling.blocks import linear_weight
@@ -20,20 +21,21 @@ from quailora.modeling.devices import without_torch_modes
 from quailora.modeling.model_class import CAUSAL_LM
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import from_config, from_dict, from_module, is_quantized, read
-from quailora.quantization.verify import CALIBRATED, NEAREST, digest, verify
+from quailora.quantization.verify import CALIBRATED, NEAREST, digest, digest_of, verify
 from quailora.reporting.record import RECORD, read_record
 
 
 def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None:
-    """The record of the base an adapter was made for: next to the adapter; next to `initial`, if given; or in the
-    parent folder, which for a trainer's checkpoint is the output folder.
+    """The record of the base an adapter was made for: next to the adapter; next to `initial`, if given; next to the
+    frozen adapter that it was trained over; or in the parent folder, which for a trainer's checkpoint is the output
+    folder.
 
     Raises:
         AdapterError: `adapter` does not exist; or `initial` is looked into and has no record.
     """
     if not adapter.is_dir():
         raise AdapterError(f"{adapter} does not exist or is not a folder: give an adapter's folder")
-    record = read_record(adapter) or read_record(initial or adapter.parent)
+    record = read_record(adapter) or read_record(initial or correction_folder(adapter) or adapter.parent)
     if record is None and initial is not None:
         raise AdapterError(
             f"{initial} {f'has no {RECORD}' if initial.is_dir() else 'does not exist'}: initial (--initial) is the "
@@ -128,6 +130,7 @@ def check_base(
         return
     if "path" in base:
         _check_written(held, base, folder)
+        _check_unquantized(plain, base, folder)
         return
     loaded_from = recorded_base(plain)
     calibrated = loaded_from is not None and loaded_from.get("rounding") == CALIBRATED
@@ -197,6 +200,26 @@ def _check_written(held: dict[str, Any], base: dict[str, Any], folder: Path) -> 
         if digest(read(linear)) != digests[name]:
             raise MismatchError(
                 f"{folder} was made for the base {base['path']}, and {name} of the model has other codes"
+            )
+
+
+def _check_unquantized(model: Any, base: dict[str, Any], folder: Path) -> None:
+    """Of a base that was written, norms, embeddings and whatever else is not quantized, where the model is loaded in
+    the dtype that they are recorded in. Embeddings may have been resized."""
+    if str(getattr(model.config, "dtype", None)) != f"torch.{base['dtype']}":
+        return
+    tensors = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+    }
+    for name, recorded in base.get("unquantized", {}).items():
+        if (tensor := tensors.get(name)) is None or tensor.is_meta:
+            continue
+        found = digest_of(tensor)
+        if found != recorded and found.partition("-")[0] == recorded.partition("-")[0]:
+            raise MismatchError(
+                f"{folder} was made for the base {base['path']}, and {name} of the model, which is not quantized, has "
+                "other values"
             )
 
 

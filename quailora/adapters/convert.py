@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quailora.adapters.saved_adapter import SavedAdapter
+from quailora.adapters.correction import Correction, combined
+from quailora.adapters.saved_adapter import SavedAdapter, set_ranks
 from quailora.errors import AdapterError
 from quailora.files import check_new_folder, new_folder, to_json, write_files
 from quailora.modeling.devices import without_torch_modes
@@ -17,21 +20,34 @@ from quailora.reporting.record import RECORD, lora_record, read_record
 
 
 @without_torch_modes()
-def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *, rank: int | None = None) -> None:
+def convert(
+    initial: str | Path,
+    trained: str | Path,
+    output_dir: str | Path,
+    *,
+    rank: int | None = None,
+    combine: bool = False,
+) -> None:
     """Write what training learned, scaling (B A - B₀ A₀), as an adapter for the *full-precision* weights.
 
     An adapter initialized to W - Q contains the quantization error besides what it learned, and on the full-precision
     weights only the latter is wanted. The difference has rank at most r + r₀. Its factors are computed with thin QRs
     and a small SVD in fp64, so that two large, nearly equal products do not have to cancel in bf16 later.
 
+    An adapter that was trained over a frozen correction (`freeze_correction`) is what training learned, so it is copied
+    as it is. With `combine` it is written together with the correction, as one adapter of the summed rank for the
+    quantized base, which any server takes.
+
     The record in `output_dir` says that the adapter is for the full-precision weights: `quailora eval` applies it to
     those, and `merge` refuses it.
 
     Args:
-        initial: the adapter that training started from.
+        initial: the adapter that training started from, or that was kept frozen.
         trained: the adapter after training.
         output_dir: new or empty.
-        rank: truncate to the best approximation of this rank; None keeps the full rank, at most r + r₀.
+        rank: truncate to the best approximation of this rank; None keeps the full rank, at most r + r₀. Not for an
+            adapter that was trained over a frozen one.
+        combine: see above.
 
     Raises:
         AdapterError: the two do not adapt the same modules, are identical, seem to be swapped, or are not plain LoRA
@@ -43,6 +59,22 @@ def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *,
         raise AdapterError(f"rank (--rank) must be at least 1, got {rank}")
     old, new = SavedAdapter(before), SavedAdapter(after)
     record = read_record(before)
+    if (correction := Correction.read(after)) is not None:
+        correction.found(after, before)
+        if rank is not None:
+            raise AdapterError(
+                f"{after} was trained over a frozen adapter and is copied as it is: leave out rank (--rank)"
+            )
+        if correction.trained and not combine:
+            raise AdapterError(
+                f"the frozen adapter of {after} was changed by training, so {after} is not all that was learned: "
+                "`quailora merge` gives the dense weights, and combine (--combine) both as one adapter"
+            )
+        both = combined(old, new) if combine else new
+        _write(output, both.config, both.tensors, record, full_precision=not combine)
+        return
+    if combine:
+        raise AdapterError(f"{after} was not trained over a frozen adapter: there is nothing to combine (--combine)")
     if record is None and read_record(after) is not None:
         raise AdapterError(
             f"{after} has a {RECORD}, as an initialized adapter does, and {before} has none: give the initialized "
@@ -72,18 +104,26 @@ def convert(initial: str | Path, trained: str | Path, output_dir: str | Path, *,
             raise AdapterError(f"{module} has different shapes in {before} and {after}: they do not belong together")
         lora_b, lora_a = _compressed(torch.cat([b1, -b0], dim=1), torch.cat([a1, a0]), rank)
         tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = lora_a, lora_b
-        ranks[module.removeprefix("base_model.model.")] = lora_a.shape[0]
+        ranks[module] = lora_a.shape[0]
     config = new.config
-    config.r = max(ranks.values())
-    config.rank_pattern = {name: r for name, r in ranks.items() if r != config.r}
-    config.alpha_pattern = dict(config.rank_pattern)  # alpha = r, so PEFT's scaling is 1: it is in the factors
-    config.lora_alpha, config.use_rslora, config.init_lora_weights = config.r, False, True
+    set_ranks(config, ranks)
+    _write(output, config, tensors, record, full_precision=True)
+
+
+def _write(
+    output: Path, config: LoraConfig, tensors: dict[str, Tensor], record: dict[str, Any] | None, *, full_precision: bool
+) -> None:
+    """An adapter; if the record of its base is known, with a record of what it is for."""
+    if record is not None:
+        base = record["base"]
+        if full_precision:
+            base["full_precision"] = True
+            config.base_model_name_or_path, config.revision = base["checkpoint"], base["revision"]
+        record |= {"lora": lora_record(config), "trained": True}
     with new_folder(output) as partial:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(partial))
         if record is not None:
-            record["base"]["full_precision"] = True
-            record["lora"] = lora_record(config)
             write_files(partial, {RECORD: to_json(record)})
 
 

@@ -19,6 +19,7 @@ from quailora.modeling.streamed_model import skeleton
 from quailora.quantization.compressed_tensors import METHOD, checkpoint_config, packed
 from quailora.quantization.gptq import GPTQ, TENSORS
 from quailora.quantization.registry import from_dict
+from quailora.reporting.model_card import exported_card
 from quailora.reporting.record import RECORD, read_record
 
 FORMATS = (METHOD,)
@@ -41,7 +42,8 @@ def export(base: str | Path, output_dir: str | Path, *, format: str = METHOD) ->
         format: "compressed-tensors".
 
     Raises:
-        AdapterError: an unknown format, or a base that quailora did not write or that is not in GPTQ's format.
+        AdapterError: an unknown format; a base that quailora did not write or that is not in GPTQ's format; a mixture
+            of experts.
         CheckpointError, MismatchError: its files are missing or damaged.
     """
     folder, output = Path(base), Path(output_dir)
@@ -69,7 +71,13 @@ def export(base: str | Path, output_dir: str | Path, *, format: str = METHOD) ->
         raise CheckpointError(
             f"{folder} holds {len(stems)} quantized linears, and its record {len(digests)}: copy it anew"
         )
-    settings = checkpoint_config(form, _in_full_precision(source, form, set(digests)))
+    model = skeleton(source, form.dtype)
+    if fused := next((name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name), None):
+        raise AdapterError(
+            f"{folder} has fused expert weights ({fused}), which stay in full precision, and transformers cannot load "
+            f"them beside weights in {format}: serve the base as it is, or what quailora merge makes of it"
+        )
+    settings = checkpoint_config(form, _in_full_precision(source, model, set(digests)))
     with new_folder(output) as partial_output:
         for path in folder.iterdir():
             if path.is_file() and path.name not in _OF_GPTQ and path.suffix != ".safetensors":
@@ -77,7 +85,8 @@ def export(base: str | Path, output_dir: str | Path, *, format: str = METHOD) ->
         for file in dict.fromkeys(entry.file for entry in source.tensors.values()):
             write_tensors(partial_output / file.name, _exported(written, form, file))
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8")) | {"quantization_config": settings}
-        write_files(partial_output, {_CONFIG: to_json(config), INDEX: index_of(partial_output)})
+        texts = {INDEX: index_of(partial_output), "README.md": exported_card(record, format)}
+        write_files(partial_output, {_CONFIG: to_json(config), **texts})
 
 
 def _exported(written: QuantizedCheckpoint, form: GPTQ, file: Path) -> dict[str, LazyTensor]:
@@ -96,10 +105,10 @@ def _exported(written: QuantizedCheckpoint, form: GPTQ, file: Path) -> dict[str,
     return found
 
 
-def _in_full_precision(source: Checkpoint, form: GPTQ, quantized: set[str]) -> set[str]:
+def _in_full_precision(source: Checkpoint, model: nn.Module, quantized: set[str]) -> set[str]:
     """The linears that are not quantized: by their names in the model, and, where these differ, in the files, which
     servers go by."""
-    modules = dict(skeleton(source, form.dtype).named_modules())
+    modules = dict(model.named_modules())
     linears = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     stored = {
         name.removesuffix(".weight")

@@ -17,9 +17,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quailora.adapters.base_record import as_recorded, base_of, for_full_precision, loading
+from quailora.adapters.correction import saved_adapter
 from quailora.adapters.new_tokens import resize_to
 from quailora.adapters.save_and_load import put, unfilled
-from quailora.adapters.saved_adapter import SavedAdapter
 from quailora.adapters.skeleton import adapted_skeleton, quantized_skeleton
 from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import AdapterError
@@ -56,8 +56,8 @@ def merge(
         checkpoint: the full-precision checkpoint of the base.
         adapter: the folder of a trained, or just initialized, adapter.
         output_dir: new or empty.
-        initial: the adapter that training started from, if `adapter` has no record of its base; None looks in the
-            parent folder of `adapter`.
+        initial: the adapter that training started from, or that was kept frozen, if it is not where the file beside
+            `adapter` says; None looks in the parent folder of `adapter` too.
         quantization: how the base is quantized, such as a BitsAndBytesConfig, if there is no record; if there is one,
             it must agree.
         base: the folder of the quantized base, if it is not where the record says, or Q does not follow from the
@@ -82,7 +82,7 @@ def merge(
     form, dtype = from_config(config), dtype or source.dtype
     skeleton = quantized_skeleton(source, config, load_dtype)
     written = QuantizedCheckpoint.recorded(made_for or {}, base)
-    trained = SavedAdapter(folder)
+    trained = saved_adapter(folder, Path(initial) if initial else None)
     if tokens := next((key for key in trained.tensors if ".token_adapter." in key), None):
         raise AdapterError(f"{folder} has {tokens} (trainable_token_indices): single rows cannot be merged")
     rows = resize_to(skeleton, folder)
@@ -92,12 +92,9 @@ def merge(
         raise AdapterError(f"{folder / WEIGHTS} lacks {lacking[0]}, which its configuration names: save it again")
     stream = StreamedModel(source, place, load_dtype)
     merged = model.get_base_model()
-    names: dict[str, list[str]] = {}
-    for name in dict(stream.model.named_parameters()):
-        if key := stream.source(name):
-            names.setdefault(key, []).append(name)
-    parameters = {key: tied[0] for key, tied in names.items()}
-    _check_mergeable(merged, {tied[0] for tied in names.values() if len(tied) == 1})
+    parameters = {key: tied[0] for key, tied in _by_key(stream).items()}
+    if why := obstacle(merged, stored_alone(stream)):
+        raise AdapterError(f"{why}: it cannot be merged into this checkpoint")
 
     known = made_for or {}
 
@@ -179,16 +176,35 @@ def _merged(
     return weight.T if transposed else weight
 
 
-def _check_mergeable(model: nn.Module, stored: set[str]) -> None:
+def stored_alone(stream: StreamedModel) -> set[str]:
+    """The parameters that the checkpoint stores as one tensor, and no other with them."""
+    return {names[0] for names in _by_key(stream).values() if len(names) == 1}
+
+
+def _by_key(stream: StreamedModel) -> dict[str, list[str]]:
+    """The checkpoint's tensors that are parameters as they are, each with the names of those."""
+    names: dict[str, list[str]] = {}
+    for name in dict(stream.model.named_parameters()):
+        if key := stream.source(name):
+            names.setdefault(key, []).append(name)
+    return names
+
+
+def obstacle(model: nn.Module, stored: set[str]) -> str | None:
+    """Why an adapter cannot be merged into its checkpoint; None if it can.
+
+    model: the plain model with the adapter's layers. stored: see `stored_alone`.
+    """
     for name, module in model.named_modules():
         adapted = isinstance(module, LoraLayer) or hasattr(module, "modules_to_save")
         if adapted and f"{name}.weight" not in stored:
-            raise AdapterError(
+            return (
                 f"{name} is adapted, and the checkpoint does not store its weight as one tensor of its own (it is "
-                "tied or fused): it cannot be merged into this checkpoint"
+                "tied or fused)"
             )
         if isinstance(module, LoraLayer) and any(module.lora_variant.values()):
-            raise AdapterError(f"{name} uses a variant of LoRA whose product is not B A: it cannot be merged")
+            return f"{name} uses a variant of LoRA whose product is not B A"
+    return None
 
 
 def _end_with(

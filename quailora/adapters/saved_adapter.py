@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig
@@ -52,6 +53,15 @@ class SavedAdapter:
         alpha = pattern.get(get_pattern_key(list(pattern), name), self.config.lora_alpha)
         scaling = alpha / math.sqrt(a.shape[0]) if self.config.use_rslora else alpha / a.shape[0]
         return a, b * scaling
+
+
+def set_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> None:
+    """Make a configuration that of factors with these ranks, by module, and with scaling 1: it is in the factors."""
+    by_name = {module.removeprefix("base_model.model."): rank for module, rank in ranks.items()}
+    config.r = max(by_name.values())
+    config.rank_pattern = {name: rank for name, rank in by_name.items() if rank != config.r}
+    config.alpha_pattern = dict(config.rank_pattern)  # alpha = r, so PEFT's scaling is 1
+    config.lora_alpha, config.use_rslora, config.init_lora_weights = config.r, False, True
 
 
 def read_config(folder: Path) -> LoraConfig:

@@ -28,14 +28,15 @@ from quailora.cli.options import (
     RemoteOption,
     RevisionOption,
     SplitOption,
+    check_bits,
     gptq_config,
+    parse_alpha,
     parse_names,
     parse_pattern,
     parse_target_modules,
     quantization_config,
     torch_dtype,
 )
-from quailora.errors import QuailoraError
 from quailora.quantization.registry import Format
 
 
@@ -44,7 +45,13 @@ def init(
     data: DataOption,
     output: Annotated[Path, typer.Option(help="Where the adapter goes: a new or empty folder.")],
     rank: Annotated[int, typer.Option(help="LoRA's r.", min=1)] = 64,
-    alpha: Annotated[int, typer.Option(help="LoRA's alpha. The initial A Bᵀ does not depend on it.", min=1)] = 16,
+    alpha: Annotated[
+        str,
+        typer.Option(
+            help="LoRA's alpha; or matched, or matched:16: one with which a learning rate tuned for QLoRA at alpha 16 "
+            "suits this adapter. The initial A Bᵀ does not depend on it."
+        ),
+    ] = "16",
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(r).")] = False,
     dropout: Annotated[float, typer.Option(help="LoRA's dropout in training.", min=0, max=1)] = 0.0,
     target_modules: Annotated[
@@ -86,6 +93,10 @@ def init(
     ] = None,
     alternations: Annotated[
         int | None, typer.Option(help="Of calibrated rounding: how often Q and the factors are found anew in turn.")
+    ] = None,
+    magr: Annotated[
+        float | None,
+        typer.Option(help="Of calibrated rounding: strength of MagR before it, such as 7e-4. Default: 0, without."),
     ] = None,
     refine: RefineOption = None,
     refine_steps: Annotated[
@@ -129,25 +140,21 @@ def init(
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import build as pipeline
     from quailora.pipeline import distributed
-    from quailora.quantization.rounding import DEFAULT_ALTERNATIONS as ALTERNATIONS
-    from quailora.quantization.rounding import DEFAULT_DAMPING as ROUNDING_DAMPING
+    from quailora.quantization.rounding import RoundingConfig
     from quailora.refinement.config import refinement_config
     from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
     # Checked first: a typo should not cost a download.
     check_new_folder(output)
+    tuned_alpha, matched = parse_alpha(alpha)
     damping = DEFAULT_DAMPING if damping is None else damping
     if base_output is not None:
         check_new_folder(base_output)
     SolverConfig(solver, iterations, damping)
     refinement_config(refine, refine_steps, refine_rate)
-    if bits is not None and (quant is not None or compute_dtype is not None):
-        given = "--compute-dtype" if quant is None else "--quant"
-        raise QuailoraError(f"{given} is for bitsandbytes, and --bits for a base in GPTQ's format: leave one out")
-    if bits is None and (group_size is not None or not symmetric):
-        raise QuailoraError(
-            f"{'--asymmetric' if group_size is None else '--group-size'} goes with --bits: give that too"
-        )
+    written = base_output is not None
+    RoundingConfig.given(rounding, written=written, damping=rounding_damping, alternations=alternations, magr=magr)
+    check_bits(bits, quant, compute_dtype, group_size, symmetric)
     MemoryConfig(memory_budget, host_memory_budget, batch_size)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
     loaded_as = torch_dtype(dtype) or source.dtype
@@ -157,7 +164,7 @@ def init(
         quantization = gptq_config(bits, 64 if group_size is None else group_size, symmetric)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=tuned_alpha,
         use_rslora=rslora,
         lora_dropout=dropout,
         target_modules=parse_target_modules(target_modules),
@@ -176,8 +183,9 @@ def init(
             quantization=quantization,
             base_output=base_output,
             rounding=rounding,
-            rounding_damping=ROUNDING_DAMPING if rounding_damping is None else rounding_damping,
-            alternations=ALTERNATIONS if alternations is None else alternations,
+            rounding_damping=rounding_damping,
+            alternations=alternations,
+            magr=magr,
             dtype=loaded_as,
             solver=solver,
             iterations=iterations,
@@ -192,6 +200,7 @@ def init(
             batch_size=batch_size,
             memory_budget=memory_budget,
             host_memory_budget=host_memory_budget,
+            alpha=matched,
             resume=resume,
             distributed=distributed.launched_by_torchrun(),
             device=place,

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_MATCHED = "matched"  # as in adapters.alpha, which would import torch
+
+
 class AutoClass(StrEnum):
     """The transformers classes that a base can be loaded with."""
 
@@ -122,6 +125,14 @@ def parse_pattern(option: str, text: str | None) -> dict[str, int]:
     return found
 
 
+def parse_alpha(text: str) -> tuple[int, str | None]:
+    """ "32" -> (32, None); "matched:32" -> (32, "matched"); "matched" -> (16, "matched")."""
+    kind, _, number = text.rpartition(":") if text != _MATCHED else (_MATCHED, "", "16")
+    if kind not in ("", _MATCHED) or not number.isdecimal() or int(number) < 1:
+        raise QuailoraError(f"--alpha {text!r}: write a whole number, {_MATCHED}, or {_MATCHED}:16")
+    return int(number), kind or None
+
+
 def parse_target_modules(text: str) -> str | list[str]:
     """Names are separated by commas; anything that could not be a name is a regular expression, as PEFT takes it."""
     names = parse_names(text)
@@ -139,6 +150,19 @@ def quantization_config(quant: Format, double: bool | None, compute: Dtype | Non
     from quailora.quantization.registry import config_for
 
     return config_for(quant, dtype, double=double is not False, compute=torch_dtype(compute))
+
+
+def check_bits(
+    bits: int | None, quant: Format | None, compute: Dtype | None, group_size: int | None, symmetric: bool = True
+) -> None:
+    """Raises QuailoraError where options of a base in GPTQ's format and of bitsandbytes' are mixed."""
+    if bits is not None and (quant is not None or compute is not None):
+        given = "--compute-dtype" if quant is None else "--quant"
+        raise QuailoraError(f"{given} is for bitsandbytes, and --bits for a base in GPTQ's format: leave one out")
+    if bits is None and (group_size is not None or not symmetric):
+        raise QuailoraError(
+            f"{'--asymmetric' if group_size is None else '--group-size'} goes with --bits: give that too"
+        )
 
 
 def gptq_config(bits: int, group_size: int, symmetric: bool) -> Any:

@@ -20,6 +20,7 @@ from quailora.cli.options import (
     RefineOption,
     RemoteOption,
     RevisionOption,
+    check_bits,
     gptq_config,
     parse_target_modules,
     quantization_config,
@@ -52,6 +53,14 @@ def plan(
         str, typer.Option(help="all-linear, names separated by commas, or one regular expression.")
     ] = "all-linear",
     quant: QuantOption = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Of a run that writes a base in GPTQ's format: 2, 3, 4 or 8 bits, as in init.")
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(help="Of a run that writes its base: calibrated or nearest. Default: calibrated with --bits."),
+    ] = None,
+    magr: Annotated[float | None, typer.Option(help="Of calibrated rounding, as in init.")] = None,
     double_quant: DoubleOption = True,
     compute_dtype: ComputeOption = None,
     dtype: LoadedOption = None,
@@ -72,8 +81,9 @@ def plan(
         bool, typer.Option("--training", help="Show what the fine-tune will hold on the device, by bits, not `init`.")
     ] = False,
     group_size: Annotated[
-        int, typer.Option(help="With --training: how many weights of 3 and 2 bits share a scale, as in init.")
-    ] = 64,
+        int | None,
+        typer.Option(help="With --bits or --training: how many weights share a scale, as in init. Default: 64."),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(help="Device of the run; cuda may be absent here. Default: CUDA if there is a GPU, else cpu."),
@@ -98,18 +108,27 @@ def plan(
     from quailora.calibration.data import SEQUENCE_LENGTH
     from quailora.memory.budget import MemoryConfig
     from quailora.memory.planner import make_plan
+    from quailora.memory.sizes import Calibrated
     from quailora.memory.training import training_table
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.modeling.devices import default_device
     from quailora.modeling.streamed_model import StreamedModel
+    from quailora.pipeline.base_output import quantized_linears
     from quailora.quantization.registry import from_config
+    from quailora.quantization.rounding import RoundingConfig
+    from quailora.quantization.verify import CALIBRATED, NEAREST
     from quailora.refinement.config import refinement_config
     from quailora.solvers.config import SolverConfig
 
     settings, refinement = SolverConfig(solver, iterations), refinement_config(refine, None, None)
-    given = {"--quant": quant, "--host-memory-budget": host_memory_budget, "--refine": refine}
-    if training and (others := [option for option, value in given.items() if value is not None]):
-        raise QuailoraError(f"{others[0]} is not for --training, which shows every format on one device: leave it out")
+    given = {"--quant": quant, "--bits": bits, "--rounding": rounding, "--magr": magr, "--refine": refine}
+    given["--host-memory-budget"] = host_memory_budget
+    if training and (odd := next((name for name, value in given.items() if value is not None), None)):
+        raise QuailoraError(f"{odd} is not for --training, which shows every format on one device: leave it out")
+    check_bits(bits, quant, compute_dtype, group_size if not training else None)
+    rounding = rounding or (NEAREST if bits is None else CALIBRATED)
+    rounds = RoundingConfig.given(rounding, written=bits is not None or rounding == CALIBRATED, magr=magr)
+    group_size = 64 if group_size is None else group_size
     memory = MemoryConfig(memory_budget, host_memory_budget, batch_size)  # checked first: a typo costs no download
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
     place = torch.device("cuda") if absent else default_device(device)
@@ -134,13 +153,22 @@ def plan(
         Console().print(training_table(rows, caption, memory.device_bytes))
         typer.echo("".join(f"{note}\n" for note in notes), nl=False)
         return
-    quantization = quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)
+    quantization = (
+        quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)
+        if bits is None
+        else gptq_config(bits, group_size, symmetric=True)
+    )
     model, _ = targeted_skeleton(source, quantization, loaded_as, config)
     targets, _ = find_targets(model)
+    stream = StreamedModel(source, torch.device("cpu") if absent else place, loaded_as)
+    ranks = {target.name: target.rank for target in targets}
+    form: Any = from_config(quantization).loaded_in(loaded_as)
+    if bits is not None or rounding == CALIBRATED:  # a base is written, with every linear
+        ranks = dict.fromkeys(quantized_linears(model, stream), 0) | ranks
     found = make_plan(
-        StreamedModel(source, torch.device("cpu") if absent else place, loaded_as),
-        {target.name: target.rank for target in targets},
-        from_config(quantization),
+        stream,
+        ranks,
+        Calibrated(form, magr=rounds.magr > 0) if rounding == CALIBRATED else form,
         settings,
         samples=samples,
         sequence_length=length,

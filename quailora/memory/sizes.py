@@ -28,12 +28,39 @@ class Base(Protocol):
 
     def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]: ...
 
+    @property
+    def fused(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A base whose codes are chosen by calibration, in turn with the factors (`pipeline.quantize.CalibratedQ`)."""
+
+    base: Base
+    magr: bool = False
+
+    @property
+    def fused(self) -> bool:
+        return self.base.fused
+
+    def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
+        """Codes are there twice, the best and the last. Rounding holds W - A Bᵀ, its errors, and codes as bytes; to
+        compare with nearest rounding takes W, Q and E in fp32, and Q in 16 bits. MagR has eight fp32 copies of W at
+        work and a scaled H, and one of W stays."""
+        codes, work = self.base.memory(outputs, inputs, device)
+        elements = outputs * inputs
+        work = max(work + 9 * elements, 14 * elements)
+        if not self.magr:
+            return 2 * codes, work
+        return 2 * codes + 4 * elements, max(work, 32 * elements + 4 * inputs * inputs)
+
 
 @dataclass(frozen=True)
 class Device:
     """The device of a run, and what there is fast code for.
 
-    extension: the compiled extension accumulates H. fused: products with E never have all of E in memory.
+    extension: the compiled extension accumulates H. fused: where kernels read the base's codes, products with E never
+    have all of E in memory.
     widened: the model's products are computed in fp32, with fp32 copies of the operands.
     """
 
@@ -234,8 +261,8 @@ def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Devic
     codes, work = zip(*(base.memory(w.outputs, n, on.device) for w in group), strict=True)
     copies = sum(w.outputs * n * w.dtype.itemsize for w in group if w.transposed)
     tallest = max(w.outputs for w in group)
-    largest = tallest * n
-    if on.fused:
+    largest, fused = tallest * n, on.fused and base.fused
+    if fused:
         errors, making = 0, 4 * _ROWS * n
     else:
         in_place = overwrite and group[0].dtype == torch.float32
@@ -245,9 +272,13 @@ def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Devic
         )
     energy = 12 * _PANEL * tallest  # the initial objective
     thin = _thin(group, solver)
-    if SOLVERS[solver.name].dense and on.fused:
+    curvature = known = 0
+    if isinstance(base, Calibrated):
+        curvature = 4 * n * n  # U; what it is made from is as large
+        known = sum(4 * w.rank * (w.outputs + n) for w in group)  # the factors found before
+    if SOLVERS[solver.name].dense and fused:
         thin += 4 * largest
-    return sum(codes), copies + max(max(work), errors + max(making, energy, thin))
+    return sum(codes), copies + curvature + known + max(curvature, max(work), errors + max(making, energy, thin))
 
 
 def _thin(group: Sequence[Weight], solver: SolverConfig) -> int:

@@ -24,6 +24,7 @@ from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.resume import locked
 from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.quantization.registry import is_quantized
+from quailora.quantization.verify import digest_of
 from quailora.reporting.model_card import base_card
 from quailora.reporting.record import RECORD
 
@@ -66,7 +67,7 @@ class BaseOutput:
             check_new_folder(folder)
         self.folder = folder.resolve()
         self._stream, self._base = stream, base
-        self._partial = self.folder.parent / f".{self.folder.name}.quailora-base"
+        self._partial = _partial(self.folder)
         blocks = stream.blocks[0].name.rpartition(".")[0]
         self._settings = base.checkpoint_config(blocks)
         self._stems: dict[str, str] = {}  # linear -> what its tensors' names begin with in the checkpoint
@@ -131,6 +132,17 @@ class BaseOutput:
                 tensors[f"{stem}.{part}"] = LazyTensor.of(tensor)
         self._write(_shard(index), tensors | self._from_checkpoint(stored))
 
+    def unquantized(self) -> dict[str, str]:
+        """Digests of the parameters that are not quantized, by name. Left out are those that a loader merges or splits,
+        and fused experts, which may be most of the checkpoint."""
+        entries, quantized = self._stream.checkpoint.tensors, {f"{name}.weight" for name in self._stems}
+        found = {}
+        for name, parameter in self._stream.model.named_parameters():
+            key = self._stream.source(name)
+            if key is not None and name not in quantized and parameter.dim() < 3:
+                found[name] = digest_of(entries[key].read(self._stream.dtype))
+        return found
+
     def complete(self, record: dict[str, Any]) -> None:
         """Write the rest: what is outside the blocks, configuration, tokenizer, index, model card and `record`."""
         source = self._stream.checkpoint
@@ -179,10 +191,20 @@ class BaseOutput:
                 write_tensors(unfinished, tensors)
 
 
+def discard_unfinished(folder: Path, adapter: Path) -> None:
+    """Remove the unfinished base of `folder`, if it is of a run that was to make `adapter`. Raises QuailoraError if
+    that still runs."""
+    partial = _partial(folder)
+    owner = partial / _OWNER
+    if owner.is_file() and owner.read_text(encoding="utf-8") == str(adapter.resolve()):
+        with writing(folder), locked(partial):
+            shutil.rmtree(partial)
+
+
 def check_apart(adapter: Path, base: Path) -> None:
     """Raises AdapterError where one of the two output folders would be in the other, or in its unfinished one."""
     one, other = (path.resolve() for path in (adapter, base))
-    hidden = [path.parent / f".{path.name}.quailora{end}" for path, end in ((one, ""), (other, "-base"))]
+    hidden = [one.parent / f".{one.name}.quailora", _partial(other)]
     folders = [one, other, *hidden]
     for mine in (one, other):
         for theirs in folders:
@@ -223,6 +245,10 @@ def partly(quantized: Collection[str], stream: StreamedModel) -> tuple[str, ...]
 
 _OWNER = ".adapter"  # in an unfinished folder: the folder of the adapter that it is made with
 _REST = "model-outside-blocks.safetensors"
+
+
+def _partial(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.quailora-base"
 
 
 def _shard(index: int) -> str:

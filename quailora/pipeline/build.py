@@ -8,38 +8,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quailora.adapters.alpha import check_alpha, match_alpha
+from quailora.adapters.merge import obstacle, stored_alone
 from quailora.adapters.save_and_load import check_can_be_saved, factors_of, rest, save, take
 from quailora.adapters.skeleton import targeted_skeleton
 from quailora.adapters.targets import check_config, find_targets
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
-from quailora.errors import AdapterError, NotFiniteError, QuailoraError
+from quailora.errors import AdapterError, CheckpointError, NotFiniteError, QuailoraError, SolverError
 from quailora.files import check_new_folder, write_files
 from quailora.memory.budget import MemoryConfig, Meter
+from quailora.memory.sizes import Calibrated
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.base_output import BaseOutput, check_apart, partly, quantized_linears
+from quailora.pipeline.base_output import BaseOutput, check_apart, discard_unfinished, partly, quantized_linears
 from quailora.pipeline.depth import Restored
 from quailora.pipeline.distributed import Processes
-from quailora.pipeline.quantize import CalibratedQ, GivenQ
+from quailora.pipeline.quantize import CalibratedQ, GivenQ, QuantizeAndSolve
 from quailora.pipeline.resume import Workspace
 from quailora.pipeline.setup import Run, enumerate_reasons
 from quailora.pipeline.solved import Solved
 from quailora.quantization.registry import Format, config_for, from_config
-from quailora.quantization.rounding import DEFAULT_ALTERNATIONS as ALTERNATIONS
-from quailora.quantization.rounding import DEFAULT_DAMPING as ROUNDING_DAMPING
 from quailora.quantization.rounding import RoundingConfig
-from quailora.quantization.verify import CALIBRATED, NEAREST
+from quailora.quantization.verify import CALIBRATED
 from quailora.refinement.config import refinement_config
 from quailora.reporting.model_card import model_card
-from quailora.reporting.record import make_record
-from quailora.reporting.report import BlockReport, Report
+from quailora.reporting.record import lora_record, make_record
+from quailora.reporting.report import BlockReport, LayerReport, Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
 RANK, ALPHA = 64, 16
@@ -55,8 +56,9 @@ def build_adapter(
     quantization: QuantizationConfigMixin | None = None,
     base_output: str | Path | None = None,
     rounding: str | None = None,
-    rounding_damping: float = ROUNDING_DAMPING,
-    alternations: int = ALTERNATIONS,
+    rounding_damping: float | None = None,
+    alternations: int | None = None,
+    magr: float | None = None,
     refine: str | None = None,
     refine_steps: int | None = None,
     refine_rate: float | None = None,
@@ -71,6 +73,7 @@ def build_adapter(
     batch_size: int | None = None,
     memory_budget: int | str | None = None,
     host_memory_budget: int | str | None = None,
+    alpha: str | None = None,
     resume: bool = True,
     distributed: bool = False,
     dtype: torch.dtype | None = None,
@@ -94,7 +97,8 @@ def build_adapter(
             then names as its base. None: the base follows from the checkpoint and `quantization`, by nearest rounding.
         rounding: how the codes of a base that is written are chosen: "calibrated", for the layer's outputs, with the
             factors in turn, or "nearest". None is "calibrated" with a `base_output`.
-        rounding_damping, alternations: of calibrated rounding; see `quailora.quantization.rounding.RoundingConfig`.
+        rounding_damping, alternations, magr: of calibrated rounding; see
+            `quailora.quantization.rounding.RoundingConfig`. None takes its defaults.
         refine: "blocks" trains the factors of each block together, after they were found layer by layer, for the
             output of the block on what the quantized blocks before it give; some of the data is held out, and what does
             best on it is kept. None does not. It takes a second set of hidden states and a second forward pass, and a
@@ -110,6 +114,9 @@ def build_adapter(
             memory may grow. None is nine tenths of what is free.
         host_memory_budget: on a GPU, what hidden states may take of the host's memory; what is more goes to a file
             beside `output_dir`. None is nine tenths of what is free.
+        alpha: "matched" gives the adapter another alpha, with which a learning rate that was tuned for QLoRA at
+            `lora_config.lora_alpha` is right for it (`quailora.adapters.alpha`); the initial A Bᵀ is the same. None
+            keeps `lora_alpha`.
         resume: continue an unfinished run into `output_dir`. Its finished blocks are kept beside the folder. It is an
             error if its settings differ; False discards it.
         distributed: whether every process of the default group of torch.distributed calls this: samples and solves are
@@ -129,15 +136,16 @@ def build_adapter(
     """
     output = Path(output_dir)
     check_new_folder(output)
+    check_alpha(alpha)
     if base_output is not None:
         check_apart(output, Path(base_output))
-    default = NEAREST if base_output is None else CALIBRATED
-    rounds = RoundingConfig(rounding or default, rounding_damping, alternations)
-    if base_output is None and rounds.rounding == CALIBRATED:
-        raise AdapterError(
-            "calibrated codes do not follow from the weights, so that their base has to be written: give base_output "
-            "(--base-output)"
-        )
+    rounds = RoundingConfig.given(
+        rounding,
+        written=base_output is not None,
+        damping=rounding_damping,
+        alternations=alternations,
+        magr=magr,
+    )
     refinement = refinement_config(refine, refine_steps, refine_rate)
     processes, solver_config = Processes(distributed), SolverConfig(solver, iterations, damping, seed)
     data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
@@ -169,13 +177,17 @@ def build_adapter(
         form = form.of_modules(partly(quantized, stream))
     if base_output is not None or refinement is not None:
         unadapted = sorted(set(quantized) - {target.name for target in targets})
-    run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted, refinement)
+    calibrated = rounds.rounding == CALIBRATED
+    counted = Calibrated(form, magr=rounds.magr > 0) if calibrated else form
+    run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted, refinement, counted)
     record = make_record(source, dtype, form, solver_config, data, config, rounds, base_output, refinement)
     workspace = base = None
     if processes.is_main:
         workspace = Workspace(output, _identity(run, record, batch_size), resume=resume)
-        if base_output is not None:
-            try:
+        try:
+            if (other := workspace.discarded.get("rounding", {}).get("path")) is not None:
+                discard_unfinished(Path(other), output)
+            if base_output is not None:
                 base = BaseOutput(
                     Path(base_output),
                     stream,
@@ -186,11 +198,12 @@ def build_adapter(
                     keep=bool(workspace.finished),
                     published=workspace.chosen.get("published", False),
                 )
-            except QuailoraError:
-                workspace.leave()
-                raise
-    by_calibration = CalibratedQ(form, rounds, solver_config, run.stages)
-    by_weights = GivenQ(lambda name, weight: form.quantize(weight), solver_config, run.stages)
+        except QuailoraError:
+            workspace.leave()
+            raise
+    quantize: QuantizeAndSolve = GivenQ(lambda name, weight: form.quantize(weight), solver_config, run.stages)
+    if calibrated:
+        quantize = CalibratedQ(form, rounds, solver_config, run.stages)
 
     def finish(index: int, solved: list[Solved], shrunk: list[dict[int, int]], refined: BlockReport | None) -> None:
         assert workspace is not None, "only the main process has results"
@@ -228,7 +241,7 @@ def build_adapter(
             workspace.choose(batch_size=plan.batch_size)
         run.solve(
             plan,
-            by_calibration if rounds.rounding == CALIBRATED else by_weights,
+            quantize,
             finish,
             folder=output.resolve().parent,
             restore=restore,
@@ -239,21 +252,31 @@ def build_adapter(
         )
         report = None
         if workspace:
+            notes, grow = [], 1.0
+            if alpha is not None:
+                tuned = config.lora_alpha
+                factor, note = match_alpha(model, "default", workspace.layers)
+                notes, grow = [note], factor**-0.5
+                record["lora"] = lora_record(config) | {"alpha_tuned": tuned}
             report = run.report(
                 plan,
                 workspace.layers,
                 record,
                 *_capped(capped),
                 *_resumed(finished),
-                *_more_damped(by_calibration.more_damped),
+                *_more_damped(workspace.layers),
+                *_not_mergeable(model, stream),
+                *notes,
                 digests=workspace.digests,
                 blocks=workspace.blocks,
             )
+            if base is not None:
+                report.record["base"]["unquantized"] = base.unquantized()
             if base is not None and not base.published:
                 with run.stages("write"):
                     base.complete(report.record)
             with workspace.finish() as folder, run.stages("write"):
-                made = workspace.tensors()
+                made = {name: tensor.times(grow) for name, tensor in workspace.tensors().items()}
                 if base is not None:
                     adapter_config: Any = model.peft_config["default"]
                     adapter_config.base_model_name_or_path, adapter_config.revision = str(base.folder), None
@@ -264,12 +287,17 @@ def build_adapter(
                     workspace.choose(published=True)
                     base.publish()
     except KeyboardInterrupt as interruption:
-        raise KeyboardInterrupt(f"interrupted{_kept(workspace, base)}") from interruption
+        kept = _kept(workspace, base)
+        raise KeyboardInterrupt(f"interrupted{kept}{_CONTINUES if kept else ''}") from interruption
     except QuailoraError as error:
         kept = _kept(workspace, base)
         if isinstance(error, NotFiniteError) and dtype == torch.float16:
             anew = " with resume=False (--no-resume)" if kept else ""
             kept = f"; run it with dtype=torch.bfloat16 (--dtype bfloat16){anew}; in float16 it would fail again"
+        elif kept and isinstance(error, CheckpointError | SolverError):
+            kept += ", but the same command would fail again until this is mended"
+        elif kept:
+            kept += _CONTINUES
         raise type(error)(f"{error}{kept}") from error
     except Exception:
         _kept(workspace, base)
@@ -299,6 +327,9 @@ def _shrunk(chosen: dict[str, Any], rank: int, finished: list[int]) -> dict[int,
     return {block: size for block, size in of_ranks[rank] if block <= max(finished, default=-1)} if of_ranks else {}
 
 
+_CONTINUES = ", and the same command continues from there"
+
+
 def _kept(workspace: Workspace | None, base: BaseOutput | None) -> str:
     if base is not None:
         base.leave()
@@ -313,13 +344,24 @@ def _capped(names: list[str]) -> list[str]:
     return [f"{linears} narrower than r ({names[0]} for one) have the rank of their smaller side, by rank_pattern"]
 
 
-def _more_damped(dampings: dict[str, float]) -> list[str]:
+def _more_damped(layers: list[LayerReport]) -> list[str]:
+    dampings = {layer.name: layer.more_damping for layer in layers if layer.more_damping is not None}
     if not dampings:
         return []
     name, damping = max(dampings.items(), key=lambda item: item[1])
     return [
         f"H of {len(dampings)} linears is too poor for error feedback with the rounding damping asked for: up to "
         f"{damping:g} was used ({name}); more calibration data would help"
+    ]
+
+
+def _not_mergeable(model: PeftModel, stream: StreamedModel) -> list[str]:
+    why = obstacle(model.get_base_model(), stored_alone(stream))
+    if why is None:
+        return []
+    return [
+        f"this adapter cannot be merged into the checkpoint (quailora merge): {why}. For one that can, name linears in "
+        "target_modules (--target-modules), such as q_proj, and nothing that is tied in modules_to_save"
     ]
 
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from quailora.adapters.alpha import check_alpha, match_alpha
 from quailora.adapters.base_record import device_of, recorded_base
 from quailora.adapters.new_tokens import add_rows
 from quailora.adapters.targets import Target, check_config, find_targets
@@ -58,6 +59,7 @@ def initialize(
     memory_budget: int | str | None = None,
     host_memory_budget: int | str | None = None,
     adapter: str = "default",
+    alpha: str | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -74,6 +76,7 @@ def initialize(
         checkpoint: the full-precision checkpoint that the base was quantized from; its `auto_class` is that of the
             loaded model.
         adapter: the name of the adapter within `peft_model`.
+        alpha: "matched" changes the adapter's alpha; see `build_adapter`.
         device: where to compute; None is where the model is.
         memory_budget: besides the model that is loaded.
         Others as in `build_adapter`.
@@ -88,6 +91,7 @@ def initialize(
         )
     if adapter not in peft_model.peft_config:
         raise AdapterError(f"the model has no adapter '{adapter}', only {', '.join(peft_model.peft_config)}")
+    check_alpha(alpha)
     refinement = refinement_config(refine, refine_steps, refine_rate)
     solver_config = SolverConfig(solver, iterations, damping, seed)
     data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
@@ -154,11 +158,17 @@ def initialize(
             folder=Path(folder),
             progress=progress,
         )
+    rows = [each.row for each in found if each.row is not None]
+    notes, factor = [], 1.0
+    if alpha is not None:
+        factor, note = match_alpha(peft_model, adapter, rows)
+        notes.append(note)
     record = make_record(source, dtype, form, solver_config, data, config, rounding, refinement=refinement)
-    report = run.report(plan, [each.row for each in found if each.row is not None], record, blocks=blocks)
+    report = run.report(plan, rows, record, *notes, blocks=blocks)
     for each in found:
         assert each.factors is not None
-        by_name[each.name].assign(each.factors, seed)
+        target = by_name[each.name]
+        replace(target, scaling=target.scaling * factor).assign(each.factors, seed)
     return report
 
 

@@ -4,7 +4,7 @@ factors by calibration."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from quailora.calibration.gram import Gram
 from quailora.errors import CheckpointError
 from quailora.pipeline.stages import Stages
 from quailora.quantization.feedback import Curvature
+from quailora.quantization.magr import reduce_magnitude
 from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.quantization.rounding import RoundingConfig
 from quailora.solvers.config import SolverConfig
@@ -27,12 +28,14 @@ class Initialized:
     """Q of a linear, and its factors; None where no adapter is on it.
 
     before, after: the objective 1/2 tr(E H Eᵀ) of E = W - Q, and of E - A Bᵀ, after each alternation.
+    more_damping: λ of error feedback, where it is more than was asked for.
     """
 
     quantized: QuantizedWeight
     factors: LoraFactors | None
     before: tuple[float, ...] = ()
     after: tuple[float, ...] = ()
+    more_damping: float | None = None
 
 
 class QuantizeAndSolve(Protocol):
@@ -73,15 +76,15 @@ class GivenQ:
 @dataclass(frozen=True)
 class CalibratedQ:
     """Q and the factors are found in turn: Q is W - A Bᵀ rounded with error feedback, A and B solve for W - Q (CLoQ,
-    arXiv 2501.18475, alternated as LoftQ, arXiv 2310.08659, alternates). What left the least is taken, linear by
-    linear, so that more alternations are never worse on the calibration data; nor is it worse than nearest rounding.
+    arXiv 2501.18475, alternated as LoftQ, arXiv 2310.08659, alternates). With MagR, extremes of W are reduced before it
+    is rounded, and A and B solve for W as it is. What left the least is taken, linear by linear, so that more
+    alternations are never worse on the calibration data; nor is it worse than nearest rounding.
     """
 
     base: QuantizedBase
     rounding: RoundingConfig
     solver: SolverConfig
     stages: Stages
-    more_damped: dict[str, float] = field(default_factory=dict)  # where that of `rounding` was too little; filled here
 
     def __call__(
         self, weights: Mapping[str, Tensor], ranks: Mapping[str, int], gram: Gram, *, overwrite: bool
@@ -89,15 +92,17 @@ class CalibratedQ:
         h = gram.matrix()
         with self.stages("quantize"):
             curvature = Curvature.of(h, self.rounding.damping)
-            if curvature.damping > self.rounding.damping:
-                self.more_damped.update(dict.fromkeys(weights, curvature.damping))
-            quantized = {name: self._round(name, weight, curvature, h) for name, weight in weights.items()}
-        found = {name: Initialized(q, None) for name, q in quantized.items()}
+            more = curvature.damping if curvature.damping > self.rounding.damping else None
+            rounded = {name: self._reduced(weight, h) for name, weight in weights.items()}
+            quantized = {
+                name: self._round(name, weight, rounded[name], curvature, h) for name, weight in weights.items()
+            }
+        found = {name: Initialized(q, None, more_damping=more) for name, q in quantized.items()}
         adapted = {name: weight for name, weight in weights.items() if name in ranks}
         for step in range(self.rounding.alternations + 1 if adapted else 0):
             if step > 0:
                 with self.stages("quantize"):
-                    quantized = {name: self._round_rest(w, found[name], curvature) for name, w in adapted.items()}
+                    quantized = {name: self._round_rest(rounded[name], found[name], curvature) for name in adapted}
             with self.stages("solve"):
                 factors = solve(adapted, quantized, ranks, gram, self.solver, overwrite=False)
             for name, of_one in factors.items():
@@ -108,15 +113,21 @@ class CalibratedQ:
                     of_one if better else known.factors,
                     (*known.before, of_one.initial),
                     (*known.after, of_one.objective),
+                    more,
                 )
         return found
 
     def quantized(self, name: str, weight: Tensor) -> QuantizedWeight:
         return self.base.quantize(weight)
 
-    def _round(self, name: str, weight: Tensor, curvature: Curvature, h: Tensor) -> QuantizedWeight:
+    def _reduced(self, weight: Tensor, h: Tensor) -> Tensor:
+        if not self.rounding.magr:
+            return weight
+        return reduce_magnitude(weight, h, group=self.base.group_of(weight.shape[1]), strength=self.rounding.magr)
+
+    def _round(self, name: str, weight: Tensor, rounded: Tensor, curvature: Curvature, h: Tensor) -> QuantizedWeight:
         try:
-            fed_back = self.base.calibrated(weight, curvature)
+            fed_back = self.base.calibrated(rounded, curvature)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from error
         nearest = self.base.calibrated(weight, curvature.without_feedback())

@@ -39,6 +39,10 @@ class Workspace:
         identity: what the run is, plain JSON: an unfinished run goes on only where it is the same.
         resume: whether to go on with what is there; else it is discarded.
 
+    Attributes:
+        chosen: what was chosen for the run, by `choose`.
+        discarded: the identity of the run that was discarded; empty without one, or where that cannot be read.
+
     It is this process's until `finish` or `leave`: two runs would undo each other's work.
 
     Raises:
@@ -52,11 +56,13 @@ class Workspace:
         self.folder = self.output.parent / f".{self.output.name}.quailora"
         self._record = self.folder / "run.json"
         self.chosen: dict[str, Any] = {}
+        self.discarded: dict[str, Any] = {}
         self._identity = json.loads(json.dumps(identity))  # as it is read again: no tuples
         with ExitStack() as held, writing(self.output):
             self.folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(self.folder))
             if not resume:
+                self.discarded = self._discarded()
                 for path in self.folder.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             known = self._read()
@@ -148,13 +154,20 @@ class Workspace:
         self._lock.close()
 
     def leave(self) -> str:
-        """Remove the folder where nothing in it is worth keeping. Returns what to tell a person, "" for nothing."""
+        """Remove the folder where nothing in it is worth keeping. Returns what is kept, in words; "" for nothing."""
         with self._lock:
             if self.folder.exists() and self.finished:
                 kept = "1 block is" if len(self.finished) == 1 else f"{len(self.finished)} blocks are"
-                return f"the factors of {kept} kept in {self.folder}, and the same command continues from there"
+                return f"the factors of {kept} kept in {self.folder}"
             shutil.rmtree(self.folder, ignore_errors=True)
             return ""
+
+    def _discarded(self) -> dict[str, Any]:
+        try:
+            known = self._read()
+        except QuailoraError:  # damaged: to discard it is the way out
+            known = None
+        return known["identity"] if known else {}
 
     def _read(self) -> dict[str, Any] | None:
         try:

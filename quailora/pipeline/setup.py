@@ -16,6 +16,7 @@ from quailora.calibration.data import Calibration
 from quailora.errors import AdapterError, CalibrationError
 from quailora.memory.budget import Meter
 from quailora.memory.planner import TOKENS_PER_BATCH, Plan, make_plan
+from quailora.memory.sizes import Base
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.depth import Depth, Restored
 from quailora.pipeline.distributed import Processes
@@ -40,6 +41,7 @@ class Run:
     unadapted: the linears that no adapter is on and that are quantized all the same, where a base is written or blocks
         are refined.
     refinement: how blocks are refined; None does not.
+    counted: what the plan counts with, if it is not `form`.
 
     Raises CalibrationError where there is too little data to hold some out.
     """
@@ -54,6 +56,7 @@ class Run:
     processes: Processes
     unadapted: Sequence[str] | None = None
     refinement: RefinementConfig | None = None
+    counted: Base | None = None
     stages: Stages = field(default_factory=Stages)
     notes: list[str] = field(default_factory=list)
 
@@ -72,7 +75,7 @@ class Run:
         plan = make_plan(
             self.stream,
             {target.name: target.rank for target in self.targets} | dict.fromkeys(self.unadapted or (), 0),
-            self.form,
+            self.counted or self.form,
             self.solver,
             samples=-(-len(self.data) // processes.size),
             sequence_length=self.data.longest,

@@ -49,7 +49,9 @@ def layer_report(name: str, found: Initialized, tokens: int, seconds: float, dig
         output_error_after=per_token(factors.objective),
         jitter=factors.jitter,
         seconds=seconds,
+        nuclear_norm=float(factors.A.square().sum()),  # A and B are balanced
         digest=digest,
+        more_damping=found.more_damping,
         alternations=[
             [per_token(before), per_token(after)] for before, after in zip(found.before, found.after, strict=True)
         ],

@@ -264,6 +264,10 @@ class BitsAndBytes(QuantizedBase):
             return stored, 4 * scales
         return stored, (28 if self.method == "fp4" else 14) * elements + 4 * scales
 
+    @property
+    def fused(self) -> bool:
+        return True
+
     def loaded(self, outputs: int, inputs: int) -> int:
         levels = 0 if self.blocksize is None else 4 * 16
         return super().loaded(outputs, inputs) + levels
@@ -314,6 +318,9 @@ class BitsAndBytes(QuantizedBase):
         )
         codes = codes_of.to(torch.uint8)[rounded.codes.long()].view(-1, 2)
         return replace(nearest, codes=codes[:, 0] << 4 | codes[:, 1])
+
+    def group_of(self, columns: int) -> int:
+        return columns if self.blocksize is None else self.blocksize
 
     def checkpoint_config(self, blocks: str) -> dict[str, Any]:
         if self.blocksize is None:

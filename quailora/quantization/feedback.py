@@ -60,19 +60,19 @@ class Curvature:
             return cls.unknown(len(gram), gram.device)
         with exact_products(gram.device):
             # The reversed matrix has a lower factor where ours has an upper one.
-            reversed_gram = gram.flip(0, 1)
+            damped = gram.flip(0, 1)
             while True:
-                damped = reversed_gram.clone()
-                damped.diagonal().add_(damping * mean)
+                damped.diagonal().copy_(gram.diagonal().flip(0) + damping * mean)
                 lower, info = torch.linalg.cholesky_ex(damped)
                 if int(info) == 0:
                     break
                 if damping >= _MOST_DAMPING:
                     raise SolverError(f"gram is not positive semi-definite: damping of {damping:g} does not make it so")
                 damping = max(damping, 1e-3) * _MORE_DAMPING
+        del damped
         factor = lower.flip(0, 1)
         scale = factor.diagonal().clone()
-        return cls(factor / scale, scale.square(), damping)
+        return cls(factor.div_(scale), scale.square(), damping)
 
     @classmethod
     def unknown(cls, features: int, device: torch.device) -> Self:

@@ -11,15 +11,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import GPTQConfig
+from transformers import AwqConfig, GPTQConfig
 
 from quailora.errors import AdapterError, CheckpointError
 from quailora.quantization.feedback import Curvature, Rounded, round_with_feedback
 from quailora.quantization.protocol import QuantizedBase
+from quailora.quantization.steps import Steps, block
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)  # and whole rows, which GPTQConfig writes as -1
@@ -27,6 +29,11 @@ WHOLE_ROWS = -1
 
 _WORD = 32  # bits of a packed word; also how many codes are packed together, into `bits` words
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+
+_AWQ = (
+    "AWQ moves scales between norms and linears before it rounds, so its Q is not one of the checkpoint's weights, and "
+    "W - Q is not its error: make a base in GPTQ's format (bits=4, --bits 4) of the checkpoint instead"
+)
 
 
 class PlannedLinear(nn.Linear):
@@ -70,6 +77,8 @@ class GPTQ(QuantizedBase):
         """From a GPTQConfig. Raises AdapterError for what is not supported, `desc_act=True` among it."""
         if not isinstance(config, GPTQConfig):
             raise AdapterError(f"{type(config).__name__} is not a GPTQConfig")
+        if isinstance(config, AwqConfig):
+            raise AdapterError(_AWQ)
         if config.desc_act:
             raise AdapterError(
                 "desc_act=True sorts the columns of a weight, which few servers take and which slows training: set "
@@ -130,6 +139,8 @@ class GPTQ(QuantizedBase):
         """From a linear of gptqmodel. Raises AdapterError for any other, or one without its weight in memory."""
         if not _is_gptqmodel_linear(module):
             raise AdapterError(f"{type(module).__name__} is not a GPTQ linear of gptqmodel with its weight in memory")
+        if not hasattr(module, "g_idx"):
+            raise AdapterError(f"{type(module).__name__}: {_AWQ}")
         layer: Any = module
         modules = cls.from_config(config).modules if isinstance(config, GPTQConfig) else None
         group = WHOLE_ROWS if layer.group_size in (WHOLE_ROWS, layer.in_features) else layer.group_size
@@ -176,7 +187,7 @@ class GPTQ(QuantizedBase):
 
     def calibrated(self, weight: Tensor, curvature: Curvature) -> GPTQWeight:
         """The quantized weight of W (m, n), with errors fed back. Raises CheckpointError where W is not finite."""
-        columns = self._group(weight.shape[1])
+        columns = self.group_of(weight.shape[1])
         rounded = round_with_feedback(weight, curvature, bits=self.bits, symmetric=self.symmetric, group=columns)
         if not (rounded.scales.isfinite() & (rounded.scales != 0)).all():  # 0: no scale had a finite cost
             raise CheckpointError("a weight is not finite, or too large for scales in fp16")
@@ -185,26 +196,37 @@ class GPTQ(QuantizedBase):
     def _of(self, rounded: Rounded) -> GPTQWeight:
         return GPTQWeight(rounded.codes, rounded.scales.half(), rounded.zeros, self.bits, self.dtype)
 
-    def _group(self, columns: int) -> int:
+    def group_of(self, columns: int) -> int:
         return columns if self.group_size == WHOLE_ROWS else self.group_size
 
     def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
-        """Codes are a byte each here. Rounding holds what is rounded and its errors in fp32, and U."""
+        """Codes are a byte each here; where kernels read them, in 4 bits besides, with fp32 scales. Rounding holds its
+        errors in fp32, and codes of its own."""
         elements = outputs * inputs
-        groups = outputs * (inputs // self._group(inputs) if inputs % self._group(inputs) == 0 else 1)
-        return elements + 3 * groups, 9 * elements + 12 * inputs * inputs
+        groups = outputs * (inputs // self.group_of(inputs) if inputs % self.group_of(inputs) == 0 else 1)
+        size = block(self.group_of(inputs)) if self.fused and device.type == "cuda" else None
+        packed = 0 if size is None else elements // 2 + 4 * elements // size
+        return elements + 3 * groups + packed, 4 * elements
+
+    @property
+    def fused(self) -> bool:
+        return self.bits < 4 or (self.bits == 4 and self.symmetric)
+
+    @classmethod
+    def kernel_examples(cls) -> dict[str, tuple[torch.dtype, QuantizedBase]]:
+        return {"int3": (torch.bfloat16, cls(3, 32, symmetric=False))}  # in other blocks than the examples in NF4
 
     keeps_q = True  # gptqmodel's linears multiply with a de-quantized weight, which autograd keeps
 
     def loaded(self, outputs: int, inputs: int) -> int:
-        groups = inputs // self._group(inputs)
+        groups = inputs // self.group_of(inputs)
         codes, zeros = outputs * inputs * self.bits // 8, outputs * groups * self.bits // 8
         return codes + zeros + 2 * outputs * groups + 4 * inputs  # scales in 16 bits, and g_idx
 
     def obstacle(self, outputs: int, inputs: int) -> str | None:
         if inputs % _WORD or outputs % _WORD:
             return f"its {outputs} x {inputs} weight is not made of whole words of {_WORD} codes"
-        if inputs % self._group(inputs):
+        if inputs % self.group_of(inputs):
             fitting = [size for size in GROUP_SIZES if inputs % size == 0]
             raise AdapterError(
                 f"its {inputs} inputs are not whole groups of {self.group_size}: take group_size {fitting[-1]} "
@@ -223,16 +245,16 @@ class GPTQ(QuantizedBase):
             "qweight": pack(weight.codes.T, self.bits),
             "qzeros": pack(zeros.T, self.bits).T.contiguous(),
             "scales": weight.scales.T.contiguous(),
-            "g_idx": torch.arange(columns, dtype=torch.int32) // self._group(columns),
+            "g_idx": torch.arange(columns, dtype=torch.int32) // self.group_of(columns),
         }
 
-    def notes(self) -> str:
-        return f"""
-## Loading
+    def loading(self) -> str:
+        return f"""Training takes [gptqmodel](https://github.com/ModelCloud/GPTQModel) and optimum. On a CPU, ask for a
+backend that can be trained, with the GPTQConfig of transformers:
+`from_pretrained(..., quantization_config=GPTQConfig(bits={self.bits}, backend="auto_trainable"))`."""
 
-Training takes [gptqmodel](https://github.com/ModelCloud/GPTQModel) and optimum. On a CPU, ask for a backend that can be
-trained: `from_pretrained(..., quantization_config=GPTQConfig(bits={self.bits}, backend="auto_trainable"))`. PEFT's
-`target_modules="all-linear"` finds nothing on a GPTQ base: give names, as the adapter does.
+    def notes(self) -> str:
+        return """PEFT's `target_modules="all-linear"` finds nothing on a GPTQ base: give names, as the adapter does.
 
 Do not save this base again through transformers: it writes zeros of another version under the same label, and the copy
 is wrong. Copy the folder.
@@ -249,8 +271,8 @@ is wrong. Copy the folder.
         codes = unpack(tensors["qweight"], self.bits).T.contiguous()
         columns = codes.shape[1]
         zeros = (unpack(tensors["qzeros"].T.contiguous(), self.bits).to(torch.int32) + zeros_less_one) & top
-        order = torch.arange(columns, device=scales.device) // self._group(columns)
-        if codes.shape[0] != rows or zeros.shape != (rows, groups) or groups != columns // self._group(columns):
+        order = torch.arange(columns, device=scales.device) // self.group_of(columns)
+        if codes.shape[0] != rows or zeros.shape != (rows, groups) or groups != columns // self.group_of(columns):
             raise CheckpointError(
                 f"{name}: its tensors do not fit together: {tuple(codes.shape)}, {tuple(scales.shape)}"
             )
@@ -280,9 +302,17 @@ class GPTQWeight:
     def dequantize(self) -> Tensor:
         """Q (m, n) in `dtype`: as a layer of gptqmodel computes it, from scales in that dtype."""
         rows, columns = self.shape
-        codes, zeros = self.codes.view(rows, self.scales.shape[1], -1), self.zeros[..., None]
+        codes, zeros = self.codes.view(rows, self.scales.shape[1], -1), self.zeros.unsqueeze(-1)
         steps = codes.to(torch.int16) - zeros.to(torch.int16)
-        return (self.scales.to(self.dtype)[..., None] * steps).view(rows, columns)
+        return (self.scales.to(self.dtype).unsqueeze(-1) * steps).view(rows, columns)
+
+    @cached_property
+    def packed(self) -> Steps | None:
+        """The same Q as the fused kernels read it, in memory of its own: codes - zeros in 4 bits. None where they take
+        more, with 8 bits, or with 4 and an asymmetric grid; or where 32 does not divide g."""
+        if self.bits == 8 or (self.bits == 4 and bool((self.zeros != 8).any())):
+            return None
+        return Steps.of(self.codes, self.zeros, self.scales, self.dtype)
 
     def parts(self) -> tuple[list[Tensor], list[Tensor]]:
         return [self.codes, self.zeros], [self.scales]
@@ -324,7 +354,7 @@ def _as_int32(words: Tensor) -> Tensor:
 
 
 def _is_gptqmodel_linear(thing: object) -> bool:
-    """Without importing it: a module of it can only be there where somebody has."""
+    """Whether it is one, of GPTQ or AWQ. Without importing it: a module of it can only be there where somebody has."""
     if "gptqmodel" not in sys.modules or not isinstance(thing, nn.Module):
         return False
-    return type(thing).__module__.startswith("gptqmodel.") and all(hasattr(thing, name) for name in TENSORS)
+    return type(thing).__module__.startswith("gptqmodel.") and all(hasattr(thing, name) for name in TENSORS[:3])

@@ -20,7 +20,8 @@ from quailora.quantization.feedback import Curvature
 
 
 class QuantizedWeight(Protocol):
-    """The quantized weight of one linear. One with a `packed` property is read by the fused kernels (`ops.packed`)."""
+    """The quantized weight of one linear. One whose property `packed` is not None is read by the fused kernels, in that
+    form: a `bitsandbytes.FourBit`, an `EightBit` or `Steps` (`ops.packed`)."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -119,12 +120,21 @@ class QuantizedBase(ABC):
         that cannot be quantized."""
         raise AdapterError(f"{self.describe()} has no calibrated rounding: its codes follow from the weights alone")
 
+    def group_of(self, columns: int) -> int:
+        """How many of a row's columns share a scale; for calibrated rounding."""
+        raise NotImplementedError
+
     def memory(self, outputs: int, inputs: int, device: torch.device) -> tuple[int, int]:
         """Bytes of the quantized weight (m, n), and of what quantizing it on `device` takes besides, at most; for plans
         within a memory budget. As long as a base does not say: 8 bits with an fp32 scale for every 64 elements, and
         four fp32 copies of W."""
         elements = outputs * inputs
         return elements + elements // 16 + 8 * outputs, 16 * elements
+
+    @property
+    def fused(self) -> bool:
+        """Whether the fused kernels read its weights, by their `packed`; where not, a GPU has E in memory."""
+        return False
 
     keeps_q: ClassVar[bool] = False  # whether a block's backward pass has every Q in memory, and not one at a time
 
@@ -165,8 +175,12 @@ class QuantizedBase(ABC):
         model."""
         raise NotImplementedError
 
+    def loading(self) -> str:
+        """What loading a written base takes, in Markdown: a paragraph for the cards of the base and of its adapter."""
+        return ""
+
     def notes(self) -> str:
-        """What the card of a written base says of the format, in Markdown."""
+        """What the card of a written base says of the format besides, in Markdown."""
         return ""
 
     def load(self, name: str, tensor: Callable[[str], Tensor]) -> QuantizedWeight:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from numbers import Integral, Real
+from typing import Any, Self
 
 from quailora.errors import AdapterError
 from quailora.quantization.verify import CALIBRATED, NEAREST
@@ -20,18 +22,63 @@ class RoundingConfig:
     rounding: "calibrated", with error feedback (`quantization.feedback`), or "nearest".
     damping: λ: feedback works with H + λ · mean(diag H) · I. The larger, the nearer to nearest rounding.
     alternations: how often Q is found anew for W - A Bᵀ, and A, B for it.
+    magr: the strength of `quantization.magr`, which makes the extremes of W smaller before it is rounded; 0 is without.
 
-    Raises AdapterError for another rounding or values out of range.
+    Raises AdapterError for another rounding, or a value of another type or out of range.
     """
 
     rounding: str = CALIBRATED
     damping: float = DEFAULT_DAMPING
     alternations: int = DEFAULT_ALTERNATIONS
+    magr: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rounding not in (NEAREST, CALIBRATED):
             raise AdapterError(f"rounding={self.rounding!r} (--rounding): it is {NEAREST!r} or {CALIBRATED!r}")
-        if not (math.isfinite(self.damping) and self.damping > 0):
-            raise AdapterError(f"rounding_damping (--rounding-damping) must be above 0, got {self.damping}")
-        if self.alternations < 0:
-            raise AdapterError(f"alternations (--alternations) must be at least 0, got {self.alternations}")
+        damping, alternations = self.damping, self.alternations
+        if not isinstance(damping, Real) or not (math.isfinite(damping) and damping > 0):
+            raise AdapterError(f"rounding_damping (--rounding-damping) must be a number above 0, got {damping!r}")
+        if not isinstance(alternations, Integral) or alternations < 0:
+            raise AdapterError(
+                f"alternations (--alternations) must be a whole number and at least 0, got {alternations!r}"
+            )
+        if not isinstance(self.magr, Real) or not 0 <= self.magr < math.inf:
+            raise AdapterError(f"magr (--magr) must be a number and at least 0, got {self.magr!r}")
+
+    @classmethod
+    def given(cls, rounding: str | None, *, written: bool, **settings: Any) -> Self:
+        """From arguments that may be None, for the defaults.
+
+        written: whether the base is written, so that its codes may be chosen by calibration.
+        settings: the other fields.
+
+        Raises AdapterError as the class does, and for settings of calibrated rounding without it.
+        """
+        rounding = rounding or (CALIBRATED if written else NEAREST)
+        known = {name: value for name, value in settings.items() if value is not None}
+        found = cls(rounding, **known)
+        if rounding == CALIBRATED and not written:
+            raise AdapterError(
+                "calibrated codes do not follow from the weights, so that their base has to be written: give "
+                "base_output (--base-output)"
+            )
+        if rounding == NEAREST and known:
+            rest = (
+                "take rounding='calibrated' (--rounding calibrated)" if written else "give base_output (--base-output)"
+            )
+            raise AdapterError(
+                f"{_ARGUMENTS[next(iter(known))]} is of calibrated rounding, and this is rounded to nearest: {rest}, "
+                "or leave it out"
+            )
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """Those of calibrated rounding, for the record."""
+        return {name: value for name, value in asdict(self).items() if name in _ARGUMENTS}
+
+
+_ARGUMENTS = {
+    "damping": "rounding_damping (--rounding-damping)",
+    "alternations": "alternations (--alternations)",
+    "magr": "magr (--magr)",
+}

@@ -29,6 +29,12 @@ def digest(quantized: QuantizedWeight) -> str:
     return f"{_hash(codes)}-{_hash(scale.bfloat16() for scale in scales)}"
 
 
+def digest_of(tensor: Tensor) -> str:
+    """Of a tensor that is not quantized, its shape and 64 bits of the SHA-256 of its values rounded to bf16:
+    "128x64-0123456789abcdef". Rounded, for trainers cast some of them to fp32."""
+    return f"{'x'.join(map(str, tensor.shape))}-{_hash([tensor.bfloat16()])}"
+
+
 def verify(
     name: str,
     quantized: QuantizedWeight,

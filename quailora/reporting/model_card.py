@@ -53,6 +53,8 @@ left (geometric mean). {_REFINED if report.blocks else ""}`report.md` lists ever
 {_loading_written(base, auto_class, folder) if written else _loading(base, auto_class, revision + remote, folder)}
 Training and serving the adapter do not need quailora.
 
+{_learning_rate(record, folder)}
+
 ## Do not merge it into the full-precision weights
 
 A Bᵀ approximates the quantization error W - Q. The full-precision weights have no such error, and a base that was
@@ -67,6 +69,19 @@ before or after training, use
 
 _REFINED = """Then the factors of each block were trained together, on that data, for the output of the block in the
 quantized model. """
+
+
+def _learning_rate(record: dict[str, Any], folder: str) -> str:
+    lora = record["lora"]
+    if "alpha_tuned" in lora:
+        return (
+            f"**Learning rate**: one that was tuned for QLoRA with alpha {lora['alpha_tuned']:g}. Alpha is "
+            f"{lora['alpha']:g} here so that it suits this adapter; weight decay acts more strongly with it."
+        )
+    return (
+        "**Learning rate**: lower than QLoRA's; try a quarter of it first. Or keep this adapter frozen and train "
+        f"another on top of it at QLoRA's rate: `model = quailora.freeze_correction(base, {folder!r})`."
+    )
 
 
 def _loading(base: dict[str, Any], auto_class: str, arguments: str, folder: str) -> str:
@@ -89,6 +104,8 @@ model = PeftModel.from_pretrained(model, {folder!r}, is_trainable=True)
 
 
 def _loading_written(base: dict[str, Any], auto_class: str, folder: str) -> str:
+    loading = from_dict(base["quantization"]).loading()
+    loading = f"{loading}\n\n" if loading else ""
     return f"""The base is a checkpoint of its own, {base["path"]}, and no other will do:
 
 ```python
@@ -99,8 +116,8 @@ model = {auto_class}.from_pretrained({base["path"]!r}, dtype={base["dtype"]!r})
 model = PeftModel.from_pretrained(model, {folder!r}, is_trainable=True)
 ```
 
-A base in GPTQ's format takes gptqmodel and optimum; its own card says how it is loaded. If the base is moved,
-`base_model_name_or_path` in `adapter_config.json` has to follow; `quailora merge` and `eval` take `--base`.
+{loading}If the base is moved, `base_model_name_or_path` in `adapter_config.json` has to follow; `quailora merge` and
+`eval` take `--base`.
 """
 
 
@@ -108,29 +125,51 @@ def base_card(record: dict[str, Any]) -> str:
     """The text of README.md of a base that was written."""
     base = record["base"]
     quantization = from_dict(base["quantization"])
-    auto_class = base.get("auto_class", CAUSAL_LM)
+    loading = quantization.loading()
+    if loading:
+        loading = f"\n## Loading\n\n{loading}\n\n{quantization.notes()}"
     settings = base.get("rounding_settings")
     how = "Its codes are those of nearest rounding."
     if settings:
+        magr = f"MagR (arXiv 2406.00800, strength {settings['magr']:g}), then " if settings.get("magr") else ""
         how = (
-            "Its codes were chosen by calibration: error feedback (GPTQ, arXiv 2210.17323) with damping "
+            f"Its codes were chosen by calibration: {magr}error feedback (GPTQ, arXiv 2210.17323) with damping "
             f"{settings['damping']:g}, in turn with the factors of the adapter, {settings['alternations']} times."
         )
-    return f"""---
-library_name: transformers
-base_model: {json.dumps(base["checkpoint"], ensure_ascii=False)}
-base_model_relation: quantized
-pipeline_tag: {"text-generation" if auto_class == CAUSAL_LM else "image-text-to-text"}
-tags:
-- quailora
-{chr(10).join(f"- {tag}" for tag in quantization.tags)}
----
-
+    return f"""{_front_of_base(base, quantization.tags)}
 # {base["checkpoint"]}, quantized: {quantization.describe()}
 
 {how} It was made together with a LoRA adapter that undoes most of what is left of the quantization error, and is meant
 to be fine-tuned with that adapter; alone it is worse.
 
 {settings_table(record)}
-{quantization.notes()}
+{loading}
+"""
+
+
+def exported_card(record: dict[str, Any], format: str) -> str:
+    """The text of README.md of a base that `quailora export` wrote. record: that of the base it was made from."""
+    base = record["base"]
+    quantization = from_dict(base["quantization"])
+    return f"""{_front_of_base(base, [format, *quantization.tags[1:]])}
+# {base["checkpoint"]}, quantized: {quantization.describe()}, in the format of {format}
+
+For servers. These are the integers and scales of a base in GPTQ's format, in other places, so the quantized weights are
+the same to the bit, and the LoRA adapter that was made for that base is served on this one as it is. Fine-tune on the
+base in GPTQ's format. Alone, without the adapter, it is worse.
+
+{settings_table(record)}
+"""
+
+
+def _front_of_base(base: dict[str, Any], tags: list[str]) -> str:
+    return f"""---
+library_name: transformers
+base_model: {json.dumps(base["checkpoint"], ensure_ascii=False)}
+base_model_relation: quantized
+pipeline_tag: {"text-generation" if base.get("auto_class", CAUSAL_LM) == CAUSAL_LM else "image-text-to-text"}
+tags:
+- quailora
+{chr(10).join(f"- {tag}" for tag in tags)}
+---
 """

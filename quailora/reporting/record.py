@@ -51,7 +51,7 @@ def make_record(
     chosen = rounding.rounding if isinstance(rounding, RoundingConfig) else given
     written: dict[str, Any] = {} if base_output is None else {"path": str(Path(base_output).resolve())}
     if isinstance(rounding, RoundingConfig) and chosen == CALIBRATED:
-        written["rounding_settings"] = {"damping": rounding.damping, "alternations": rounding.alternations}
+        written["rounding_settings"] = rounding.settings()
     return ({} if refinement is None else {"refinement": asdict(refinement)}) | {
         "quailora": quailora.__version__,
         "base": {

@@ -34,7 +34,9 @@ class LayerReport:
     output_error_after: float
     jitter: float  # what als added to a singular system, relative to its diagonal; usually 0
     seconds: float  # to quantize and solve
+    nuclear_norm: float = 0.0  # of A Bᵀ: the sum of its singular values
     digest: str = ""  # of the codes and scales of Q; see `quantization.verify`
+    more_damping: float | None = None  # λ of error feedback, where H took more than was asked for
     # Where Q and the factors were found in turn: output_error and output_error_after of each alternation.
     alternations: list[list[float]] = field(default_factory=list)
 

@@ -5,7 +5,8 @@ The *form* in which an E is held decides how many bytes a product reads:
     dense     fp32, in memory of its own                 4 bytes per element
     cached    in the dtype of W, overwriting W           2, from NF4 with W and Q both bf16 or both fp16;
                                                          4, the same E as "dense", if W is fp32
-    fused     not stored: each product dequantizes Q     2.56, from bf16 and blocks of 64
+    fused     not stored: each product dequantizes Q     2.56, from bf16 and 4-bit codes in blocks of 64 (GPTQ's of 2
+                                                         and 3 bits too: `quantization.steps`)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,19 +30,23 @@ def choose_form(weight: Tensor, quantized: Tensor | Dequantizable, products: int
     """The form that moves the fewest bytes in this many products. `overwrite`: W is not needed any more.
 
     Without kernels for the device, or without codes for them to read, it is "dense", or "cached" if W is fp32 and may
-    be overwritten with the same values.
+    be overwritten, which takes no memory for the same values.
     """
-    packed = getattr(quantized, "packed", None)
-    if weight.dtype not in _KERNEL_DTYPES or packed is None:
-        return "dense"
-    if ops.backends(weight.device)["grouped_error_product"].backend == "reference":
-        return "cached" if overwrite and weight.dtype == torch.float32 and weight.is_contiguous() else "dense"
-    exact = weight.dtype in _HALVES and weight.dtype == getattr(quantized, "dtype", None) and packed.exact_difference
     overwrite = overwrite and weight.is_contiguous()  # kernels write E to contiguous memory only
+    packed = _packed(weight, quantized)
+    if packed is None:
+        return "cached" if overwrite and weight.dtype == torch.float32 else "dense"
+    exact = packed.exact_difference and weight.dtype in _HALVES and weight.dtype == packed.dtype
     # Scales are left out: they are a fortieth of the bytes, and would tip the balance only where little is gained.
     cached, codes = weight.element_size(), packed.codes.nbytes / weight.numel()
     to_cache = 2 * cached + codes
     return "cached" if overwrite and exact and to_cache + products * cached < products * (cached + codes) else "fused"
+
+
+def _packed(weight: Tensor, quantized: Any) -> Any:
+    """What kernels read of Q; None without kernels for the device, or for this W or Q."""
+    served = ops.backends(weight.device)["grouped_error_product"].backend != "reference"
+    return getattr(quantized, "packed", None) if served and weight.dtype in _KERNEL_DTYPES else None
 
 
 class ErrorMatrices:
@@ -64,11 +69,12 @@ class ErrorMatrices:
         self.device = weights[0].device
         self.precision = precision
         self.products = 0
-        self._errors = [_hold(*each) for each in zip(weights, quantized, forms, strict=True)]
+        packed = [_packed(*each) for each in zip(weights, quantized, strict=True)]
+        self._errors = [_hold(*each) for each in zip(weights, quantized, packed, forms, strict=True)]
         # One launch multiplies all errors of the same kind.
         self._kinds = [
-            (weight.dtype, form, *(getattr(q, name, None) for name in ("quant_type", "blocksize", "dtype")))
-            for weight, q, form in zip(weights, quantized, forms, strict=True)
+            (weight.dtype, form, *(getattr(codes, name, None) for name in ("quant_type", "blocksize", "dtype")))
+            for weight, codes, form in zip(weights, packed, forms, strict=True)
         ]
 
     @property
@@ -133,10 +139,10 @@ class ErrorMatrices:
         return error
 
 
-def _hold(weight: Tensor, quantized: Any, form: str) -> Error:
-    packed = getattr(quantized, "packed", None)
-    if weight.dtype not in _KERNEL_DTYPES or packed is None:  # kernels cannot read it
-        return reference.error(weight, quantized), None
+def _hold(weight: Tensor, quantized: Any, packed: Any, form: str) -> Error:
     if form == "fused":
-        return weight.contiguous(), ops.packed(packed)
-    return ops.error(weight, ops.packed(packed), out=weight if form == "cached" else None), None
+        return weight.contiguous(), ops.packed(quantized.packed)
+    out = weight if form == "cached" else None
+    if packed is None:
+        return reference.error(weight, quantized, out=out), None
+    return ops.error(weight, ops.packed(packed), out=out), None

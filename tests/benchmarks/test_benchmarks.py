@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import quailora
 from benchmarks.common import timing
-from benchmarks.end_to_end import initialize, refine
+from benchmarks.end_to_end import initialize, low_bits, refine
 from benchmarks.kernels import gram, half, precision, scaling, solver
 from quailora import ops
 from quailora.calibration.gram import Gram
@@ -136,7 +136,7 @@ class Doubling(TorchDispatchMode):
         return 2 * result if function is torch.ops.aten.mm.default else result
 
 
-# ---- initialize.py
+# ---- initialize.py and low_bits.py
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +170,24 @@ def test_initialize_on_a_cpu(
         assert len(within["seconds"]) == 2 and "planned peak" in within["plan"]
         # Per block and token 4 x 128² + 3 x 128 x 256 multiply-adds, and half of 3 x 128² + 256² for H.
         assert each["floors"]["H"] == pytest.approx((3 * 128**2 + 256**2) / 2 / (4 * 128**2 + 3 * 128 * 256))
+
+
+def test_low_bits(
+    job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, text = job
+    output = tmp_path / "found.json"
+    small = ["--bits", "3", "--group-size", "32", "--rank", "4", "--alternations", "0", "1"]
+    run(low_bits.main, monkeypatch, text, text, "--model", checkpoint, *small, "--json", output)
+    found, shown = json.loads(output.read_text()), capsys.readouterr().out.splitlines()
+    names = ["int3 nearest", *(f"int3 calibrated, λ 0.1, alternations {number}" for number in (0, 1))]
+    assert list(found["rows"]) == names and len(shown) == 4
+    nearest, once, twice = found["rows"].values()
+    assert twice["left"] < once["left"] < nearest["left"] < 1
+    for row, line in zip(found["rows"].values(), shown[1:], strict=True):
+        assert row["quantize"] + row["solve"] <= row["seconds"]
+        assert f"{row['seconds'] / found['forward seconds']:.2f} forward passes" in line
+    assert low_bits.table(found).count("| int3 ") == 3
 
 
 def job_record() -> dict[str, Any]:

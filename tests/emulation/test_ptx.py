@@ -17,8 +17,10 @@ from quailora.kernels.padding import padded
 from quailora.kernels.variants import Variant
 from quailora.ops import reference
 from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.quantization.gptq import GPTQ
 from tests.emulation import ptx
 from tests.emulation.ptx.sample import product_variant
+from tests.helpers import aot
 from tests.helpers.columns import assert_same, block
 from tests.helpers.kernel_changes import slow_unless_changed
 from tests.helpers.rounding import assert_product
@@ -592,7 +594,7 @@ def launch_of_a_group(
     lefts = [error.T if transposed else error for error in dense]
     rank = variant.constexprs["RANK"]
     thins = [padded(random(left.shape[1], r, seed=r), rank) for left, r in zip(lefts, ranks, strict=True)]
-    packed = [None if q is None else Codes.of(q) for q in quantized]
+    packed = [None if q is None else Codes.of(q.packed) for q in quantized]
     arguments: dict[str, Any] = {"units": n // variant.constexprs["ALIGNMENT"]}
     for i in range(3):
         j = i if i < count else 0
@@ -661,6 +663,32 @@ def test_a_group_of_linears(
     weights = [(0.02 * random(m, n, seed=m)).to(dtype) for m in heights[:members]]
     quantized = [None if kind == "dense" else how.quantize(weight) for weight in weights]
     launch_of_a_group(variant, weights, quantized, ranks[:members])()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "transposed", "form"),
+    [
+        pytest.param(*case, marks=slow_unless_changed("error_products"))
+        for case in [
+            (B, "bf16x3", True, "masked"),
+            (B, "tf32", False, "masked16"),
+            (H, "tf32", True, "even"),
+            (F, "tf32", False, "masked"),
+        ]
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_group_of_gptq(dtype: torch.dtype, precision: str, transposed: bool, form: str) -> None:
+    """Of other bits and grids, no two alike in height and rank."""
+    compute = B if dtype == F else dtype
+    case = error_product_configs.Case("4bit", dtype, compute, 16, precision, transposed, form).served()
+    variant = aot.in_blocks(next(error_products._product_variants("sm_80", case)), 32)
+    n = {"even": 256, "masked": 192, "masked16": 96}[form]
+    heights, ranks = (256, 512) if form == "even" else (37, 70, 20), (5, 16, 9)
+    bases = [GPTQ(3, 32, False, compute), GPTQ(4, 32, True, compute), GPTQ(2, 32, False, compute)]
+    weights = [(0.02 * random(m, n, seed=m)).to(dtype) for m in heights]
+    quantized = [base.quantize(weight) for base, weight in zip(bases, weights, strict=False)]
+    launch_of_a_group(variant, weights, quantized, ranks[: len(weights)])()
 
 
 def launch_of_a_gram_product(variant: Variant, n: int, k: int) -> Callable[[Callable[[str], str]], None]:

@@ -4,7 +4,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import triton
@@ -80,6 +80,12 @@ def compile_for(target: Target, variant: Variant) -> CompiledKernel:
     if variant.maxnreg is not None:
         options["maxnreg"] = variant.maxnreg
     return triton.compile(source, target=target.gpu, options=options)
+
+
+def in_blocks(variant: Variant, size: int) -> Variant:
+    """A variant with 4-bit codes, which are in blocks of 64, as a launch compiles it for smaller ones."""
+    constants = dict(variant.constexprs)
+    return replace(variant, constexprs=constants | {"BLOCKSIZE": size, "GRANULE": min(size, constants["GRANULE"])})
 
 
 def resources(compiled: CompiledKernel) -> Resources:

@@ -1,12 +1,13 @@
 """A quantized base that is written next to its adapter: GPTQ's format, and bitsandbytes' with calibrated codes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
@@ -45,7 +46,7 @@ def build(model: Path, folder: Path, quantization: Any = INT3, **settings: Any) 
     return quailora.build_adapter(
         model,
         config,
-        tiny.sequences(),
+        settings.pop("calibration", tiny.sequences()),
         folder / "start",
         quantization=quantization,
         **({"base_output": folder / "base", "device": "cpu", "progress": False} | settings),
@@ -281,6 +282,80 @@ def test_an_unfinished_base_of_another_adapter_is_not_taken(
     build(model, tmp_path / "other", base_output=tmp_path / "base", resume=False)
     with pytest.raises(QuailoraError, match="is not empty"):
         build(model, tmp_path / "one", base_output=tmp_path / "base")
+
+
+def test_a_run_that_is_discarded_takes_its_unfinished_base_along(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(monkeypatch, model, tmp_path, base_output=tmp_path / "first", alternations=0)
+    killed(monkeypatch, model, tmp_path / "other", base_output=tmp_path / "theirs", alternations=0)
+    with pytest.raises(QuailoraError, match="other settings"):
+        build(model, tmp_path)
+    build(model, tmp_path, resume=False, alternations=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "start", "other", ".theirs.quailora-base"}
+
+
+def test_an_h_that_took_more_damping_is_reported_after_a_resume(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"calibration": tiny.sequences(2, 8), "rounding_damping": 1e-12, "alternations": 0}
+    whole = build(model, tmp_path / "whole", **few)
+    killed(monkeypatch, model, tmp_path, **few)
+    resumed = build(model, tmp_path, **few)
+    (note,) = [note for note in whole.notes if "too poor for error feedback" in note]
+    assert note.startswith("H of 14 linears") and note in resumed.notes
+
+
+def test_a_weight_that_is_not_finite_would_stop_the_same_run_again(model: Path, tmp_path: Path) -> None:
+    spoiled = shutil.copytree(model, tmp_path / "model")
+    tensors = load_file(spoiled / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, spoiled / "model.safetensors", metadata={"format": "pt"})
+    kept = r"the factors of 1 block is kept in .*, but the same command would fail again until this is mended$"
+    with pytest.raises(CheckpointError, match=kept):
+        build(spoiled, tmp_path)
+
+
+def test_norms_and_embeddings_belong_to_the_base_too(model: Path, tmp_path: Path) -> None:
+    build(model, tmp_path, NF4, alternations=0)
+    start = tmp_path / "start"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="cpu")
+    loaded.resize_token_embeddings(tiny.VOCABULARY + 8)
+    adapted = get_peft_model(
+        prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["post_attention_layernorm"]),
+    )
+    assert loaded.model.layers[0].input_layernorm.weight.dtype == torch.float32
+    quailora.check_base(adapted, start)
+    for name in ("norm", "layers.1.post_attention_layernorm.original_module"):
+        with torch.no_grad():
+            loaded.model.get_submodule(name).weight[3] *= 1.02
+        with pytest.raises(
+            MismatchError, match=rf"model\.{name.removesuffix('.original_module')}\.weight .* other values"
+        ):
+            quailora.check_base(adapted, start)
+        with torch.no_grad():
+            loaded.model.get_submodule(name).weight[3] = 1
+    quailora.check_base(adapted, start)
+
+
+def test_the_cards_say_how_a_gptq_base_is_loaded(model: Path, tmp_path: Path) -> None:
+    build(model, tmp_path, alternations=0)
+    for folder in ("base", "start"):
+        card = " ".join((tmp_path / folder / "README.md").read_text().split())
+        assert 'quantization_config=GPTQConfig(bits=3, backend="auto_trainable")' in card
+        assert "gptqmodel](https" in card
+    build(model, tmp_path / "nf4", NF4, alternations=0)
+    assert "GPTQConfig" not in (tmp_path / "nf4" / "start" / "README.md").read_text()
+
+
+def test_magr_is_recorded_and_shown(model: Path, tmp_path: Path) -> None:
+    report = build(model, tmp_path, alternations=0, magr=0.01)
+    assert report.record["base"]["rounding_settings"] == {"damping": 0.1, "alternations": 0, "magr": 0.01}
+    assert "MagR (arXiv 2406.00800, strength 0.01), then error feedback" in (tmp_path / "base/README.md").read_text()
+    without = build(model, tmp_path / "without", alternations=0)
+    assert "MagR" not in (tmp_path / "without/base/README.md").read_text()
+    assert all(mine.digest != theirs.digest for mine, theirs in zip(report.layers, without.layers, strict=True))
 
 
 def test_a_run_that_died_between_its_two_folders_goes_on(

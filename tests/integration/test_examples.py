@@ -69,6 +69,9 @@ def test_fine_tune_merge_and_convert(folder: Path, tmp_path: Path, monkeypatch: 
     ]
     assert found[1] < found[0]  # it has learned the texts
 
+    run("trl_finetune.py", monkeypatch, model, *short, "--freeze", "--output", "over")
+    run("merge_and_convert.py", monkeypatch, model, "initial", "over", "--dense", "both", "--converted", "task")
+
 
 def test_the_notebook(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

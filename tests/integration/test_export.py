@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 import quailora
 from quailora.cli.app import app
-from quailora.errors import CheckpointError, MismatchError, QuailoraError
+from quailora.errors import AdapterError, CheckpointError, MismatchError, QuailoraError
 from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.quantization.gptq import unpack
 from quailora.reporting.record import read_record
@@ -106,7 +107,7 @@ def test_the_files(made: Path) -> None:
     exported = made / "exported"
     names = {path.name for path in exported.iterdir()}
     shards = {path.name for path in (made / "base").glob("*.safetensors")}
-    others = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json"}
+    others = {"README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json"}
     assert names == shards | others
     tensors = {name: tensor for path in exported.glob("*.safetensors") for name, tensor in load_file(path).items()}
     index = json.loads((exported / "model.safetensors.index.json").read_text())
@@ -141,6 +142,22 @@ def test_the_files(made: Path) -> None:
         },
         "ignore": ["lm_head"],
     }
+
+
+def test_the_card(made: Path) -> None:
+    _, front, body = (made / "exported" / "README.md").read_text().split("---\n", 2)
+    data = yaml.safe_load(front)
+    assert (data["base_model"], data["base_model_relation"]) == (str(made / "model"), "quantized")
+    assert data["tags"] == ["quailora", "compressed-tensors", "3-bit"]
+    assert "GPTQ int3, groups of 32, symmetric, in the format of compressed-tensors" in body
+    assert "served on this one as it is" in " ".join(body.split())
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    build(tmp_path, 3, True, 32, torch.bfloat16, {"family": "mixtral"})
+    with pytest.raises(AdapterError, match=r"fused expert weights \(model.layers.0.mlp.experts.* cannot load them"):
+        quailora.export(tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(made: Path, tmp_path: Path) -> None:

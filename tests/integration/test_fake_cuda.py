@@ -26,6 +26,7 @@ from quailora.calibration.hooks import collect
 from quailora.ops import dispatch
 from quailora.ops import triton as triton_backend
 from quailora.quantization.bitsandbytes import EightBit, FourBit, NestedAbsmax
+from quailora.quantization.gptq import GPTQ, GPTQWeight
 from quailora.solvers import als, inputs, krylov, solve, svd
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.inputs import Linear
@@ -39,7 +40,7 @@ from quailora.kernels.variants import Variant  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-FORMS = ("nf4", "fp4", "nested", "int8", "dense")
+FORMS = ("nf4", "fp4", "nested", "gptq", "int8", "dense")
 SOLVERS = ("krylov", "als", "svd", "eigh")
 
 
@@ -190,6 +191,10 @@ def linear(
         return Linear(weight, torch.empty(m, n, dtype=dtype, device=CUDA), rank)
     if method == "int8":
         return Linear(weight, EightBit(weight.to(torch.int8), torch.empty(m, device=CUDA)), rank)
+    if method == "gptq":
+        base, groups = GPTQ(3).loaded_in(dtype), (m, n // 64 if n % 64 == 0 else 1)  # no kernel reads groups of 511
+        scales, zeros = (torch.empty(groups, dtype=kind, device=CUDA) for kind in (torch.float16, torch.uint8))
+        return Linear(weight, GPTQWeight(weight.to(torch.uint8), scales, zeros, 3, base.dtype), rank)
     blocks = -(-m * n // 64)
     absmax: Tensor | NestedAbsmax = torch.empty(blocks, device=CUDA)
     if method == "nested":
@@ -224,7 +229,8 @@ def solved(
 
 def cases() -> Iterator[Any]:
     for solver, method, dtype, overwrite in product(SOLVERS, FORMS, FLOATS, (False, True)):
-        quick = solver == "krylov" or (dtype == torch.bfloat16 and method == "nf4")
+        usual = dtype == torch.bfloat16 and (method == "nf4" or (method, solver) == ("gptq", "krylov"))
+        quick = usual or (solver == "krylov" and method != "gptq")
         marks = [] if quick else [pytest.mark.slow]
         name = f"{solver}-{method}-{dtype}-{'cached' if overwrite else 'fused'}"
         yield pytest.param(solver, method, dtype, overwrite, marks=marks, id=name)

@@ -6,10 +6,13 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 
 import quailora
+from benchmarks.common.layers import gather
 from benchmarks.common.smollm2 import fetch
 from benchmarks.end_to_end.quality import excess_over_optimum
+from benchmarks.paper.bases import Choice, dense_twin
 from quailora.calibration.data import CalibrationConfig, read_calibration
 from quailora.errors import CheckpointError
 from quailora.evaluate import Comparison, compare
@@ -89,3 +92,23 @@ def test_blocks_come_and_go(model: Checkpoint) -> None:
             assert inside
             assert all(name.startswith(f"{block.name}.") for name in inside)
     assert all(parameter.is_meta for parameter in stream.model.parameters())
+
+
+@pytest.mark.slow
+def test_with_alpha_matched_a_first_step_goes_as_far_as_from_zero(model: Checkpoint, texts: tuple[Path, Path]) -> None:
+    """The first step of Adam has one length in every element, and its signs are those of real gradients here."""
+    layers = gather(model, read_calibration(model, texts[0], CalibrationConfig(samples=8, sequence_length=512)))
+    made = Choice("nf4").make(layers)
+    tokens = torch.stack(read_calibration(model, texts[1], CalibrationConfig(samples=4, sequence_length=128)).sequences)
+    lengths: dict[str, list[float]] = {}
+    for kind in ("zero", "matched"):
+        adapted = dense_twin(model, made, Choice("nf4", kind), seed=0)
+        adapted(input_ids=tokens, labels=tokens).loss.backward()
+        for name, layer in adapted.get_base_model().named_modules():
+            if isinstance(layer, LoraLayer):
+                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                step = layer.scaling["default"] * (b.grad.sign() @ a + b @ a.grad.sign())
+                lengths.setdefault(name, []).append(float(step.detach().norm()))
+    ratios = [matched / zero for zero, matched in lengths.values()]
+    assert len(ratios) == 210
+    assert sum(ratios) / len(ratios) == pytest.approx(1, rel=0.1)

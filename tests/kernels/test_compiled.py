@@ -48,6 +48,13 @@ QUICK = {
     ("gfx942", "quantize_columns-levels-16"),
 }
 
+# `variants` lists blocks of 64; GPTQ has groups of 32 too, as bitsandbytes may. These are what solvers use by default.
+SMALL_BLOCKS = [
+    *(f"4bit-bf16-r64-{precision}-{shape}" for precision in ("tf32", "bf16x3") for shape in ("t", "n")),
+    *(f"4bit-bf16-r64-{precision}-{shape}-masked" for precision in ("tf32", "bf16x3") for shape in ("t", "n")),
+    "error-4bit-bf16-even",
+]
+
 CASES = [
     pytest.param(
         target,
@@ -63,6 +70,25 @@ CASES = [
 @pytest.mark.parametrize(("target", "variant"), CASES)
 def test_a_shipped_configuration_fits_its_target(target: aot.Target, variant: Variant) -> None:
     assert aot.faults(target, variant) == []
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(name, marks=[] if name == "sm_80" else slow_unless_changed("error_products"))
+        for name in QUICK_TARGETS
+    ],
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if number == 0 else slow_unless_changed("error_products"))
+        for number, name in enumerate(SMALL_BLOCKS)
+    ],
+)
+def test_blocks_of_32_fit_too(name: str, target: str) -> None:
+    [variant] = [variant for variant in error_products.variants(target) if variant.name == name]
+    assert aot.faults(aot.TARGETS[target], aot.in_blocks(variant, 32)) == []
 
 
 def test_every_argument_of_a_variant_is_named_once() -> None:

@@ -17,10 +17,12 @@ from quailora.kernels.variants import Variant
 from quailora.ops import reference
 from quailora.ops.reference import Columns
 from quailora.quantization.bitsandbytes import BitsAndBytes
-from quailora.quantization.protocol import QuantizedWeight
+from quailora.quantization.gptq import GPTQ
+from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from tests.emulation import ptx
 from tests.helpers import aot
 from tests.helpers.columns import assert_same, block
+from tests.helpers.kernel_changes import slow_unless_changed
 from tests.helpers.rounding import assert_product
 
 R = 64  # what the goals are stated for
@@ -90,11 +92,12 @@ class Launch:
         return (sum(self.bytes_read().values()) + self.bytes_written() + summing) / (self.m * self.n)
 
 
-def execute(launch: Launch) -> ptx.Counters:
-    """Run it on the emulator and check its result."""
+def execute(launch: Launch, base: QuantizedBase | None = None) -> ptx.Counters:
+    """Run it on the emulator and check its result; without a base, in NF4."""
     variant, m, n = launch.variant, launch.m, launch.n
     weight, quantized = linear(m, n)
-    error, codes = reference.error(weight, quantized), Codes.of(quantized)
+    quantized = quantized if base is None else base.quantize(weight)
+    error, codes = reference.error(weight, quantized), Codes.of(quantized.packed)  # type: ignore[attr-defined]
     transposed = variant.constexprs["TRANSPOSED"]
     thin = random(m if transposed else n, R, seed=1)
     partial = torch.full((launch.splits, launch.kept * R), torch.nan)
@@ -138,6 +141,22 @@ def test_bytes_of_an_error_product(precision: str, shape: str, m: int, n: int) -
         {name: counters.bytes_touched[name] for name in once} == once == {"weight_0": 2 * m * n, "codes_0": m * n // 2}
     )
     assert counters.bytes_touched["absmax_0"] == m * n // 16
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "precision", "shape"),
+    [(3, 32, "tf32", "t"), pytest.param(2, 128, "bf16x3", "n", marks=slow_unless_changed("error_products"))],
+)
+def test_bytes_of_an_error_product_of_gptq(bits: int, group: int, precision: str, shape: str) -> None:
+    """The same kernel, and the same bytes as NF4 in blocks of as many: half a byte for a code, whatever its bits."""
+    m, n, size = 256, 256, min(group, 64)
+    variant = aot.in_blocks(shipped(error_products, f"4bit-bf16-r{R}-{precision}-{shape}"), size)
+    launch = replace(Launch.of(variant, m, n), splits=2)
+    counters = execute(launch, GPTQ(bits, group, symmetric=False))
+    assert dict(counters.bytes_read) == launch.bytes_read()
+    once = {name: counters.bytes_touched[name] for name in ("weight_0", "codes_0", "absmax_0")}
+    assert once == {"weight_0": 2 * m * n, "codes_0": m * n // 2, "absmax_0": 4 * m * n // size}
+    assert sum(once.values()) / (m * n) == (IDEAL if size == 64 else IDEAL + 4 / 64)
 
 
 # By rank, of IDEAL: all that is requested of global memory, most of it P again and again, from L2. What is coarser

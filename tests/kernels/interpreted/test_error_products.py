@@ -21,6 +21,7 @@ from quailora.kernels.error_products import (
 from quailora.kernels.precision import PRECISIONS
 from quailora.ops import reference
 from quailora.quantization.bitsandbytes import BitsAndBytes, EightBit, FourBit
+from quailora.quantization.gptq import GPTQ, GPTQWeight
 from quailora.quantization.protocol import QuantizedWeight
 from tests.helpers import interpreter
 from tests.helpers.rounding import assert_product
@@ -50,7 +51,7 @@ def linear(
 
 
 def kernel_operand(weight: Tensor, quantized: QuantizedWeight | None) -> tuple[Tensor, Codes | None]:
-    return weight, None if quantized is None else Codes.of(quantized)
+    return weight, None if quantized is None else Codes.of(quantized.packed)  # type: ignore[attr-defined]
 
 
 def exact_error(weight: Tensor, quantized: QuantizedWeight | None) -> Tensor:
@@ -115,6 +116,74 @@ def test_each_block_has_its_own_absmax(product: Callable[..., Tensor], n: int, b
     assert torch.equal(
         product(torch.zeros(m, n, dtype=torch.bfloat16), Codes.of(quantized), thin, precision="ieee"), expected
     )
+
+
+def linear_of_gptq(
+    m: int, n: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype = torch.bfloat16,
+    compute: torch.dtype = torch.bfloat16, seed: int = 0,
+) -> tuple[Tensor, QuantizedWeight]:  # fmt: skip
+    weight, _ = linear(m, n, "dense", dtype, seed=seed)
+    return weight, GPTQ(bits, group, symmetric, compute).quantize(weight)
+
+
+GPTQ_FORMS = [  # n, bits, columns to a group (-1: all of a row), symmetric, W, Q
+    (128, 3, 64, False, torch.bfloat16, torch.bfloat16),
+    (96, 2, 32, False, torch.bfloat16, torch.bfloat16),
+    (96, 3, -1, True, torch.float16, torch.float16),
+    (128, 4, 128, True, torch.float32, torch.bfloat16),
+    (192, 4, -1, True, torch.bfloat16, torch.float16),
+    (160, 2, 32, True, torch.float32, torch.float16),
+]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("n", "bits", "group", "symmetric", "dtype", "compute"), GPTQ_FORMS)
+def test_codes_of_gptq(
+    n: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype, compute: torch.dtype, precision: str
+) -> None:
+    check(*linear_of_gptq(70, n, bits, group, symmetric, dtype, compute), rank=8, precision=precision)
+
+
+@pytest.mark.parametrize("group", [64, 32])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_whole_tiles_of_gptq(precision: str, group: int) -> None:  # the form without masks
+    check(*linear_of_gptq(256, 256, 3, group, symmetric=False), rank=16, precision=precision)
+
+
+@pytest.mark.parametrize(("n", "bits", "group", "symmetric", "dtype", "compute"), GPTQ_FORMS)
+def test_the_error_of_gptq_is_that_of_the_reference_to_the_bit(
+    n: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype, compute: torch.dtype
+) -> None:
+    weight, quantized = linear_of_gptq(70, n, bits, group, symmetric, dtype, compute)
+    expected = reference.error(weight, quantized)
+    assert torch.equal(error_products.error(*kernel_operand(weight, quantized)), expected)
+    assert torch.equal(error_products.error(*kernel_operand(weight, quantized), start=5, stop=37), expected[5:37])
+
+
+@pytest.mark.parametrize("group", [32, 64, 96, 192])
+@pytest.mark.parametrize("product", [error_product, error_product_t])
+def test_each_group_has_its_own_scale_and_zero(product: Callable[..., Tensor], group: int) -> None:
+    # Every code is one above its zero, and the scale of group i is i + 1, below 0 where i is odd: so Q spells them out.
+    m, n, r = 20, 192, 16
+    groups = torch.arange(m * n // group).view(m, -1)
+    zeros = (groups % 7).to(torch.uint8)
+    scales = (groups + 1.0) * (1 - 2 * (groups % 2))
+    codes = zeros.repeat_interleave(group, 1) + 1
+    quantized = GPTQWeight(codes, scales.half(), zeros, 3, torch.float16)
+    error = -scales.repeat_interleave(group, 1)
+    thin = torch.eye(n)[:, :r] if product is error_product else torch.eye(m)[:, :r]
+    expected = error[:, :r] if product is error_product else error[:r].T
+    operand = kernel_operand(torch.zeros(m, n, dtype=torch.float16), quantized)
+    assert torch.equal(product(*operand, thin, precision="ieee"), expected)
+
+
+def test_linears_of_other_bits_share_a_launch() -> None:
+    """The values of a code are those of its 4 bits, whatever the format has."""
+    linears = [linear_of_gptq(m, 96, bits, 32, symmetric=bits != 2, seed=m) for m, bits in ((70, 2), (33, 3), (9, 4))]
+    lefts = [random(len(weight), 16, seed=len(weight)) for weight, _ in linears]
+    products = grouped_error_product_t([kernel_operand(*each) for each in linears], lefts, precision="ieee")
+    for each, left, product in zip(linears, lefts, products, strict=True):
+        assert_product(product, reference.error(*each).T, left, "ieee")
 
 
 @pytest.mark.parametrize("n", [64, 63])  # a row begins with a whole byte, and with half of one

@@ -3,19 +3,24 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import takewhile
+from typing import Any
 
 import pytest
 import torch
 
 from quailora import doctor
 from quailora.doctor import examine
-from quailora.ops import dispatch
+from quailora.kernels import error_products
+from quailora.ops import dispatch, reference
 from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.quantization.gptq import GPTQ
 from quailora.solvers import als
 from quailora.solvers.config import SolverConfig
+from quailora.solvers.error_matrix import ErrorMatrices, choose_form
 from quailora.solvers.inputs import Linear
 from quailora.solvers.solve import solve, solve_group
 from tests.helpers import interpreter
+from tests.helpers.rounding import assert_product
 
 interpreter.install()
 
@@ -41,7 +46,7 @@ def test_doctor_finds_nothing() -> None:
     }
     for product in ("grouped_error_product", "grouped_error_product_t"):
         kinds = {finding.case.partition(", ")[0] for finding in findings if finding.operation == product}
-        assert kinds == {"NF4", "FP4", "LLM.int8", "3 linears", "E in bf16"}
+        assert kinds == {"NF4", "FP4", "LLM.int8", "int3", "3 linears", "E in bf16"}
 
 
 def test_doctor_finds_nothing_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +97,30 @@ def test_kernels_reach_what_the_reference_reaches(
         assert found.residual_norm == pytest.approx(expected.residual_norm, rel=1e-3)
         # With so many products E is worth its while in memory.
         assert torch.equal(copy.weight, linear.weight) == (steps < 20)
+
+
+def test_codes_of_gptq_are_read_by_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside those of other formats and groups, which take launches of their own, and an E that no kernel can read."""
+    launched: list[tuple[int, int]] = []
+    launch = error_products._launch
+
+    def watched(errors: Any, *arguments: Any) -> Any:
+        launched.append((len(errors), 0 if errors[0][1] is None else errors[0][1].blocksize))
+        return launch(errors, *arguments)
+
+    monkeypatch.setattr(error_products, "_launch", watched)
+    nf4 = BitsAndBytes("nf4", blocksize=64, compute_dtype=torch.bfloat16)
+    forms = [GPTQ(3, 32), GPTQ(2, 64, symmetric=False), GPTQ(4, 64), GPTQ(8, 64), nf4]
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.randn(m, 64, generator=g).mul(0.02).bfloat16() for m in (40, 17, 9, 24, 20)]
+    quantized = [form.quantize(weight) for form, weight in zip(forms, weights, strict=True)]
+    held = [choose_form(*each, products=9, overwrite=False) for each in zip(weights, quantized, strict=True)]
+    assert held == ["fused", "fused", "fused", "dense", "fused"]
+    rights = [torch.randn(64, 4, generator=g) for _ in weights]
+    products = ErrorMatrices(weights, quantized, held).times(rights)
+    assert launched == [(1, 32), (2, 64), (1, 0), (1, 64)]
+    for weight, q, right, found in zip(weights, quantized, rights, products, strict=True):
+        assert_product(found, reference.error(weight, q), right, "ieee")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -127,3 +128,19 @@ def test_a_single_shard_takes_the_name_of_a_whole_model(tmp_path: Path) -> None:
     pipeline.build(folder, tmp_path / "adapter")
     quailora.merge(folder, tmp_path / "adapter", tmp_path / "dense")
     assert dense(tmp_path / "dense")
+
+
+def test_an_adapter_that_cannot_be_merged_is_announced_when_it_is_made(tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model", "mixtral")
+    settings: dict[str, Any] = {"device": "cpu", "progress": False}
+    for name, targets in (("all", "all-linear"), ("linears", ["q_proj", "k_proj", "v_proj", "o_proj"])):
+        config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+        report = quailora.build_adapter(model, config, tiny.sequences(), tmp_path / name, **settings)
+        notes = [note for note in report.notes if "cannot be merged into the checkpoint (quailora merge)" in note]
+        if name == "all":
+            assert len(notes) == 1 and "layers.0.mlp" in notes[0]
+            with pytest.raises(AdapterError, match="cannot be merged"):
+                quailora.merge(model, tmp_path / name, tmp_path / "merged")
+        else:
+            assert notes == []
+            quailora.merge(model, tmp_path / name, tmp_path / "merged")

@@ -140,8 +140,10 @@ def test_options_reach_build_adapter(
     assert keywords == {
         "base_output": None,
         "rounding": None,
-        "rounding_damping": pipeline.ROUNDING_DAMPING,
-        "alternations": pipeline.ALTERNATIONS,
+        "rounding_damping": None,
+        "alternations": None,
+        "magr": None,
+        "alpha": None,
         "refine": None,
         "refine_steps": None,
         "refine_rate": None,
@@ -187,8 +189,10 @@ def test_options_reach_build_adapter(
     assert keywords == {
         "base_output": None,
         "rounding": None,
-        "rounding_damping": pipeline.ROUNDING_DAMPING,
-        "alternations": pipeline.ALTERNATIONS,
+        "rounding_damping": None,
+        "alternations": None,
+        "magr": None,
+        "alpha": None,
         "refine": "blocks",
         "refine_steps": 7,
         "refine_rate": 0.5,
@@ -209,6 +213,9 @@ def test_options_reach_build_adapter(
         "seed": 9,
         "progress": False,
     }
+
+    config, _, keywords = call("--alpha", "matched:32")
+    assert (config.lora_alpha, keywords["alpha"]) == (32, "matched")
 
     _, quantization, keywords = call("--dtype", "bfloat16")
     assert quantization.bnb_4bit_compute_dtype == keywords["dtype"] == torch.bfloat16
@@ -239,6 +246,8 @@ def test_options_reach_build_adapter(
         (("--rounding", "calibrated"), "give base_output (--base-output)"),
         (("--refine", "block"), "refine='block' (--refine): it is 'blocks'"),
         (("--refine-rate", "1"), "refine_rate (--refine-rate) goes with refine (--refine)"),
+        (("--alternations", "2"), "(--alternations) is of calibrated rounding"),
+        (("--rounding-damping", "0.1"), "(--rounding-damping) is of calibrated rounding"),
     ],
 )
 def test_options_that_do_not_go_together(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from quailora import ops
 from quailora.calibration.calls import Calls
 from quailora.calibration.data import Batch
+from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.calibration.hooks import collect
 from quailora.cli.app import app
@@ -25,7 +27,7 @@ from quailora.errors import QuailoraError
 from quailora.memory import planner, sizes
 from quailora.memory.budget import parse_bytes
 from quailora.memory.planner import BudgetError, Plan, make_plan
-from quailora.memory.sizes import Device, Weight, activations, block_sizes, solving
+from quailora.memory.sizes import Calibrated, Device, Weight, activations, block_sizes, solving
 from quailora.memory.training import refining
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
@@ -33,7 +35,11 @@ from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops import reference
 from quailora.pipeline.block import BlockRun, DeployedLinear
 from quailora.pipeline.distributed import Processes
+from quailora.pipeline.quantize import CalibratedQ
+from quailora.pipeline.stages import Stages
 from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.quantization.gptq import GPTQ
+from quailora.quantization.rounding import RoundingConfig
 from quailora.refinement.blocks import refine_block
 from quailora.refinement.config import RefinementConfig
 from quailora.solvers.config import SolverConfig
@@ -396,6 +402,24 @@ def test_quantizing_and_solving(
     assert footprint.peak <= codes + besides < 2.1 * footprint.peak
 
 
+@pytest.mark.parametrize("magr", [0.0, 1e-3], ids=["", "MagR"])
+@pytest.mark.parametrize("form", [NF4, GPTQ(3, 64)], ids=["NF4", "int3"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_codes_chosen_by_calibration(group: str, form: Any, magr: float) -> None:
+    heights, n, rank = GROUPS[group]
+    generator = torch.Generator().manual_seed(0)
+    weights = {str(m): torch.randn(m, n, generator=generator).bfloat16() for m in heights}
+    x = torch.randn(2 * n, n, generator=generator)
+    gram = Gram(n)
+    gram.update(x)
+    step = CalibratedQ(form, RoundingConfig(alternations=1, magr=magr), KRYLOV, Stages())
+    with Footprint() as footprint:
+        step(weights, dict.fromkeys(weights, rank), gram, overwrite=False)
+    shapes = [Weight(str(m), m, n, rank, torch.bfloat16) for m in heights]
+    codes, besides = solving(shapes, Calibrated(form, magr > 0), KRYLOV, Device(CPU, False, False, False), False)
+    assert footprint.peak <= codes + besides < 2.1 * footprint.peak
+
+
 def test_an_fp32_weight_makes_room_for_its_error() -> None:
     shapes = [Weight("w", 1024, 1024, 8, torch.float32)] * 6
     on = Device(CPU, False, False, False)
@@ -459,6 +483,14 @@ def test_with_refinement(device: torch.device, small: StreamedModel) -> None:
     assert tight.batch_size < 4 and tight.peak <= 300 * MIB
 
 
+def test_an_error_is_in_memory_on_a_gpu_where_no_kernel_reads_the_codes() -> None:
+    shapes, config = [Weight("w", 1024, 1024, 8, torch.bfloat16)] * 12, SolverConfig("krylov", 0)
+    on = Device(CUDA, extension=False, fused=True, widened=False)
+    read, not_read = (solving(shapes, GPTQ(4, 64, symmetric), config, on, True) for symmetric in (True, False))
+    assert not_read[1] - read[1] > (12 - 6) * 4 * MIB  # 48 MiB; but that of quantizing, 21 for the last one, is left
+    assert read[0] - not_read[0] == 12 * (2**20 // 2 + 4 * 2**20 // 64)
+
+
 # ---- a GPU, by the sizes seen under FakeTensorMode
 
 try:
@@ -469,20 +501,32 @@ except pytest.skip.Exception:
 
 @pytest.mark.skipif(launches is None, reason="Triton is not installed")
 @pytest.mark.parametrize("solver", ["krylov", "als", "svd", "eigh"])
-@pytest.mark.parametrize(("heights", "n"), [((4096, 1024, 1024), 4096), ((4096,), 14336)], ids=str)
+@pytest.mark.parametrize(
+    ("heights", "n", "method"),
+    [
+        ((4096, 1024, 1024), 4096, "nested"),
+        ((4096,), 14336, "nested"),
+        pytest.param((4096, 1024, 1024), 4096, "gptq", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_device_bytes_on_a_gpu(
-    solver: str, heights: tuple[int, ...], n: int, launches: Any, monkeypatch: pytest.MonkeyPatch
+    solver: str, heights: tuple[int, ...], n: int, method: str, launches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that is on the device while a group is solved: weights, codes, H and the solver's."""
     weights = [Weight(str(m), m, n, 64, torch.bfloat16) for m in heights]
     on = Device(CUDA, extension=False, fused=True, widened=False)
-    codes, besides = solving(weights, NF4, SolverConfig(solver, few(solver)), on, overwrite=True)
+    base: Any = NF4
+    if method == "gptq":  # whose codes are given
+        base = SimpleNamespace(fused=True, memory=lambda *of: (GPTQ(3, 64).memory(*of)[0], 0))
+    codes, besides = solving(weights, base, SolverConfig(solver, few(solver)), on, overwrite=True)
     monkeypatch.setattr(launches, "append", lambda launch: None, raising=False)  # it would keep what is allocated
-    group = [linear("nested", m, n, torch.bfloat16, 64) for m in heights]
+    group = [linear(method, m, n, torch.bfloat16, 64) for m in heights]
     with Footprint("cuda") as footprint:
         solved(group, monkeypatch, solver=solver, iterations=few(solver), overwrite_weights=True)
-    around = sum(2 * m * n for m in heights) + codes
-    seen, planned = around + footprint.peak, around + 4 * n * n + besides
+    around = sum(2 * m * n for m in heights)
+    seen = around + sum(each.quantized.nbytes for each in group) + footprint.peak
+    planned = around + codes + 4 * n * n + besides
     assert seen <= planned < 1.5 * seen
 
 
@@ -518,3 +562,18 @@ def test_command(tmp_path: Path) -> None:
     some = run("--memory-budget", "1GiB", "--target-modules", "q_proj,v_proj", "--json", "--quant", "int8")
     one_pass = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
     assert json.loads(some.stdout)["passes"][0] == [one_pass]
+
+    def solving_bytes(*options: str) -> int:
+        chosen = run("--memory-budget", "1GiB", "--target-modules", "q_proj", "--json", "--device", "cpu", *options)
+        return sum(part["bytes"] for part in json.loads(chosen.stdout)["parts"] if part["phase"] == "solve")
+
+    # Of a base that is written, every linear is quantized, and feedback takes a matrix as large as H.
+    nearest, calibrated = solving_bytes(), solving_bytes("--rounding", "calibrated")
+    assert calibrated > nearest + 4 * 4096**2
+    assert solving_bytes("--bits", "3", "--group-size", "128") > nearest + 4 * 4096**2
+    for options, message in (
+        (("--group-size", "64"), "--group-size goes with --bits"),
+        (("--bits", "3", "--training"), "--bits is not for --training"),
+        (("--rounding", "gptq"), "--rounding"),
+    ):
+        assert message in str(run(*options).exception)

@@ -17,6 +17,8 @@ from quailora import ops
 from quailora.ops import backends, dispatch, extension, reference, triton
 from quailora.ops.dispatch import Backend
 from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.quantization.feedback import Curvature
+from quailora.quantization.gptq import GPTQ
 from quailora.solvers.error_matrix import ErrorMatrices, choose_form
 
 # What fp32 products of these sizes lose to rounding, relative to their largest value, in whatever order they sum.
@@ -117,6 +119,7 @@ def test_grouped_products() -> None:
         ("nested", True, 1e-4),  # measured: 7e-5 in bf16
         ("fp4", False, 1),
         ("int8", False, 1),
+        ("int3", False, 1),  # with errors fed back: measured 5e-4
     ],
 )
 def test_e_takes_the_place_of_w_only_where_it_fits(
@@ -126,18 +129,45 @@ def test_e_takes_the_place_of_w_only_where_it_fits(
     weight = 0.02 * random(256, 512) * random(256, 1, seed=1).exp()  # rows, and columns, of all sizes
     weight[:, ::128] *= 20
     weight = weight.to(dtype)
-    if method == "int8":
-        quantization = BitsAndBytes("int8")
+    if method == "int3":
+        x = random(1024, 512, seed=2) * torch.arange(1, 513) ** -0.5
+        quantized = GPTQ(3, 64, dtype=dtype).calibrated(weight, Curvature.of(x.T @ x, damping=0.1))
+    elif method == "int8":
+        quantized = BitsAndBytes("int8").quantize(weight)
     else:
         kind = "fp4" if method == "fp4" else "nf4"
         quantization = BitsAndBytes(kind, double=method == "nested", blocksize=64, compute_dtype=dtype)
-    quantized = quantization.quantize(weight)
+        quantized = quantization.quantize(weight)
     error = reference.error(weight, quantized)
     lost = (error.to(dtype) - error).norm() / error.norm()
     assert lost <= loss and (cached or lost > 1e-4)
     kernels = defaultdict(lambda: dispatch.Service("triton", {}))
     monkeypatch.setattr(ops, "backends", lambda device: kernels)
     assert choose_form(weight, quantized, products=58, overwrite=True) == ("cached" if cached else "fused")
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_codes_of_gptq_are_read_by_kernels_only(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused, however many products there are: W - Q is not exact in 16 bits where calibration chose Q."""
+    services = defaultdict(lambda: dispatch.Service("triton" if kernels else "reference", {}))
+    monkeypatch.setattr(ops, "backends", lambda device: services)
+    weight = random(64, 128).bfloat16()
+    low, high = GPTQ(3, 64, symmetric=False).quantize(weight), GPTQ(8, 64).quantize(weight)
+    expected = ["fused", "dense"] if kernels else ["dense", "dense"]
+    assert [choose_form(weight, q, products=58, overwrite=True) for q in (low, high)] == expected
+    assert ("packed" in vars(low)) == kernels
+
+
+@pytest.mark.parametrize("method", ["dense", "int8"])
+def test_e_takes_the_place_of_an_fp32_w_whatever_q_is(method: str) -> None:
+    weight = random(300, 64)
+    base = GPTQ(8, 64).quantize(weight)
+    quantized = base.dequantize() if method == "dense" else base
+    expected, right = reference.error(weight, quantized), random(64, 3, seed=1)
+    form = choose_form(weight, quantized, products=9, overwrite=True)
+    assert form == "cached" and choose_form(weight, quantized, products=9, overwrite=False) == "dense"
+    [found] = ErrorMatrices([weight], [quantized], [form]).times([right])
+    assert torch.equal(found, expected @ right) and torch.equal(weight, expected)
 
 
 @pytest.mark.parametrize("form", ["dense", "cached", "fused"])

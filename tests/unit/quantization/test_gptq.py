@@ -1,15 +1,17 @@
 """The GPTQ base: its format, and what is refused."""
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import GPTQConfig
+from torch import Tensor, nn
+from transformers import AwqConfig, GPTQConfig
 
 from quailora.errors import AdapterError, CheckpointError
 from quailora.quantization.gptq import BITS, GPTQ, pack, unpack
-from quailora.quantization.registry import from_config, from_dict
+from quailora.quantization.registry import from_config, from_dict, from_module, is_quantized, read
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -110,6 +112,19 @@ def test_settings_that_the_format_does_not_hold_are_refused(settings: dict[str, 
 def test_sorted_columns_are_refused() -> None:
     with pytest.raises(AdapterError, match="desc_act=False"):
         from_config(GPTQConfig(bits=4, group_size=64, desc_act=True))
+
+
+def test_awq_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AdapterError, match=r"AWQ moves scales between norms and linears.*--bits 4"):
+        from_config(AwqConfig(bits=4, group_size=64))
+    monkeypatch.setitem(sys.modules, "gptqmodel", ModuleType("gptqmodel"))
+    kind = type("AwqTorchLinear", (nn.Module,), {"__module__": "gptqmodel.nn_modules.qlinear.torch_awq"})
+    linear: Any = kind()
+    linear.qweight = linear.qzeros = linear.scales = torch.zeros(1)
+    assert is_quantized(linear)
+    for of_base in (from_module, read):
+        with pytest.raises(AdapterError, match="AwqTorchLinear: AWQ moves scales"):
+            of_base(linear)
     base = GPTQ(4, 32)
     tensors = base.tensors(base.quantize(random(32, 64)), torch.bfloat16)
     tensors["g_idx"] = tensors["g_idx"].flip(0)

@@ -1,0 +1,102 @@
+"""The study of bases: its dense twin is the quantized model, and its tables say what was recorded."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import quailora
+from benchmarks.common.layers import gather
+from benchmarks.paper import bases
+from benchmarks.paper.bases import Choice, Trained, best_rates, best_table, dense_twin, rounding_table
+from benchmarks.paper.initializations import BASES
+from benchmarks.paper.paper import provide, write_texts
+from benchmarks.paper.study import ONE_BLOCK
+from quailora.calibration.data import Calibration
+from quailora.files import to_json, write_files
+from quailora.modeling.checkpoint import Checkpoint
+from tests.helpers import tiny
+
+
+@pytest.fixture
+def small_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "RANK", 8)
+    monkeypatch.setattr(bases, "LORA_ALPHA", 2)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """In training mode, where bitsandbytes on a CPU multiplies with Q itself."""
+    model.train()
+    with torch.no_grad():
+        return model(input_ids=torch.stack([s[:8] for s in tiny.sequences(seed=1)])).logits.float()
+
+
+@pytest.mark.usefixtures("small_rank")
+def test_the_dense_twin_is_the_quantized_model(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16))
+    made = Choice("nf4").make(gather(checkpoint, Calibration(tiny.sequences(), "random tokens")))
+    quantized = AutoModelForCausalLM.from_pretrained(
+        checkpoint.name, dtype=torch.bfloat16, quantization_config=BASES["nf4"], device_map="cpu"
+    )
+    zero, ours = (dense_twin(checkpoint, made, Choice("nf4", kind), 0) for kind in ("zero", "quailora"))
+    expected = logits(quantized)
+    # Both round to bf16 after every layer, in another order.
+    assert (logits(zero) - expected).norm() < 1e-2 * expected.norm()
+    full = logits(AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=torch.bfloat16))
+    assert (logits(ours) - full).norm() < 0.8 * (expected - full).norm()
+
+
+@pytest.mark.usefixtures("small_rank")
+def test_every_way_begins_with_the_same_product_and_trains_its_own_part(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tiny.checkpoint(tmp_path / "model"))
+    made = Choice("nf4").make(gather(checkpoint, Calibration(tiny.sequences(), "random tokens")))
+    expected = logits(dense_twin(checkpoint, made, Choice("nf4"), 0))
+    for kind, rank in (("matched", 8), ("frozen-8+4", 4)):
+        model = dense_twin(checkpoint, made, Choice("nf4", kind), 0)
+        assert (logits(model) - expected).norm() < 1e-2 * expected.norm()
+        trained = [p for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
+        assert {len(parameter) for parameter in trained} == {rank}
+
+
+def record(folder: Path, run: Trained, before: float, after: float) -> None:
+    values = {"run": asdict(run), "before": before, "after": after, "losses": []}
+    write_files(folder, {f"{run.slug}.json": to_json(values)})
+
+
+def test_tables_take_the_best_rate_of_the_first_seed(tmp_path: Path) -> None:
+    choice = Choice("nf4")
+    for rate, seed, after in ((5e-4, 0, 9.0), (1e-3, 0, 8.0), (2e-3, 0, 8.5), (1e-3, 1, 8.2)):
+        record(tmp_path, Trained("roleplay", choice, rate, seed), 21.0, after)
+    zero = replace(choice, initialization="zero")
+    record(tmp_path, Trained("roleplay", zero, 2e-3, 0), 26.0, 10.0)
+    assert best_rates(bases._records(tmp_path, "initialization"), 0) == {
+        ("roleplay", choice): 1e-3,
+        ("roleplay", zero): 2e-3,
+    }
+    drawn = best_table(tmp_path, "initialization")
+    assert "| 4 (NF4) | nearest | QuAILoRA | 0.001 | 21.0 ± 0.0 | 8.100 ± 0.141 |" in drawn
+    assert "| 4 (NF4) | nearest | zero (QLoRA) | 0.002 * | 26.0 | 10.000 |" in drawn
+    assert rounding_table(tmp_path) == "Not run yet."
+
+
+@pytest.mark.slow
+def test_it_runs_at_the_scale_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data,), _ = write_texts(tmp_path / "texts")
+    runs = [(Choice("int3"), 1e-3), (Choice("int3", "zero"), 1e-3), (Choice("int3", "frozen-8+8"), 1e-3)]
+    monkeypatch.setattr(bases, "EXPERIMENTS", {"initialization": lambda: iter(runs)})
+    words = [
+        "--data",
+        data,
+        "--scale",
+        "tiny",
+        "--model",
+        provide(ONE_BLOCK, tmp_path),
+        "--results",
+        tmp_path / "results",
+    ]
+    monkeypatch.setattr("sys.argv", ["bases.py", *map(str, words)])
+    bases.main()
+    assert len(list((tmp_path / "results").glob("*.json"))) == 6
+    assert quailora.__version__ in next((tmp_path / "results").glob("*.json")).read_text()
