@@ -1,7 +1,8 @@
 """alpha="matched": an alpha with which the learning rate that was tuned for QLoRA is right for the initialized adapter.
 
 Under Adam without weight decay, factors (A, B), a scaling s and a rate η train like (c A, c B), s / c² and c η: the
-product is the same after every step. So a rate that is too high by c is mended by a smaller alpha and larger factors.
+product is the same after every step. So a rate that is too high by c is mended by a smaller alpha and larger factors,
+and one that is too low by the reverse.
 
 How far a first step moves the product s B A, in PEFT's letters, if it changes every element by η with random signs:
 
@@ -19,6 +20,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 
 from quailora.errors import AdapterError
 from quailora.reporting.report import LayerReport
@@ -30,8 +32,8 @@ def check_alpha(alpha: str | None) -> None:
     """Raises AdapterError if `alpha` is neither None nor "matched"."""
     if alpha not in (None, MATCHED):
         raise AdapterError(
-            f"alpha={alpha!r} (--alpha) is neither a number nor {MATCHED!r}; in Python a number is lora_alpha of the "
-            "LoRA configuration"
+            f"alpha={alpha!r} (--alpha) is not {MATCHED!r}; in Python, a number is given as lora_alpha of the LoRA "
+            "configuration"
         )
 
 
@@ -70,12 +72,14 @@ def match_alpha(model: PeftModel, adapter: str, rows: Iterable[LayerReport]) -> 
             layer.lora_alpha[adapter] *= factor  # PEFT takes floats
             layer.scaling[adapter] *= factor
         else:
-            keep[name] = layer.lora_alpha[adapter]
+            # PEFT matches the alpha of a parameter by the parameter's name.
+            key = f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+            keep[key.replace(".base_layer", "")] = layer.lora_alpha[adapter]
     others = {name: its * factor for name, its in (config.alpha_pattern or {}).items() if name not in keep}
     config.alpha_pattern = {**keep, **others}  # PEFT takes the first that matches
     config.lora_alpha = alpha
     return factor, (
         f"alpha is {alpha:g}: at a learning rate that suits QLoRA with alpha {tuned:g}, the first steps change the "
-        "weights as much as they do there. That holds for Adam without weight decay, which would act on the factors, "
-        "and they are larger now"
+        "weights as much as they do there. That holds for Adam without weight decay, which acts on the factors, and "
+        f"they are {'larger' if factor < 1 else 'smaller'} now"
     )

@@ -66,6 +66,8 @@ class Correction:
 
     def _existing(self, adapter: Path, initial: Path | None) -> Path:
         folder = Path(self.folder) if initial is None else initial
+        if initial is None and self.trained and (adapter / NAME / WEIGHTS).is_file():
+            folder = adapter / NAME  # wherever the two have been moved
         if not (folder / WEIGHTS).is_file():
             raise AdapterError(
                 f"{adapter} was trained over the frozen adapter {self.folder}, and {folder} has no {WEIGHTS}: give its "
@@ -113,8 +115,8 @@ def combined(correction: SavedAdapter, trained: SavedAdapter) -> SavedAdapter:
         both.tensors[f"{module}.lora_B.weight"] = b.float().contiguous()
         ranks[module] = len(a)
     set_ranks(both.config, ranks)
-    if both.modules != trained.modules:
-        both.config.target_modules = [module.removeprefix("base_model.model.") for module in both.modules]
+    both.config.target_modules = [module.removeprefix("base_model.model.") for module in both.modules]
+    both.config.exclude_modules = both.config.layers_to_transform = both.config.layers_pattern = None
     return both
 
 

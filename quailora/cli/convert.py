@@ -25,7 +25,10 @@ def convert(
         ),
     ] = False,
 ) -> None:
-    """Write what training learned, TRAINED minus INITIAL, as an adapter for the full-precision weights."""
+    """Write what training learned, TRAINED minus INITIAL, as an adapter for the full-precision weights.
+
+    An adapter that was trained over a frozen INITIAL is what training learned, and is copied.
+    """
     from quailora import convert as write
 
     write(initial, trained, output, rank=rank, combine=combine)

@@ -27,7 +27,7 @@ def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The trained adapter's folder.")],
     output: Annotated[Path, typer.Option(help="Where the dense checkpoint goes: a new or empty folder.")],
     initial: Annotated[
-        Path | None, typer.Option(help="The adapter that training started from, if ADAPTER has no record of its base.")
+        Path | None, typer.Option(help="The adapter that training started from, or that was kept frozen and has moved.")
     ] = None,
     base: Annotated[
         Path | None, typer.Option(help="The quantized base's folder, if it is not where the adapter's record says.")

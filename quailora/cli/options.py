@@ -127,8 +127,8 @@ def parse_pattern(option: str, text: str | None) -> dict[str, int]:
 
 def parse_alpha(text: str) -> tuple[int, str | None]:
     """ "32" -> (32, None); "matched:32" -> (32, "matched"); "matched" -> (16, "matched")."""
-    kind, _, number = text.rpartition(":") if text != _MATCHED else (_MATCHED, "", "16")
-    if kind not in ("", _MATCHED) or not number.isdecimal() or int(number) < 1:
+    kind, colon, number = text.rpartition(":") if text != _MATCHED else (_MATCHED, ":", "16")
+    if kind != (_MATCHED if colon else "") or not number.isdecimal() or int(number) < 1:
         raise QuailoraError(f"--alpha {text!r}: write a whole number, {_MATCHED}, or {_MATCHED}:16")
     return int(number), kind or None
 

@@ -159,11 +159,13 @@ def initialize(
             progress=progress,
         )
     rows = [each.row for each in found if each.row is not None]
-    notes, factor = [], 1.0
+    notes, factor, tuned = [], 1.0, {}
     if alpha is not None:
+        tuned = {"alpha_tuned": config.lora_alpha}
         factor, note = match_alpha(peft_model, adapter, rows)
         notes.append(note)
     record = make_record(source, dtype, form, solver_config, data, config, rounding, refinement=refinement)
+    record["lora"] |= tuned
     report = run.report(plan, rows, record, *notes, blocks=blocks)
     for each in found:
         assert each.factors is not None

@@ -76,7 +76,8 @@ def _learning_rate(record: dict[str, Any], folder: str) -> str:
     if "alpha_tuned" in lora:
         return (
             f"**Learning rate**: one that was tuned for QLoRA with alpha {lora['alpha_tuned']:g}. Alpha is "
-            f"{lora['alpha']:g} here so that it suits this adapter; weight decay acts more strongly with it."
+            f"{lora['alpha']:g} here so that it suits this adapter. Weight decay acts on the factors, and they have "
+            "another size than with that alpha."
         )
     return (
         "**Learning rate**: lower than QLoRA's; try a quarter of it first. Or keep this adapter frozen and train "

@@ -221,11 +221,59 @@ def test_what_cannot_be_frozen(tuned: Tuned, tmp_path: Path) -> None:
     full = AutoModelForCausalLM.from_pretrained(start.checkpoint)
     with pytest.raises(MismatchError):
         quailora.freeze_correction(full, start.adapter)
+    with pytest.raises(AdapterError, match="was itself trained over a frozen adapter"):
+        quailora.freeze_correction(base_of(start), tuned.adapter)
+    with pytest.raises(AdapterError, match="nowhere does not exist"):
+        quailora.freeze_correction(base_of(start), start.adapter, "nowhere")
+    with pytest.raises(AdapterError, match="adapter is a dict"):
+        quailora.freeze_correction(base_of(start), start.adapter, {})  # type: ignore[arg-type]
+    for setting, value in (("lora_bias", True), ("target_parameters", ["w"]), ("init_lora_weights", False)):
+        config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **{setting: value})  # type: ignore[arg-type]
+        with pytest.raises(AdapterError, match=setting):
+            quailora.freeze_correction(base_of(start), start.adapter, config)
+    with pytest.raises(AdapterError, match="PEFT refuses"):
+        quailora.freeze_correction(base_of(start), start.adapter, LoraConfig(target_modules=["no_such"]))
+    model = quailora.freeze_correction(base_of(start), start.adapter)
+    before = (start.adapter / WEIGHTS).read_bytes()
+    with pytest.raises(AdapterError, match="saving would overwrite"):
+        model.save_pretrained(start.adapter)
+    assert (start.adapter / WEIGHTS).read_bytes() == before
     shutil.copytree(start.adapter, saving := tmp_path / "saving")
     config = json.loads((saving / "adapter_config.json").read_text())
     (saving / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["lm_head"]}))
     with pytest.raises(AdapterError, match=r"modules to save \(lm_head\)"):
         quailora.freeze_correction(base_of(start), saving)
+
+
+def test_the_correction_stays_active_and_frozen_whatever_switches_adapters(tuned: Tuned) -> None:
+    model = quailora.freeze_correction(base_of(tuned.start), tuned.start.adapter, tuned.adapter)
+    expected = logits_of(model)
+    model.set_adapter("default")  # as TRL's preference trainers do
+    with model.disable_adapter():
+        assert not torch.equal(logits_of(model), expected)
+    assert model.active_adapters == ["default", "correction"]
+    assert torch.equal(logits_of(model), expected)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".default." not in name)
+
+
+def test_an_adapter_of_fewer_modules_leaves_the_correction_whole(tuned: Tuned, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", exclude_modules=["down_proj"], task_type="CAUSAL_LM")
+    model = quailora.freeze_correction(base_of(tuned.start), tuned.start.adapter, config)
+    model.save_pretrained(tmp_path / "some", True)
+    quailora.convert(tuned.start.adapter, tmp_path / "some", tmp_path / "both", combine=True)
+    both = PeftModel.from_pretrained(base_of(tuned.start), str(tmp_path / "both"))
+    torch.testing.assert_close(logits_of(both), logits_of(model), rtol=1e-4, atol=1e-4)
+    again = quailora.freeze_correction(base_of(tuned.start), tmp_path / "both")  # one adapter, which can be frozen too
+    torch.testing.assert_close(logits_of(again), logits_of(model), rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_of_another_size_are_saved(tuned: Tuned, tmp_path: Path) -> None:
+    base = base_of(tuned.start)
+    base.resize_token_embeddings(160, mean_resizing=False)
+    quailora.freeze_correction(base, tuned.start.adapter).save_pretrained(tmp_path / "wider")
+    assert load_file(tmp_path / "wider" / WEIGHTS)["base_model.model.model.embed_tokens.weight"].shape[0] == 160
+    quailora.merge(tuned.start.checkpoint, tmp_path / "wider", tmp_path / "dense")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense").config.vocab_size == 160
 
 
 @pytest.mark.slow

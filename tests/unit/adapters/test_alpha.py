@@ -134,7 +134,7 @@ def test_what_the_command_line_takes() -> None:
         (16, "matched"),
         (8, "matched"),
     ]
-    for text in ("0", "matched:", "matched:x", "best", "1.5", "best:16"):
+    for text in ("0", "matched:", "matched:x", "best", "1.5", "best:16", ":16"):
         with pytest.raises(QuailoraError, match="--alpha"):
             parse_alpha(text)
     with pytest.raises(QuailoraError, match=r"alpha='best' \(--alpha\)"):
