@@ -55,7 +55,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 0,
         "num_hidden_layers": 3,
     },
-    "qwen2_moe": _GATED,
+    "qwen2_moe": _GATED
+    | {
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "qwen3_moe": _GATED
     | {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
 }
