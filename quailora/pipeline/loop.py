@@ -144,7 +144,8 @@ class Loop:
         """`step` of a block, which runs it over every batch.
 
         If the device runs out of memory before any hidden states have changed, the micro-batches are halved and the
-        step is repeated. Batches are sorted by length, longest first, so it is the first one that runs out.
+        step is repeated. Batches are sorted by length, longest first, so it is the first one that runs out. Steps that
+        all ranks take together are not repeated by one of them.
         """
         model = self.model
         while True:
@@ -160,7 +161,9 @@ class Loop:
                 with self.stages(stage):
                     return step(run)
             except torch.OutOfMemoryError:
-                if not self.may_shrink or states.edits != edits or all(len(b.input_ids) == 1 for b in self._batches):
+                apart = stage == "refine" and self.processes.distributed  # the others wait for this one's gradients
+                smallest = all(len(batch.input_ids) == 1 for batch in self._batches)
+                if apart or smallest or not self.may_shrink or states.edits != edits:
                     raise
             self._halve(index, states)
 

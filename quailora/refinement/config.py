@@ -36,10 +36,10 @@ class RefinementConfig:
     def __post_init__(self) -> None:
         if self.level != BLOCKS:
             raise QuailoraError(f"refine={self.level!r} (--refine): it is {BLOCKS!r}")
-        if self.steps < 1:
-            raise QuailoraError(f"refine_steps (--refine-steps) must be at least 1, got {self.steps}")
-        if not (math.isfinite(self.rate) and self.rate > 0):
-            raise QuailoraError(f"refine_rate (--refine-rate) must be above 0, got {self.rate}")
+        if type(self.steps) is not int or self.steps < 1:
+            raise QuailoraError(f"refine_steps (--refine-steps) must be a whole number, at least 1; got {self.steps!r}")
+        if type(self.rate) not in (int, float) or not (math.isfinite(self.rate) and self.rate > 0):
+            raise QuailoraError(f"refine_rate (--refine-rate) must be a number above 0, got {self.rate!r}")
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""

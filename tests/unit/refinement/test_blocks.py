@@ -213,8 +213,11 @@ def test_settings() -> None:
     "arguments, said",
     [
         (("block", None, None), r"refine='block' \(--refine\): it is 'blocks'"),
-        (("blocks", 0, None), r"refine_steps \(--refine-steps\) must be at least 1, got 0"),
-        (("blocks", None, float("nan")), r"refine_rate \(--refine-rate\) must be above 0, got nan"),
+        (("blocks", 0, None), r"refine_steps \(--refine-steps\) must be a whole number, at least 1; got 0"),
+        (("blocks", 2.5, None), r"whole number, at least 1; got 2.5"),
+        (("blocks", True, None), r"whole number, at least 1; got True"),
+        (("blocks", None, "1"), r"refine_rate \(--refine-rate\) must be a number above 0, got '1'"),
+        (("blocks", None, float("nan")), r"refine_rate \(--refine-rate\) must be a number above 0, got nan"),
         ((None, 3, None), r"refine_steps \(--refine-steps\) goes with refine \(--refine\)"),
     ],
 )
