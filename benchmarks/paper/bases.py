@@ -55,13 +55,6 @@ from quailora.reporting.report import LayerReport
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "bases"
 ZERO_RATES = (2e-3, 4e-3, 8e-3)
 RATES = (5e-4, 1e-3, 2e-3)
-NAMES = {
-    "zero": "zero (QLoRA)",
-    "quailora": "QuAILoRA",
-    "matched": "QuAILoRA, alpha matched",
-    "frozen-64+64": "QuAILoRA of rank 64 frozen, 64 from zero",
-    "frozen-32+32": "QuAILoRA of rank 32 frozen, 32 from zero",
-}
 BITS = {"bf16": "16", "nf4": "4 (NF4)", "int3": "3", "int2": "2", "int3-asymmetric": "3", "int2-asymmetric": "2"}
 
 
@@ -84,6 +77,15 @@ class Choice:
         if self.rounding == NEAREST:
             return "" if self.base == "bf16" else NEAREST
         return f"{self.rounding}, λ {self.damping:g}, alternations {self.alternations}"
+
+    @property
+    def title(self) -> str:
+        if self.initialization.startswith("frozen-"):
+            found, trained = self.ranks
+            return f"QuAILoRA of rank {found} frozen, {trained} from zero"
+        return {"zero": "zero (QLoRA)", "quailora": "QuAILoRA", "matched": "QuAILoRA, alpha matched"}[
+            self.initialization
+        ]
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -314,7 +316,7 @@ def best_table(results: Path, experiment: str) -> str:
     sets = list(dict.fromkeys(name for name, _ in best))
     rows = []
     for choice in dict.fromkeys(choice for _, choice in best):
-        row = [BITS[choice.base], choice.codes, NAMES[choice.initialization]]
+        row = [BITS[choice.base], choice.codes, choice.title]
         for name in sets:
             if (name, choice) not in best:
                 row += ["–"] * 3
