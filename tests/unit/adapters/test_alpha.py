@@ -139,3 +139,22 @@ def test_what_the_command_line_takes() -> None:
             parse_alpha(text)
     with pytest.raises(QuailoraError, match=r"alpha='best' \(--alpha\)"):
         quailora.build_adapter("nowhere", None, DATA, "nowhere-either", alpha="best")
+
+
+def test_experts_that_begin_at_zero_keep_their_alpha(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", "qwen3_moe")
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    quailora.build_adapter(
+        folder, config, DATA, tmp_path / "initial", quantization=NF4, alpha="matched", progress=False
+    )
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=NF4, device_map="cpu")
+    model = PeftModel.from_pretrained(base, tmp_path / "initial")
+    scalings = {name: layer.scaling["default"] for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    assert {scaling for name, scaling in scalings.items() if "experts" in name} == {2.0}
+    assert all(scaling != 2.0 for name, scaling in scalings.items() if "q_proj" in name)
