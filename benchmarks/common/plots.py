@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +14,8 @@ from matplotlib.patches import Rectangle
 
 from benchmarks.common import tables
 from benchmarks.common.tables import best_rate, failed, one, select
+from benchmarks.paper import bases
+from benchmarks.paper.bases import CALIBRATED_DEFAULT, Choice
 
 COLORS = {"zero": "#888888", "quailora": "#0b6e4f", "random": "#c1666b", "bf16": "#222222", "svd": "#3a6ea5"}
 # The same bytes on every machine, and text that stays text.
@@ -116,6 +119,29 @@ def convergence(results: Path) -> Figure | None:
     return figure
 
 
+def bits(results: Path) -> Figure | None:
+    """What is left after training, against LoRA on 16 bits, by the bits of the base."""
+    found = ("nf4", "int3", "int2")
+    lines = {
+        "zero (QLoRA)": ("zero", [Choice(base, "zero") for base in found]),
+        "QuAILoRA": ("svd", [Choice(base) for base in found]),
+        "QuAILoRA, calibrated codes": ("quailora", [replace(CALIBRATED_DEFAULT, base=base) for base in found]),
+    }
+    figure = _figure(4.6, 3.0)
+    axes = figure.subplots()
+    for name, (color, choices) in lines.items():
+        ends = bases.excess(results.parent / "bases", choices, "roleplay")
+        above = [each for each in ends if each is not None]
+        if len(above) < len(ends):
+            return None
+        axes.plot([bases.BITS[base] for base in found], above, "o-", ms=4, color=COLORS[color], label=name)
+    axes.set(xlabel="bits", ylabel="nats above LoRA on 16 bits", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.legend(frameon=False, fontsize=7, title="initialization", title_fontsize=7)
+    return figure
+
+
 def tokens(results: Path) -> Figure | None:
     """Seconds of an initialization by number of calibration tokens and stage, next to a bare forward pass."""
     record = tables.read_json(results.parent / "speed" / "initialize.json")
@@ -151,6 +177,7 @@ PLOTS: dict[str, Callable[[Path], Figure | None]] = {
     "errors": errors,
     "rank": ranks,
     "convergence": convergence,
+    "bits": bits,
     "tokens": tokens,
 }
 

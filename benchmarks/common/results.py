@@ -55,6 +55,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "circumstances": tables.circumstances,
     **{name: partial(tables.draw, name) for name in (*tables.TABLES, *tables.OF_RESULTS)},
     "claims": claims.table,
+    "cloq-claims": partial(claims.table, claims=claims.CLOQ),
     "low-bits": partial(_of_record, "low_bits", low_bits.table),
     "refine": partial(_of_record, "refine", refine.table),
     **{name: partial(_bases, draw) for name, draw in bases.TABLES.items()},

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -53,6 +54,7 @@ from quailora.quantization.verify import CALIBRATED, NEAREST
 from quailora.reporting.report import LayerReport
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "bases"
+SETS = ("roleplay", "codegen")
 ZERO_RATES = (2e-3, 4e-3, 8e-3)
 RATES = (5e-4, 1e-3, 2e-3)
 BITS = {"bf16": "16", "nf4": "4 (NF4)", "int3": "3", "int2": "2", "int3-asymmetric": "3", "int2-asymmetric": "2"}
@@ -122,8 +124,8 @@ def initialization() -> Iterator[tuple[Choice, float]]:
             yield replace(CALIBRATED_DEFAULT, base=base), rate
         yield Choice("nf4"), rate
     for rate in ZERO_RATES:
-        yield Choice("nf4", "zero"), rate
-        yield Choice("int3", "zero"), rate
+        for base in ("nf4", "int3", "int2"):
+            yield Choice(base, "zero"), rate
     for rate in RATES:
         yield replace(CALIBRATED_DEFAULT, base="nf4"), rate
         yield replace(CALIBRATED_DEFAULT, base="nf4", alternations=0), rate
@@ -142,7 +144,8 @@ def rounding() -> Iterator[tuple[Choice, float]]:
             for alternations in (2, 0, 5):
                 yield Choice(base, rounding=CALIBRATED, damping=damping, alternations=alternations), rate
         yield Choice(f"{base}-asymmetric"), rate
-        yield Choice(f"{base}-asymmetric", rounding=CALIBRATED, damping=0.1, alternations=2), rate
+        for alternations in (2, 5):
+            yield Choice(f"{base}-asymmetric", rounding=CALIBRATED, damping=0.1, alternations=alternations), rate
 
 
 def training() -> Iterator[tuple[Choice, float]]:
@@ -307,6 +310,25 @@ def best_rates(grouped: Grouped, seed: int | None = None) -> dict[tuple[str, Cho
         if after:
             ends.setdefault((name, choice), {})[rate] = mean(after)
     return {key: min(of_rates, key=of_rates.__getitem__) for key, of_rates in ends.items()}
+
+
+def excess(results: Path, choices: Sequence[Choice], train_on: str) -> list[float | None]:
+    """Nats per token that each choice ends above LoRA on 16 bits, both at their best rates, in the mean over the seeds
+    that both have; None for what has not run."""
+    grouped = _records(results, "initialization") | _records(results, "rounding")
+    best = best_rates(grouped, seed=0)
+
+    def ends(choice: Choice) -> dict[int, float]:
+        records = grouped.get((train_on, choice, best.get((train_on, choice), 0.0)), [])
+        return {record["run"]["seed"]: record["after"] for record in records}
+
+    reference = ends(Choice("bf16", "zero"))
+    found = []
+    for choice in choices:
+        mine = ends(choice)
+        pairs = [math.log(mine[seed] / reference[seed]) for seed in mine.keys() & reference.keys()]
+        found.append(mean(pairs) if pairs else None)
+    return found
 
 
 def best_table(results: Path, experiment: str) -> str:

@@ -1,5 +1,6 @@
 """The study of bases: its dense twin is the quantized model, and its tables say what was recorded."""
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import quailora
+from benchmarks.common import plots
 from benchmarks.common.layers import gather
-from benchmarks.paper import bases
+from benchmarks.paper import bases, claims
 from benchmarks.paper.bases import Choice, Trained, best_rates, best_table, dense_twin, rounding_table
 from benchmarks.paper.initializations import BASES
 from benchmarks.paper.paper import provide, write_texts
@@ -79,6 +81,39 @@ def test_tables_take_the_best_rate_of_the_first_seed(tmp_path: Path) -> None:
     assert "| 4 (NF4) | nearest | QuAILoRA | 0.001 | 21.0 ± 0.0 | 8.100 ± 0.141 |" in drawn
     assert "| 4 (NF4) | nearest | zero (QLoRA) | 0.002 * | 26.0 | 10.000 |" in drawn
     assert rounding_table(tmp_path) == "Not run yet."
+
+
+def record_by_bits(folder: Path, ends: dict[str, tuple[float, float, float]]) -> None:
+    """Base -> perplexity from zero, with factors on nearest codes, and on calibrated ones."""
+    record(folder, Trained("roleplay", Choice("bf16", "zero"), 4e-3, 0), 20.0, 8.0)
+    for base, (zero, nearest, calibrated) in ends.items():
+        record(folder, Trained("roleplay", Choice(base, "zero"), 4e-3, 0), 30.0, zero)
+        record(folder, Trained("roleplay", Choice(base), 1e-3, 0), 22.0, nearest)
+        for alternations in (0, 2):
+            choice = replace(bases.CALIBRATED_DEFAULT, base=base, alternations=alternations)
+            record(folder, Trained("roleplay", choice, 1e-3, 0), 22.0, calibrated)
+
+
+def test_claims_and_plot_by_bits_compare_with_16_bits(tmp_path: Path) -> None:
+    small, folder = tmp_path / "small", tmp_path / "bases"
+    assert {claim(small).verdict for claim in claims.CLOQ} == {claims.NOT_RUN, claims.UNTESTABLE}
+    assert plots.bits(small) is None
+    record_by_bits(folder, {"nf4": (8.5, 8.2, 8.1), "int3": (11.0, 9.0, 8.8), "int2": (40.0, 13.0, 12.0)})
+    zero, other = bases.excess(folder, [Choice("int3", "zero"), Choice("int2-asymmetric")], "roleplay")
+    assert zero == pytest.approx(math.log(11 / 8))
+    assert other is None
+    assert claims.ahead_at_few_bits(small).verdict == claims.REPRODUCED
+    found = claims.most_at_two_bits(small)
+    assert (found.verdict, found.found) == (
+        claims.REPRODUCED,
+        f"by {math.log(8.5 / 8.1):.3f} nats at 4 (NF4), {math.log(11 / 8.8):.3f} nats at 3, "
+        f"{math.log(40 / 12):.3f} nats at 2",
+    )
+    figure = plots.bits(small)
+    assert figure is not None
+    assert figure.axes[0].lines[0].get_ydata()[2] == pytest.approx(math.log(40 / 8))  # type: ignore[index]
+    record_by_bits(folder, {"int2": (12.5, 13.0, 12.6)})
+    assert [claim(small).verdict for claim in claims.CLOQ[:2]] == [claims.NOT, claims.NOT]
 
 
 @pytest.mark.slow

@@ -270,7 +270,7 @@ def test_plots_are_drawn_of_what_has_run_and_alike_each_time(tmp_path: Path) -> 
     keep_runs(small, "initial", [record("bf16", "zero", 15, 8.0), record("nf4", "zero", 20, 9), *ranks])
     write_files(tmp_path / "speed", {"initialize.json": json.dumps(job_record())})
     drawn = plots.draw(small)
-    assert set(drawn) == {f"{name}.svg" for name in plots.PLOTS}
+    assert set(drawn) == {f"{name}.svg" for name in plots.PLOTS if name != "bits"}
     for name, save in drawn.items():
         save(small / name)
         plots.draw(small)[name](small / "again.svg")
