@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 import quailora
 from quailora.adapters.correction import FILE, Correction
 from quailora.calibration.data import Calibration
-from quailora.errors import AdapterError, MismatchError
+from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.evaluate import compare
 from tests.integration.test_training import TEXTS, Start, four_bit, load, make_start, text_tokens, tokenizer
 
@@ -265,6 +265,14 @@ def test_an_adapter_of_fewer_modules_leaves_the_correction_whole(tuned: Tuned, t
     torch.testing.assert_close(logits_of(both), logits_of(model), rtol=1e-4, atol=1e-4)
     again = quailora.freeze_correction(base_of(tuned.start), tmp_path / "both")  # one adapter, which can be frozen too
     torch.testing.assert_close(logits_of(again), logits_of(model), rtol=1e-4, atol=1e-4)
+
+
+def test_the_checkpoint_is_named_where_the_model_does_not(tuned: Tuned) -> None:
+    model = base_of(tuned.start)
+    model.name_or_path = "elsewhere"
+    with pytest.raises(QuailoraError, match="elsewhere"):
+        quailora.freeze_correction(model, tuned.start.adapter)
+    assert quailora.freeze_correction(model, tuned.start.adapter, checkpoint=tuned.start.checkpoint).active_adapters
 
 
 def test_embeddings_of_another_size_are_saved(tuned: Tuned, tmp_path: Path) -> None:
