@@ -219,8 +219,8 @@ def test_the_tables_of_a_job() -> None:
     ]
     assert initialize.solve_table(job_record()).splitlines()[2:] == ["| half | 50 % |", "| the rest | 50 % |"]
     on_a_gpu = job_record()
-    on_a_gpu["runs"][-1]["parts_of_solve"] = []
-    assert initialize.solve_table(on_a_gpu) == "Not measured on a GPU."
+    on_a_gpu["runs"][-1]["parts_of_solve"] = [{"half": 0.3, "the rest": 0.1}]  # in a run of its own
+    assert initialize.solve_table(on_a_gpu).splitlines()[2:] == ["| half | 75 % |", "| the rest | 25 % |"]
 
 
 @pytest.mark.slow
