@@ -516,3 +516,11 @@ def test_page_locked_memory_is_given_back_after_the_last_copy(monkeypatch: pytes
     with states:
         pass
     assert events == ["1 left", "0 kept"]
+
+
+def test_hidden_states_stay_on_the_device_where_they_may(launches: Launches) -> None:
+    states, hidden = HiddenStates(CUDA, on_device=True), torch.empty(4, 3, 8, device=CUDA)
+    with NoHostTraffic():
+        states[0] = hidden
+        assert states[0] is hidden
+    assert states.edits == 1
