@@ -35,6 +35,21 @@ TOLERANCE = 1e-6
 SIZES = {"cpu": (2048, [576, 1536, 2048, 4096]), "cuda": (8192, [4096, 11008, 14336])}
 
 
+# A stage of the CUDA kernel's loop, 32 tokens, by a warp: in bf16, aligned, compiled for sm_90 by CUDA 13.0. Of the
+# additions, half are of every 16th stage only, and are left out.
+PRODUCTS, OTHERS = 32, 188  # instructions: mma.m16n8k16, and those beside
+PRODUCT_CYCLES = 4  # of one at the peak of an H100: 989 TFLOP/s, by 132 x 4 schedulers at 1.83 GHz
+MMA_SHARE = 0.629  # of the peak, that mma without wgmma reaches there (arXiv 2402.13499)
+
+
+def expected_shares() -> tuple[float, float]:
+    """Of an H100's peak in bf16, what the kernel reaches at least and at most: if a scheduler's products and its other
+    instructions, one a cycle, never overlap, and if they always do. Waiting for memory is left out."""
+    peak = PRODUCTS * PRODUCT_CYCLES
+    multiplying = peak / MMA_SHARE
+    return peak / (multiplying + OTHERS), peak / max(multiplying, OTHERS)
+
+
 def error(h: Tensor, x: Tensor) -> float:
     """Relative Frobenius error of the triangle of H, against fp64."""
     exact = (x.double().T @ x.double()).tril()

@@ -32,7 +32,12 @@ from quailora.solvers.solve import solve_group
 
 # Beside views. prim.device is a question, not an operation.
 _NO_LAUNCH = {"prim.device", "aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.lift_fresh"}
-DECOMPOSITIONS = ("aten._linalg_eigh", "aten._linalg_svd", "aten.linalg_qr", "aten.linalg_cholesky_ex")
+DECOMPOSITIONS = {
+    "aten._linalg_eigh": "eigenproblem",
+    "aten._linalg_svd": "SVD",
+    "aten.linalg_qr": "QR",
+    "aten.linalg_cholesky_ex": "Cholesky",
+}
 
 Counts = dict[str, int]
 
@@ -49,6 +54,8 @@ class _Operations(TorchDispatchMode):
         name = str(function.overloadpacket)
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves((results, args, kwargs)))
         if on_gpu and not function.is_view and name not in _NO_LAUNCH:
+            if name in DECOMPOSITIONS:  # with its shape and dtype
+                name += f" {' × '.join(map(str, args[0].shape))}, {str(args[0].dtype).removeprefix('torch.')}"
             self.counts[name] += 1
         return results
 
@@ -118,20 +125,26 @@ def total(groups: Mapping[str, Counts]) -> int:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """Launches by group and by operation, as Markdown."""
+    """Launches by group and by operation, and the decompositions, as Markdown."""
     groups = record["groups"]
     block: Counter[str] = sum((Counter(counts) for counts in groups.values()), Counter())
     lines = ["| linears | torch | decompositions | Triton | all |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, counts in [*groups.items(), ("**a block**", block)]:
         triton = sum(number for key, number in counts.items() if key.startswith("triton."))
-        dense = sum(counts.get(key, 0) for key in DECOMPOSITIONS)
+        dense = sum(number for key, number in counts.items() if key.partition(" ")[0] in DECOMPOSITIONS)
         whole = sum(counts.values())
         lines.append(f"| {name} | {whole - triton - dense} | {dense} | {triton} | {whole} |")
     lines += ["", "| of the block | launches |", "| --- | ---: |"]
     shown = block.most_common(12)
     lines += [f"| `{name.removeprefix('aten.')}` | {number} |" for name, number in shown]
     rest = sum(block.values()) - sum(number for _, number in shown)
-    return "\n".join([*lines, f"| {len(block) - len(shown)} others | {rest} |"])
+    lines.append(f"| {len(block) - len(shown)} others | {rest} |")
+    lines += ["", "| decompositions of the block | of | number |", "| --- | --- | ---: |"]
+    for name, number in block.most_common():
+        operation, _, shape = name.partition(" ")
+        if operation in DECOMPOSITIONS:
+            lines.append(f"| {DECOMPOSITIONS[operation]} | {shape} | {number} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -108,6 +108,12 @@ def test_gram_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         run(gram.main, monkeypatch, "--tokens", "40", "--features", "32", "--rounds", "2")
 
 
+def test_the_documented_shares_of_a_peak_are_those_counted() -> None:
+    least, most = (f"{100 * share:.0f} %" for share in gram.expected_shares())
+    assert f"between {least} and {most} of the peak" in PERFORMANCE.replace("\n", " ")
+    assert f"every {gram.PRODUCTS} products a warp issues {gram.OTHERS} other" in PERFORMANCE.replace("\n", " ")
+
+
 # ---- half.py
 
 
