@@ -39,7 +39,7 @@ SIZES = {"cpu": (2048, [576, 1536, 2048, 4096]), "cuda": (8192, [4096, 11008, 14
 # additions, half are of every 16th stage only, and are left out.
 PRODUCTS, OTHERS = 32, 188  # instructions: mma.m16n8k16, and those beside
 PRODUCT_CYCLES = 4  # of one at the peak of an H100: 989 TFLOP/s, by 132 x 4 schedulers at 1.83 GHz
-MMA_SHARE = 0.629  # of the peak, that mma without wgmma reaches there (arXiv 2402.13499)
+MMA_SHARE = 0.629  # of the peak: what mma, not wgmma, is taken to reach there (arXiv 2402.13499)
 
 
 def expected_shares() -> tuple[float, float]:
