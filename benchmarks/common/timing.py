@@ -54,16 +54,17 @@ def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int = 9) -
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(-1, rounds):
         for name, run in candidates.items():
-            _wait()
+            wait()
             start = time.perf_counter()
             run()
-            _wait()
+            wait()
             if number >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def _wait() -> None:
+def wait() -> None:
+    """For all that is queued on the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

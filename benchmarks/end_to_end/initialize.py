@@ -9,8 +9,8 @@ loaded model's last block, the output errors must be those in the report.
 
 Shown are medians ± half the interquartile range. The floor of a stage is counted: for H (one triangle of each distinct
 H) and the solve, their FLOPs at the speed of the bare forward pass; for loading, quantizing and writing, a copy of the
-bytes. On a GPU, H is accumulated during the forward pass and its time is part of it. On a CPU, the last table breaks
-down the solve.
+bytes. The last table breaks down the solve. On a GPU, H is accumulated beside the forward pass and its time is part of
+it; and the solve is broken down in a run of its own, in which the host waits for each part.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 
 import quailora
 from benchmarks.common.smollm2 import fetch
-from benchmarks.common.timing import Timing, alternate, copy_rate, keep, require
+from benchmarks.common.timing import Timing, alternate, copy_rate, keep, require, wait
 from benchmarks.kernels.solver import krylov_flops
 from quailora import ops
 from quailora.calibration.data import Calibration, CalibrationConfig, read_calibration
@@ -69,12 +69,14 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 
 @contextmanager
 def timed(seconds: dict[str, float]) -> Iterator[None]:
-    """Add up the time spent in each of PARTS. Not for GPUs, where calls return before the work is done."""
+    """Add up the time spent in each of PARTS. On a GPU, the host waits before and after each."""
 
     def timing(function: Callable[..., Any], part: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
+            wait()
             start = perf_counter()
             result = function(*args, **kwargs)
+            wait()
             seconds[part] += perf_counter() - start
             return result
 
@@ -178,12 +180,12 @@ def measure(
             for batch in batches:
                 model.base_model(batch.input_ids.to(device), use_cache=False)
 
-    def initialize() -> None:
+    def initialize(split: bool = apart) -> None:
         of_parts = dict.fromkeys(PARTS, 0.0)
-        with tempfile.TemporaryDirectory() as folder, timed(of_parts) if apart else nullcontext():
+        with tempfile.TemporaryDirectory() as folder, timed(of_parts) if split else nullcontext():
             report = quailora.build_adapter(checkpoint, config, data, Path(folder) / "adapter", progress=False)
         found = dict(report.stages)
-        if apart:
+        if split:
             found |= {"forward": found["forward"] - of_parts["H"], "H": of_parts.pop("H")}
             parts.append(of_parts | {"the rest": found["solve"] - sum(of_parts.values())})
         stages.append(found)
@@ -199,14 +201,18 @@ def measure(
 
     candidates: dict[str, Callable[[], object]] = {"forward": forward, "initialize": initialize}
     timings = alternate(candidates | {each: partial(within, each) for each in budgets}, rounds)
+    stages, parts = stages[1:], parts[1:]  # the first run is not measured
+    if not apart:
+        initialize(split=True)
+        del stages[-1]
     tokens = len(data.sequences) * data.longest
     return {
         "samples": len(data.sequences),
         "length": data.longest,
         "forward": timings["forward"].seconds,
         "initialize": timings["initialize"].seconds,
-        "stages": stages[1:],  # the first run is not measured
-        "parts_of_solve": parts[1:],
+        "stages": stages,
+        "parts_of_solve": parts,
         "budgets": {each: {"plan": plans[each], "seconds": timings[each].seconds} for each in budgets},
         "floors": floors(checkpoint, tokens, timings["forward"].median, copy_rate(device, 2**28)),
     }
@@ -232,11 +238,9 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def solve_table(record: Mapping[str, Any]) -> str:
-    """Breakdown of the solve of the record's last run, on a CPU, as Markdown."""
+    """Breakdown of the solve of the record's last run, as Markdown."""
     run = record["runs"][-1]
-    if not run["parts_of_solve"]:
-        return "Not measured on a GPU."
-    whole = median(stages["solve"] for stages in run["stages"])
+    whole = median(sum(parts.values()) for parts in run["parts_of_solve"])
     shares = {part: median(parts[part] for parts in run["parts_of_solve"]) / whole for part in run["parts_of_solve"][0]}
     lines = [f"| {part} | {100 * share:.0f} % |" for part, share in shares.items()]
     return "\n".join(["| part of the solve | share |", "| --- | ---: |", *lines])

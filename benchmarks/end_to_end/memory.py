@@ -1,10 +1,11 @@
-"""Whether a memory budget is kept: a model much larger than the budget is initialized within it on a CPU.
+"""Whether a memory budget is kept: a model much larger than the budget is initialized within it.
 
-    python benchmarks/end_to_end/memory.py [--size 3b|tiny] [--budget 1.5GiB ...] [--samples 4] [--sequence-length 128]
+    python benchmarks/end_to_end/memory.py [--size 3b|7b-blocks|tiny] [--budget 1.5GiB ...] [--samples 4]
 
 The model is a Llama with random weights, written block by block, so neither this script nor quailora ever holds all of
-it. `quailora.build_adapter` runs once for each budget, in a separate process. Measured are the peak resident memory
-above its level after the imports, and the seconds of each stage. Needs Linux's /proc.
+it. `quailora.build_adapter` runs once for each budget, in a separate process, on a GPU if there is one. Measured are
+the seconds of each stage, and the peak of torch's allocator on a GPU, or else of resident memory above its level after
+the imports, which takes Linux's /proc.
 """
 
 import argparse
@@ -25,8 +26,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import quailora
+from benchmarks.common.timing import describe
 from quailora.calibration.data import Calibration
 from quailora.memory.budget import describe_bytes
+from quailora.modeling.devices import default_device
 from quailora.pipeline.build import ALPHA, RANK
 
 TARGETS = "all-linear"
@@ -44,8 +47,12 @@ class Size:
     vocabulary: int
 
 
-# 3b has the shapes of Llama-3.2-3B, except for a smaller vocabulary.
-SIZES = {"3b": Size(3072, 8192, 28, 24, 8, 32000), "tiny": Size(256, 768, 4, 4, 2, 512)}
+# 3b has the shapes of Llama-3.2-3B, except for a smaller vocabulary; 7b-blocks is four blocks of Llama-2-7B.
+SIZES = {
+    "3b": Size(3072, 8192, 28, 24, 8, 32000),
+    "7b-blocks": Size(4096, 11008, 4, 32, 32, 32000),
+    "tiny": Size(256, 768, 4, 4, 2, 512),
+}
 
 
 def write_model(folder: Path, size: Size) -> int:
@@ -74,18 +81,19 @@ def write_model(folder: Path, size: Size) -> int:
         "mlp.down_proj": (size.hidden, size.inner),
     }
     ones = torch.ones(size.hidden, dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
+    device = default_device(None)  # many times faster than a CPU at drawing
+    generator = torch.Generator(device).manual_seed(0)
     places: dict[str, str] = {}
     parameters = 0
     for index in range(size.blocks + 1):
         tensors: dict[str, Tensor] = {}
         if index == size.blocks:
-            embeddings = torch.randn(size.vocabulary, size.hidden, generator=generator)
-            tensors = {"model.embed_tokens.weight": embeddings.bfloat16(), "model.norm.weight": ones.clone()}
+            embeddings = torch.randn(size.vocabulary, size.hidden, generator=generator, device=device)
+            tensors = {"model.embed_tokens.weight": embeddings.bfloat16().cpu(), "model.norm.weight": ones.clone()}
         else:
             for name, (rows, columns) in shapes.items():
-                weight = torch.randn(rows, columns, generator=generator).mul_(columns**-0.5).bfloat16()
-                tensors[f"model.layers.{index}.{name}.weight"] = weight
+                weight = torch.randn(rows, columns, generator=generator, device=device).mul_(columns**-0.5)
+                tensors[f"model.layers.{index}.{name}.weight"] = weight.bfloat16().cpu()
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"model.layers.{index}.{norm}.weight"] = ones.clone()
         file = f"model-{index + 1:05}-of-{size.blocks + 1:05}.safetensors"
@@ -108,13 +116,15 @@ def measure(
     **options: Any,
 ) -> dict[str, Any]:
     """Initialize an adapter, with more `options` of `build_adapter`, and discard it. Returns the bytes "measured" (the
-    growth of peak resident memory), "planned" and "budget", and the seconds of "stages"."""
+    growth of the peak), "planned" and "budget", and the seconds of "stages"."""
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     tokens = torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(0))
     targets = targets if isinstance(targets, str) else list(targets)
     lora = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+    on_gpu = default_device(options.get("device")).type == "cuda"
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+        if not on_gpu:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
         start = psutil.Process().memory_info().rss
         data = Calibration(tuple(tokens), "random tokens")
         report = quailora.build_adapter(
@@ -127,9 +137,12 @@ def measure(
             progress=False,
             **options,
         )
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    measured = report.memory["measured peak"]
+    if not on_gpu:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        measured = int(status["VmHWM"].split()[0]) * 1024 - start
     return {
-        "measured": int(status["VmHWM"].split()[0]) * 1024 - start,
+        "measured": measured,
         "planned": report.memory["planned peak"],
         "budget": report.memory["budget"],
         "stages": report.stages,
@@ -164,7 +177,7 @@ def main() -> None:
             shutil.rmtree(temporary)
 
     tokens = f"{arguments.samples} x {arguments.sequence_length} tokens"
-    print(f"\n{arguments.size}, {tokens}, rank {arguments.rank}, {torch.get_num_threads()} threads\n")
+    print(f"\n{arguments.size}, {tokens}, rank {arguments.rank}, {describe(default_device(None))}\n")
     stages = list(dict.fromkeys(stage for each in found.values() for stage in each["stages"]))
     print(f"| budget | planned | measured | of the budget | {' | '.join(f'{stage}, s' for stage in stages)} | all, s |")
     print(f"| {' | '.join(['---:'] * (5 + len(stages)))} |")

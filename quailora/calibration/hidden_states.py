@@ -18,15 +18,17 @@ class HiddenStates:
 
     Args:
         device: where the hidden states are used.
-        folder: where to put the file; None keeps them in memory, pinned if the device is a GPU.
+        folder: where to put the file; None keeps them in memory, of the host and pinned if the device is a GPU.
+        on_device: on a GPU, keep them in its memory.
 
     The file has no name, so nothing is left of it however the process ends. It is read and written, not mapped: mapped
     pages would count as the process's memory, and a full disk would kill it instead of raising an error.
     Raises QuailoraError if the disk is full.
     """
 
-    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+    def __init__(self, device: torch.device, folder: Path | None = None, on_device: bool = False) -> None:
         self._device, self._folder = device, folder
+        self._pinned = device.type == "cuda" and not on_device
         self._memory: dict[int, Tensor] = {}
         self._places: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
         self._size = 0
@@ -79,7 +81,7 @@ class HiddenStates:
                 rest, start = rest[written:], start + written
 
     def _remember(self, number: int, hidden: Tensor) -> None:
-        if self._device.type != "cuda":
+        if not self._pinned:
             self._memory[number] = hidden
             return
         # With pinned memory the host does not wait for copies: the stream keeps their order.

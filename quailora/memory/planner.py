@@ -10,8 +10,8 @@ For each block, a run has in memory, one phase after the other:
     refine     where blocks are refined: weights, every Q of the block, the factors with their gradients, Adam's moments
                and the best so far, and what one micro-batch keeps for the backward pass
 
-and, before the first block, the embeddings. The hidden states of all tokens are kept too, in host memory or in a file,
-and those of the quantized model beside them where blocks are refined.
+and, before the first block, the embeddings. The hidden states of all tokens are kept too, on the device, in host memory
+or in a file, and those of the quantized model beside them where blocks are refined.
 On a CPU, device and host share one memory and everything counts; on a GPU only what torch allocates there does.
 
 All of it is arithmetic on shapes, rounded up where shapes do not determine the size. Nothing is read or run.
@@ -75,7 +75,7 @@ class Plan:
 
     device: str
     batch_size: int
-    states: str  # where hidden states are between blocks: "host" or "disk"
+    states: str  # where hidden states are between blocks: "host" or "disk", or on a GPU also "device"
     prefetch: bool
     passes: tuple[tuple[tuple[str, ...], ...], ...]  # by block: the linears whose H each pass accumulates
     parts: tuple[Part, ...]
@@ -228,13 +228,15 @@ class _Planner:
         Down to 2048 tokens a smaller batch costs next to nothing, so it is tried first. Next, no reading ahead: the
         device then waits for each block to be read, a few percent of the time with 4 M tokens. Hidden states on disk
         cost about as much on a CPU. Products of fewer than 2048 tokens cost more than that. Another pass is another
-        forward pass, which almost doubles the time, so it is the last resort.
+        forward pass, which almost doubles the time, so it is the last resort. A GPU keeps hidden states itself where
+        there is room for them beside the fastest of all that: copying them may take as long as the forward pass.
         """
         places = ["host", "disk"]
         if self.device.type == "cuda":
             # They do not count against a GPU's budget, and a disk would be slower than the GPU.
             allowed = int(0.9 * free_memory(torch.device("cpu"))) if host_budget is None else host_budget
             places = ["host" if self.pinned_states(batches[0]) <= allowed else "disk"]
+            yield "device", True, batches[0], 1
         large = [batch for batch in batches if batch == batches[0] or batch * self.length >= _FEWER_TOKENS]
         small = [batch for batch in batches if batch not in large]
         for passes in range(1, max(1, *(len(block.groups) for block in self.blocks)) + 1):
@@ -270,6 +272,7 @@ class _Planner:
                 found[name] = total, block, made
 
         on_gpu, tokens = self.device.type == "cuda", batch * self.length
+        copied = states != ("device" if on_gpu else "host")  # hidden states, to where they are used
         around_blocks = self.stream.outside_blocks()
         around = ("embeddings and norm", self.stream.nbytes(*around_blocks))
         arguments = called_with(self.stream, batch, self.length)
@@ -290,7 +293,7 @@ class _Planner:
             resident += [] if on_gpu else [("a tensor being cast", follower.cast if follower else 0)]
             inward = [
                 ("masks and positions", arguments if on_gpu else 0),
-                ("hidden states in", tokens * self.hidden if on_gpu or states == "disk" else 0),
+                ("hidden states in", tokens * self.hidden if copied else 0),
             ]
             phase("load", name, ("weights", block.weights), ("loading", block.loading))
             active = activations(block, self.stream, batch, self.length, self.on)
@@ -337,10 +340,11 @@ class _Planner:
             yield Part("hidden states", tokens * hidden, "disk", "all")
             if on_gpu:
                 yield Part("hidden states of two batches", 2 * batch * self.length * self.hidden, "host", "all")
+        elif on_gpu and states == "host":
+            yield Part("hidden states", self.pinned_states(batch), "host", "all")
         else:
-            size = self.pinned_states(batch) if on_gpu else tokens * hidden
-            yield Part("hidden states", size, beside, "all")
-            most += 0 if on_gpu else size
+            yield Part("hidden states", tokens * hidden, "device", "all")
+            most += tokens * hidden
         yield Part("tokens and their mask", 9 * tokens, beside, "all")
         yield Part("masks and positions", arguments, beside, "all")
         factors = [sum(4 * w.rank * (w.outputs + w.inputs) for w in block.linears) for block in self.blocks]

@@ -100,7 +100,8 @@ class Loop:
         ):
             folder = self.folder if self.plan.states == "disk" else None
             full, *quantized = (
-                stack.enter_context(HiddenStates(model.device, folder)) for _ in range(1 if self.depth is None else 2)
+                stack.enter_context(HiddenStates(model.device, folder, self.plan.states == "device"))
+                for _ in range(1 if self.depth is None else 2)
             )
             states = Streams(full, *quantized)
             self._batches = list(batches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,6 @@ class Run:
     unadapted: Sequence[str] | None = None
     refinement: RefinementConfig | None = None
     counted: Base | None = None
-    stages: Stages = field(default_factory=Stages)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -67,6 +67,10 @@ class Run:
                 f"refine (--refine) holds some of the data out, so it takes at least 2 sequences{of_each}: "
                 f"{self.data.source} has {len(self.data)}; give more, or lower sequence_length (--sequence-length)"
             )
+
+    @cached_property
+    def stages(self) -> Stages:
+        return Stages(self.stream.device)
 
     def plan(self, batch_size: int | None, *, timed: bool = False) -> Plan:
         """The fastest plan within the budget, the same on every process; if `timed`, with an estimate of the time.

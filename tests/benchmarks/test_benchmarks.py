@@ -108,6 +108,12 @@ def test_gram_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         run(gram.main, monkeypatch, "--tokens", "40", "--features", "32", "--rounds", "2")
 
 
+def test_the_documented_shares_of_a_peak_are_those_counted() -> None:
+    least, most = (f"{100 * share:.0f} %" for share in gram.expected_shares())
+    assert f"between {least} and {most} of the peak" in PERFORMANCE.replace("\n", " ")
+    assert f"every {gram.PRODUCTS} products a warp issues {gram.OTHERS} other" in PERFORMANCE.replace("\n", " ")
+
+
 # ---- half.py
 
 
@@ -219,8 +225,8 @@ def test_the_tables_of_a_job() -> None:
     ]
     assert initialize.solve_table(job_record()).splitlines()[2:] == ["| half | 50 % |", "| the rest | 50 % |"]
     on_a_gpu = job_record()
-    on_a_gpu["runs"][-1]["parts_of_solve"] = []
-    assert initialize.solve_table(on_a_gpu) == "Not measured on a GPU."
+    on_a_gpu["runs"][-1]["parts_of_solve"] = [{"half": 0.3, "the rest": 0.1}]  # in a run of its own
+    assert initialize.solve_table(on_a_gpu).splitlines()[2:] == ["| half | 75 % |", "| the rest | 25 % |"]
 
 
 @pytest.mark.slow

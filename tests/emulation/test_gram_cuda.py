@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.kernels import gram
 from tests.emulation.ptx import EmulationError
 from tests.helpers import ROOT, nvcc
 
@@ -453,6 +454,22 @@ def test_a_kernel_has_the_instructions_it_should(compiled: nvcc.Compiled, kernel
     entry, expected = compiled.entry(KERNELS[kernel]), instructions(kernel)
     assert {name: len(re.findall(rf"{re.escape(name)}\b", entry)) for name in expected} == expected
     assert not re.search(r"\.local\b|\bcall\b", entry)
+
+
+@pytest.mark.slow
+def test_the_loop_has_the_instructions_that_the_documented_share_counts(compiler: str, tmp_path: Path) -> None:
+    """Of the additions, half are in a branch that every 16th stage takes. Other releases of nvcc may differ a bit."""
+    aot = pytest.importorskip("tests.helpers.aot", reason="nvdisasm comes with Triton", exc_type=ImportError)
+    nvcc.compile_gram(compiler, "sm_90", tmp_path)
+    [kernel] = re.findall(
+        rf"^\.text\.\w*{KERNELS['gram_kernelbf16_aligned']}.*?(?=^\.text\.|\Z)",
+        aot.disassembled(tmp_path / "gram.cubin"),
+        re.DOTALL | re.MULTILINE,
+    )
+    _, loop = aot.nvidia_instructions(kernel)
+    products = sum(count for name, count in loop.items() if name.startswith("HMMA"))
+    assert products == gram.PRODUCTS
+    assert loop.total() - products - loop["FADD"] // 2 == pytest.approx(gram.OTHERS, rel=0.1)
 
 
 # ---- compiled, and executed: the same instructions as on a GPU, by the emulator that Triton's kernels are tested with

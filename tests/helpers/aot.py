@@ -111,14 +111,9 @@ def _nvidia_resources(compiled: CompiledKernel) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run(NVIDIA_TOOLS / "cuobjdump", "-res-usage", file.name)
-        code = _run(NVIDIA_TOOLS / "nvdisasm", "-c", "-ndf", file.name)
+        code = disassembled(Path(file.name))
     [(registers, stack)] = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
-    instructions, loop = _instructions(
-        code,
-        instruction=r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)",
-        label=r"(\.L_x_\d+):",
-        branch=r"BRA",
-    )
+    instructions, loop = nvidia_instructions(code)
     return Resources(
         registers=int(registers),
         spills=_count(instructions, r"LDL|STL"),
@@ -127,6 +122,20 @@ def _nvidia_resources(compiled: CompiledKernel) -> Resources:
         threads=compiled.metadata.num_warps * 32,
         instructions=instructions,
         loop=loop,
+    )
+
+
+def disassembled(cubin: Path) -> str:
+    return _run(NVIDIA_TOOLS / "nvdisasm", "-c", "-ndf", str(cubin))
+
+
+def nvidia_instructions(code: str) -> tuple[Counter[str], Counter[str]]:
+    """All instructions of a kernel, and those of its longest innermost loop."""
+    return _instructions(
+        code,
+        instruction=r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)",
+        label=r"(\.L_x_\d+):",
+        branch=r"BRA",
     )
 
 

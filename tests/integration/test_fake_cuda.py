@@ -1,8 +1,5 @@
-"""The host's part of a solve on a GPU, run without one: every tensor is on "cuda" and has a shape but no values.
-
-torch's FakeTensorMode refuses operations between devices, and whatever would make the host wait for a value. Kernels
-are not run; what they are launched with is checked.
-"""
+"""The host's part of a solve on a GPU, run without one (benchmarks/common/fake_cuda.py): what makes it wait is found,
+and what kernels are launched with is checked."""
 
 import inspect
 import sys
@@ -15,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common import fake_cuda
+from benchmarks.common.fake_cuda import CUDA
 from quailora.calibration import hooks
 from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.calibration.hooks import collect
 from quailora.ops import dispatch
-from quailora.ops import triton as triton_backend
 from quailora.quantization.bitsandbytes import EightBit, FourBit, NestedAbsmax
 from quailora.quantization.gptq import GPTQ, GPTQWeight
 from quailora.solvers import als, inputs, krylov, solve, svd
@@ -38,7 +35,6 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from quailora.kernels import cholesky, error_products, gram_product, quantize_columns  # noqa: E402  (they need it)
 from quailora.kernels.variants import Variant  # noqa: E402
 
-CUDA = torch.device("cuda", 0)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FORMS = ("nf4", "fp4", "nested", "gptq", "int8", "dense")
 SOLVERS = ("krylov", "als", "svd", "eigh")
@@ -72,38 +68,9 @@ class Launches(list[tuple[str, dict[str, Any]]]):
         self.append((kernel.fn.__name__, arguments))
 
 
-class Indexing(TorchFunctionMode):
-    """Python's indexing, and copies, which a torch built without CUDA refuses for its fake tensors."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.__getitem__:
-            return _part(*args)
-        if function is Tensor.__setitem__:
-            assert torch.broadcast_shapes(_part(args[0], args[1]).shape, args[2].shape)
-            assert args[2].device == CUDA or not NoHostTraffic.active, "copied from the host"
-            return None
-        if function is Tensor.copy_:
-            assert torch.broadcast_shapes(args[0].shape, args[1].shape) == args[0].shape
-            assert args[1].device == CUDA or not NoHostTraffic.active, "copied from the host"
-            return args[0]
-        if function is Tensor.contiguous and not args[0].is_contiguous():
-            return torch.empty(args[0].shape, dtype=args[0].dtype, device=args[0].device)
-        return function(*args, **(kwargs or {}))
-
-
-def _part(x: Tensor, index: Any) -> Tensor:
-    dim = 0
-    for each in index if isinstance(index, tuple) else (index,):
-        if each is None:
-            x = x.unsqueeze(dim)
-        elif isinstance(each, slice):
-            start, stop, step = each.indices(x.shape[dim])
-            assert step == 1
-            x = x.narrow(dim, start, max(0, stop - start))
-        else:
-            x, dim = x.select(dim, each), dim - 1
-        dim += 1
-    return x
+class Indexing(fake_cuda.Indexing):
+    def copied(self, source: Tensor) -> None:
+        assert source.device == CUDA or not NoHostTraffic.active, "copied from the host"
 
 
 aten = torch.ops.aten
@@ -156,19 +123,10 @@ class NoHostTraffic(TorchDispatchMode):
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+def launches() -> Iterator[Launches]:
     made = Launches()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
-    monkeypatch.setattr(triton_backend, "_launcher_obstacle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device", made.device)
-    monkeypatch.setattr(
-        triton.JITFunction, "run", lambda kernel, *args, **keywords: made.run(kernel, *args, **keywords)
-    )
-    dispatch._choose.cache_clear()
-    with FakeTensorMode(), Indexing():
+    with fake_cuda.fake_cuda(made.run, made.device, Indexing()):
         yield made
-    dispatch._choose.cache_clear()
 
 
 waits: list[str] = []  # who read
@@ -558,3 +516,11 @@ def test_page_locked_memory_is_given_back_after_the_last_copy(monkeypatch: pytes
     with states:
         pass
     assert events == ["1 left", "0 kept"]
+
+
+def test_hidden_states_stay_on_the_device_where_they_may(launches: Launches) -> None:
+    states, hidden = HiddenStates(CUDA, on_device=True), torch.empty(4, 3, 8, device=CUDA)
+    with NoHostTraffic():
+        states[0] = hidden
+        assert states[0] is hidden
+    assert states.edits == 1

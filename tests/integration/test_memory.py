@@ -32,7 +32,7 @@ def measure(model: Path, samples: int, budget: str, batch_size: int | None = Non
     arguments = (model, samples, 16, 16, ["gate_proj", "down_proj"], budget, batch_size)
     # Without the working folder on the path, where our folder `kernels/` would answer `import kernels`.
     with mock.patch.dict(os.environ, {"PYTHONSAFEPATH": "1"}), multiprocessing.get_context("spawn").Pool(1) as pool:
-        found: dict[str, Any] = pool.apply(memory.measure, arguments, options)
+        found: dict[str, Any] = pool.apply(memory.measure, arguments, {"device": "cpu"} | options)
     return found
 
 
