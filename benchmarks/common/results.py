@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.common import plots, tables
-from benchmarks.end_to_end import initialize, low_bits, refine
+from benchmarks.end_to_end import initialize, inputs, low_bits, refine
 from benchmarks.kernels import gram, half, scaling
 from benchmarks.paper import bases, claims
 
@@ -57,6 +57,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "claims": claims.table,
     "low-bits": partial(_of_record, "low_bits", low_bits.table),
     "refine": partial(_of_record, "refine", refine.table),
+    "inputs": partial(_of_record, "inputs", inputs.table),
     **{name: partial(_bases, draw) for name, draw in bases.TABLES.items()},
     **{name: partial(_speed, *source) for name, source in SPEEDS.items()},
 }
