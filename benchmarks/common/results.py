@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.common import plots, tables
-from benchmarks.end_to_end import initialize, low_bits, refine
+from benchmarks.end_to_end import initialize, inputs, low_bits, refine
 from benchmarks.kernels import gram, half, launches, scaling
 from benchmarks.paper import bases, claims
 
@@ -58,6 +58,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "cloq-claims": partial(claims.table, claims=claims.CLOQ),
     "low-bits": partial(_of_record, "low_bits", low_bits.table),
     "refine": partial(_of_record, "refine", refine.table),
+    "inputs": partial(_of_record, "inputs", inputs.table),
     "launches": partial(_of_record, "speed/launches", launches.table),
     **{name: partial(_bases, draw) for name, draw in bases.TABLES.items()},
     **{name: partial(_speed, *source) for name, source in SPEEDS.items()},

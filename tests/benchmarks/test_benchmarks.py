@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import quailora
 from benchmarks.common import timing
-from benchmarks.end_to_end import initialize, low_bits, refine
+from benchmarks.end_to_end import initialize, inputs, low_bits, refine
 from benchmarks.kernels import gram, half, precision, scaling, solver
 from quailora import ops
 from quailora.calibration.gram import Gram
@@ -88,6 +88,50 @@ def test_refinement_is_measured_on_two_texts(bits: int, tmp_path: Path, monkeypa
     run(refine.main, monkeypatch, *arguments)
     table = refine.table(first).splitlines()
     assert len(table) == 3 + len(names) and table[2].startswith("| full precision |")
+
+
+# ---- inputs.py
+
+
+def test_the_corrected_target_is_the_least_squares_fit() -> None:
+    torch.manual_seed(0)
+    weight, full, noise = torch.randn(8, 16), torch.randn(2, 50, 16), torch.randn(2, 50, 16)
+    x = full + 0.3 * noise
+    flat = x.flatten(0, 1)
+    change = inputs._correction(flat.T @ flat, list(x.split(1)), list(full.split(1)), 0.0)
+    fitted = torch.linalg.lstsq(flat.double(), full.flatten(0, 1).double() @ weight.double().T).solution.T
+    torch.testing.assert_close((weight + weight @ change).double(), fitted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_block_runs_group_by_group_as_it_does_by_itself() -> None:
+    model: Any = tiny.model()
+    hidden = torch.randn(2, 9, 64)
+    rotary = model.model.rotary_emb(hidden[:1], torch.arange(12)[None])
+    layer, seen = model.model.layers[0], []
+    with torch.no_grad():
+        found = inputs.Block(layer, rotary).run([hidden], {}, lambda group, _: seen.append(group))
+        expected = layer(hidden, position_embeddings=tuple(part[:, :9] for part in rotary), attention_mask=None)
+    torch.testing.assert_close(found[0], expected)
+    assert seen == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 3])
+def test_inputs_are_compared_on_two_texts(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.checkpoint(tmp_path / "model")
+    files = [tmp_path / f"{name}.jsonl" for name in ("calibrate", "measure", "other")]
+    for seed, file in enumerate(files):
+        tokens = torch.randint(tiny.VOCABULARY, (20, 24), generator=torch.Generator().manual_seed(seed))
+        file.write_text("\n".join(json.dumps({"input_ids": row}) for row in tokens.tolist()))
+    output = tmp_path / "found.json"
+    arguments = [*files, "--model", model, "--bits", str(bits), "--rank", "8", "--depth", "1", "--json", output]
+    run(inputs.main, monkeypatch, *arguments, "--arms", "full")
+    run(inputs.main, monkeypatch, *arguments, "--arms", *list(inputs.ARMS)[1:])
+    record = json.loads(output.read_text())
+    assert [row["inputs"] for row in record["rows"]] == list(inputs.ARMS)
+    assert all(0 < row["errors"][text][0] < 1 for row in record["rows"] for text in ("measure", "other"))
+    assert all(row["scores"]["measure"][1] > 0 for row in record["rows"])
+    assert len(inputs.table(record).splitlines()) == 2 + len(inputs.ARMS)
 
 
 # ---- gram.py
