@@ -7,18 +7,20 @@ from dataclasses import dataclass
 
 from quailora.errors import QuailoraError
 
-BLOCKS = "blocks"
+BLOCKS, MODEL = "blocks", "model"
+_OF_A_MODEL = {"tokens": 1024}  # defaults that differ from those of blocks
 
 
 @dataclass(frozen=True)
 class RefinementConfig:
     """The settings of refinement, chosen by held-out perplexity.
 
-    level: "blocks": the factors of a block together, for its output.
-    steps: of Adam, for each block.
+    level: "blocks": the factors of a block together, for its output. "model": those of the whole model, for its
+        distribution of the next token.
+    steps: of Adam, for each block or for the model.
     rate: Adam's largest learning rate: after a warm-up it falls linearly to 0.
     tokens: in one step, about; at least one sequence of every process.
-    held_out: every so many steps' worth of data is kept for measuring.
+    held_out: every so many steps' worth of data is kept for measuring; of a model, every so many sequences.
     every: steps between measurements. Refinement ends early when `patience` of them in a row are no better.
 
     Raises QuailoraError for another level or values out of range.
@@ -34,8 +36,8 @@ class RefinementConfig:
     warmup: int = 6
 
     def __post_init__(self) -> None:
-        if self.level != BLOCKS:
-            raise QuailoraError(f"refine={self.level!r} (--refine): it is {BLOCKS!r}")
+        if self.level not in (BLOCKS, MODEL):
+            raise QuailoraError(f"refine={self.level!r} (--refine): it is {BLOCKS!r} or {MODEL!r}")
         if type(self.steps) is not int or self.steps < 1:
             raise QuailoraError(f"refine_steps (--refine-steps) must be a whole number, at least 1; got {self.steps!r}")
         if type(self.rate) not in (int, float) or not (math.isfinite(self.rate) and self.rate > 0):
@@ -54,4 +56,4 @@ def refinement_config(refine: str | None, steps: int | None, rate: float | None)
             name = next(iter(given))
             raise QuailoraError(f"refine_{name} (--refine-{name}) goes with refine (--refine): give that too")
         return None
-    return RefinementConfig(refine, **given)  # type: ignore[arg-type]
+    return RefinementConfig(refine, **(_OF_A_MODEL if refine == MODEL else {}) | given)  # type: ignore[arg-type]
