@@ -100,7 +100,7 @@ def init(
     ] = None,
     refine: RefineOption = None,
     refine_steps: Annotated[
-        int | None, typer.Option(help="Of --refine: steps of Adam for each block. Default: 48.")
+        int | None, typer.Option(help="Of --refine: steps of Adam, for each block or for the model. Default: 48.")
     ] = None,
     refine_rate: Annotated[float | None, typer.Option(help="Of --refine: learning rate. Default: 1e-3.")] = None,
     quant: QuantOption = None,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quailora.adapters.base_record import as_recorded, check_base, for_full_precision, loading
@@ -127,24 +126,26 @@ def refine(
     sequences = Sequences.of(calibration, config, size, seed)
     _say(progress, f"the full-precision model runs over {sum(len(b.input_ids) for b in sequences.batches)} sequences")
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
-    with meter, memory_errors(meter.device, _SMALLER):
-        with HiddenStates(meter.device, output.resolve().parent) as hidden:
-            with stages("full precision"):
-                teacher = _teacher(stream, sequences, hidden)
-            del stream
-            with stages("load the base"):
-                if written is None:
-                    model = load_model(source, meter.device, dtype, quantization)
-                else:
-                    model = _load_written(written, recorded, meter.device, dtype, form)
-                resize_to(model, folder)
-                check_base(model, folder, checkpoint=source)
+    with meter, memory_errors(meter.device, _SMALLER), HiddenStates(meter.device, output.resolve().parent) as hidden:
+        with stages("full precision"):
+            teacher = _teacher(stream, sequences, hidden)
+        del stream
+        with stages("load the base"):
+            if written is None:
+                model = load_model(source, meter.device, dtype, quantization)
+            else:
+                model = _load_written(written, recorded, meter.device, dtype, form)
+            resize_to(model, folder)
+            check_base(model, folder, checkpoint=source)
+            with warnings.catch_warnings():
+                # PEFT calls deprecated functions of transformers.
+                warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
                 adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-            targets, _ = find_targets(adapted)
-            with stages("refine"):
-                row = refine_model(
-                    adapted, targets, teacher, sequences, config, seed=seed, progress=partial(_say, progress)
-                )
+        targets, _ = find_targets(adapted)
+        with stages("refine"):
+            row = refine_model(
+                adapted, targets, teacher, sequences, config, seed=seed, progress=partial(_say, progress)
+            )
     record["model_refinement"] = _settings(config, calibration)
     report = replace(
         report,
@@ -204,9 +205,7 @@ def check_fits(
     sizes = block_sizes(stream, {})
     size = batch_size or max(1, config.tokens // longest)
     while True:
-        memory = training_memory(
-            stream, sizes, 0, form, quantized, ranks, batch_size=size, sequence_length=longest
-        )
+        memory = training_memory(stream, sizes, 0, form, quantized, ranks, batch_size=size, sequence_length=longest)
         if memory.total <= budget:
             return size, memory
         if batch_size is not None or size == 1:
@@ -252,7 +251,11 @@ def _teacher(stream: StreamedModel, sequences: Sequences, hidden: HiddenStates) 
 
 
 def _load_written(
-    written: QuantizedCheckpoint, recorded: dict[str, Any], device: torch.device, dtype: torch.dtype, form: QuantizedBase
+    written: QuantizedCheckpoint,
+    recorded: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    form: QuantizedBase,
 ) -> Any:
     checkpoint = as_recorded(written.checkpoint, recorded)
     # Of a base that transformers cannot quantize itself, the configuration also asks for layers that can be trained.
@@ -281,10 +284,9 @@ def _notes(row: ModelReport) -> Iterator[str]:
 def _write(output: Path, adapter: Path, saved: SavedAdapter, targets: list[Target], report: Report) -> None:
     tensors = dict(saved.tensors)
     for target in targets:
-        for side, weights in (("A", target.layer.lora_A), ("B", target.layer.lora_B)):
+        for side, weight in zip("AB", target.parameters(), strict=True):
             name = f"base_model.model.{target.name}.lora_{side}.weight"
-            weight: Tensor = weights[target.adapter].get_parameter("weight").detach()
-            tensors[name] = weight.to("cpu", saved.tensors[name].dtype).contiguous()
+            tensors[name] = weight.detach().to("cpu", saved.tensors[name].dtype).contiguous()
     with new_folder(output) as folder:
         shutil.copyfile(adapter / "adapter_config.json", folder / "adapter_config.json")
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -305,6 +307,6 @@ def _left(adapter: Path) -> str:
 
 
 _SMALLER = (
-    "lower memory_budget (--memory-budget), batch_size (--batch-size 1) or sequence_length (--sequence-length), or take "
-    "refine='blocks' (--refine blocks), which has one block in memory at a time"
+    "lower memory_budget (--memory-budget), batch_size (--batch-size 1) or sequence_length (--sequence-length), or "
+    "take refine='blocks' (--refine blocks), which has one block in memory at a time"
 )

@@ -57,3 +57,10 @@ def refinement_config(refine: str | None, steps: int | None, rate: float | None)
             raise QuailoraError(f"refine_{name} (--refine-{name}) goes with refine (--refine): give that too")
         return None
     return RefinementConfig(refine, **(_OF_A_MODEL if refine == MODEL else {}) | given)  # type: ignore[arg-type]
+
+
+def by_level(config: RefinementConfig | None) -> tuple[RefinementConfig | None, RefinementConfig | None]:
+    """How blocks are refined while they are solved, and how the whole model is afterwards; None where not."""
+    if config is None or config.level == BLOCKS:
+        return config, None
+    return None, config

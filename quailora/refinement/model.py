@@ -6,8 +6,8 @@ distribution of the next token:
     mean over tokens of KL(full precision || quantized + factors),     temperature 1
 
 (RILQ, arXiv 2412.01129, and QAD, arXiv 2601.20088, train for it too.) The full-precision model is not in memory: what
-comes out of its last block is kept from a pass made before, and the final norm and the head, which the two models share,
-turn it into logits a few tokens at a time.
+comes out of its last block is kept from a pass made before, and the final norm and the head, which the two models
+share, turn it into logits a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import random
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -124,8 +125,11 @@ def refine_model(
     """
     start = perf_counter()
     student = _Student(model, teacher, data)
-    groups = [[t.layer.lora_A[t.adapter].weight, t.layer.lora_B[t.adapter].weight] for t in targets]
+    groups = [target.parameters() for target in targets]
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # Older versions have only the names that are deprecated now.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         stack.enter_context(_trainable(model, groups))
         stack.enter_context(evaluating(list(model.modules())))
         stack.enter_context(ops.half_products(student.device, [student.dtype]))
@@ -184,7 +188,7 @@ class _Student:
             logits: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             chosen = logits[row, position]  # (p, vocabulary)
             size = max(1, min(self._longest, _LOGITS_AT_ONCE // chosen.shape[-1]))
-            total: Tensor = _KL.apply(chosen, [partial for partial in hidden.split(size)], self._logits)  # type: ignore[no-untyped-call]
+            total: Tensor = _KL.apply(chosen, list(hidden.split(size)), self._logits)
         return total
 
     def held_out(self) -> float:
