@@ -73,20 +73,16 @@ class Sequences:
                 f"{data.source} has {len(usable)}; give more, or lower sequence_length (--sequence-length)"
             )
         order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()
-        in_step = sequences_in_step(config, data)
-        taken = min(len(usable), config.steps * in_step * (config.held_out + 1) // config.held_out + 1)
-        drawn = [usable[i] for i in order[:taken]]
-        held = max(1, taken // (config.held_out + 1))
+        in_step = max(1, config.tokens // data.longest)
+        most = config.steps * in_step
+        held = max(1, min(len(usable), most + most // config.held_out) // (config.held_out + 1))
+        drawn = [usable[i] for i in order[: held + most]]
 
         def batches(sequences: Sequence[Tensor]) -> list[Batch]:
             return list(Calibration(tuple(sequences), data.source).batches(batch_size))
 
         measuring = batches(drawn[:held])
         return cls((*measuring, *batches(drawn[held:])), len(measuring), -(-in_step // batch_size))
-
-
-def sequences_in_step(config: RefinementConfig, data: Calibration) -> int:
-    return max(1, config.tokens // data.longest)
 
 
 @dataclass(frozen=True, eq=False)

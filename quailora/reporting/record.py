@@ -114,11 +114,7 @@ def settings_table(record: dict[str, Any]) -> str:
         "LoRA": markdown.pairs(lora),
         "solver": f"{solver['name']}{iterations}, damping {solver['damping']:g}, seed {solver['seed']}",
         **({"refinement": markdown.pairs(record["refinement"])} if "refinement" in record else {}),
-        **(
-            {"refinement of the model": markdown.pairs(record["model_refinement"])}
-            if "model_refinement" in record
-            else {}
-        ),
+        **({"refinement of the model": markdown.pairs(of_model)} if of_model else {}),
         "calibration data": f"{calibration['source']}: {calibration['tokens']} tokens in {calibration['samples']} "
         f"sequences of at most {calibration['sequence_length']}, seed {calibration['seed']}",
         "made with": markdown.pairs({"quailora": record["quailora"]} | record["versions"]),
