@@ -17,7 +17,9 @@ def load_model(
     dtype: torch.dtype,
     quantization: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
-    """The model of a checkpoint on one device, quantized while it is loaded where `quantization` says so."""
+    """The model of a checkpoint on one device, quantized while it is loaded where `quantization` says so; without that,
+    as the checkpoint itself says."""
+    options = {} if quantization is None else {"quantization_config": quantization}
     with no_progress_bar():
         model: PreTrainedModel = auto_model(checkpoint.auto_class).from_pretrained(
             checkpoint.name,
@@ -25,6 +27,6 @@ def load_model(
             trust_remote_code=checkpoint.trust_remote_code,
             dtype=dtype,
             device_map={"": device},
-            quantization_config=quantization,
+            **options,
         )
     return model

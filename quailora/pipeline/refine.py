@@ -38,6 +38,7 @@ from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.base_output import quantized_linears
 from quailora.pipeline.block import BlockRun
+from quailora.pipeline.distributed import launched_by_torchrun
 from quailora.pipeline.loop import memory_errors
 from quailora.pipeline.stages import Stages
 from quailora.quantization.protocol import QuantizedBase
@@ -114,7 +115,7 @@ def refine(
     calibration = read_calibration(
         source, data, CalibrationConfig(samples, sequence_length, seed, split, column), tokenizer=tokenizer
     )
-    meter, stages = Meter(default_device(device), memory), Stages()
+    meter, stages = Meter(_training_device(device), memory), Stages()
     with meter.setting_up():
         form = from_dict(recorded["quantization"])
         skeleton, _ = targeted_skeleton(source, form.to_config(), dtype, saved.config)
@@ -153,7 +154,7 @@ def refine(
         model=row,
         notes=[*report.notes, *calibration.notes(), *_notes(row)],
         stages=report.stages | stages.seconds,
-        memory={name: max(size, report.memory.get(name, 0)) for name, size in meter.figures(planned.total).items()},
+        memory={name: max(used, report.memory.get(name, 0)) for name, used in meter.figures(planned.total).items()},
     )
     _write(output, folder, saved, targets, report)
     return report
@@ -217,6 +218,19 @@ def check_fits(
         f"{describe_bytes(budget)} is too small: lower sequence_length (--sequence-length) or batch_size (--batch-size "
         "1), or take refine='blocks' (--refine blocks), which has one block in memory at a time"
     )
+
+
+def _training_device(device: str | torch.device | None) -> torch.device:
+    """Raises QuailoraError where a Trainer would train elsewhere, or on several."""
+    if launched_by_torchrun():
+        raise QuailoraError("refine trains on one device: run it in one process, without torchrun")
+    chosen = default_device(device)
+    if chosen.index:  # neither None nor 0
+        raise QuailoraError(
+            f"refine trains on the first GPU, and device (--device) is {chosen}: choose the GPU with "
+            f"CUDA_VISIBLE_DEVICES={chosen.index}"
+        )
+    return chosen
 
 
 def _initialized(folder: Path) -> dict[str, Any]:

@@ -39,9 +39,15 @@ class RefinementConfig:
         if self.level not in (BLOCKS, MODEL):
             raise QuailoraError(f"refine={self.level!r} (--refine): it is {BLOCKS!r} or {MODEL!r}")
         if type(self.steps) is not int or self.steps < 1:
-            raise QuailoraError(f"refine_steps (--refine-steps) must be a whole number, at least 1; got {self.steps!r}")
+            raise QuailoraError(
+                f"refine_steps (--refine-steps) must be a whole number, at least 1; got {self.steps!r} (of "
+                "refine, it is steps, --steps)"
+            )
         if type(self.rate) not in (int, float) or not (math.isfinite(self.rate) and self.rate > 0):
-            raise QuailoraError(f"refine_rate (--refine-rate) must be a number above 0, got {self.rate!r}")
+            raise QuailoraError(
+                f"refine_rate (--refine-rate) must be a number above 0, got {self.rate!r} (of refine, it "
+                "is rate, --rate)"
+            )
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""
