@@ -17,6 +17,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from quailora import ops
 from quailora.adapters.base_record import as_recorded, check_base, for_full_precision, loading
 from quailora.adapters.correction import Correction
 from quailora.adapters.new_tokens import resize_to
@@ -253,7 +254,7 @@ def _teacher(stream: StreamedModel, sequences: Sequences, hidden: HiddenStates) 
     """`hidden` gets what comes out of the last block, with one block in memory at a time."""
     calls, recorder = [], Calls(stream)
     with torch.autocast(stream.device.type, enabled=False):
-        with stream.resident(*stream.outside_blocks()):
+        with stream.resident(*stream.outside_blocks()), ops.half_products(stream.device, [stream.dtype]):
             for number, batch in enumerate(sequences.batches):
                 hidden[number], of_batch = recorder.record(batch)
                 calls.append(of_batch)

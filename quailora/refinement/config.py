@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from quailora.errors import QuailoraError
 
 BLOCKS, MODEL = "blocks", "model"
-_OF_A_MODEL = {"tokens": 1024}  # defaults that differ from those of blocks
+_OF_A_MODEL: dict[str, Any] = {"tokens": 1024, "rate": 5e-4}  # defaults that differ from those of blocks
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def refinement_config(refine: str | None, steps: int | None, rate: float | None)
             name = next(iter(given))
             raise QuailoraError(f"refine_{name} (--refine-{name}) goes with refine (--refine): give that too")
         return None
-    return RefinementConfig(refine, **(_OF_A_MODEL if refine == MODEL else {}) | given)  # type: ignore[arg-type]
+    return RefinementConfig(refine, **(_OF_A_MODEL if refine == MODEL else {}) | given)
 
 
 def by_level(config: RefinementConfig | None) -> tuple[RefinementConfig | None, RefinementConfig | None]:

@@ -346,8 +346,8 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    if device.type == "cuda":
-        arguments._n_gpu = 1  # or it would copy the model to all of them
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # or the Trainer would copy the model to all of them
     return arguments
 
 

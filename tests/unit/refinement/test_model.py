@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quailora.calibration.data import Calibration
 from quailora.errors import CalibrationError
-from quailora.refinement.config import MODEL, RefinementConfig, refinement_config
+from quailora.refinement.config import MODEL, RefinementConfig, by_level, refinement_config
 from quailora.refinement.model import _KL, Sequences, _random_states_kept, _trainable
 
 # ---- the loss
@@ -96,9 +96,14 @@ def test_too_little_to_hold_some_out(lengths: tuple[int, ...]) -> None:
 
 
 def test_defaults_by_level() -> None:
-    blocks, model = refinement_config("blocks", None, None), refinement_config("model", None, 0.5)
-    assert blocks is not None and model is not None
-    assert (blocks.tokens, model.tokens) == (2048, 1024) and model.rate == 0.5
+    given = (("blocks", None, None), ("model", None, None), ("model", 7, 0.5))
+    blocks, model, other = (refinement_config(*each) for each in given)
+    assert blocks is not None and model is not None and other is not None
+    assert (blocks.steps, blocks.rate, blocks.tokens) == (48, 1e-3, 2048)
+    assert (model.steps, model.rate, model.tokens) == (48, 5e-4, 1024)
+    assert (other.steps, other.rate, other.tokens) == (7, 0.5, 1024)
+    assert by_level(None) == (None, None)
+    assert by_level(blocks) == (blocks, None) and by_level(model) == (None, model)
 
 
 # ---- the state of the model
