@@ -569,7 +569,7 @@ def test_version_and_help(run: Ran) -> None:
     code, out, _ = run("--help")
     assert code == 0
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert list(commands) == ["init", "plan", "eval", "merge", "convert", "export", "doctor"]
+    assert list(commands) == ["init", "plan", "eval", "refine", "merge", "convert", "export", "doctor"]
     for name, command in commands.items():
         assert re.search(rf"^  {name} +\w+", out, flags=re.MULTILINE), name
         code, shown, _ = run(name, "--help")
