@@ -148,6 +148,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_best_until_then(
     assert load_file(tmp_path / "out" / WEIGHTS)[KEY].isfinite().all()
 
 
+@pytest.mark.slow
 def test_held_out_sequences_are_not_trained_on(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy_on_losses(monkeypatch)
     refine(adapter, tmp_path / "out", batch_size=1)
@@ -160,11 +161,17 @@ def test_micro_batches_change_nothing(adapter: Path, tmp_path: Path) -> None:
     """A token counts the same in each, however long their sequences are."""
     data = Calibration(DATA.sequences[:5], "four to train on")
     assert len({len(sequence) for sequence in data.sequences}) > 2
-    whole, ones = (refine(adapter, tmp_path / str(size), data, steps=1, batch_size=size) for size in (4, 1))
-    assert whole.model is not None and ones.model is not None
-    assert ones.model.kl_after == pytest.approx(whole.model.kl_after, rel=1e-4)
-    one, other = (load_file(tmp_path / size / WEIGHTS)[KEY] for size in ("4", "1"))
-    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    step, gradients = torch.optim.Adam.step, []
+
+    def spy(self: torch.optim.Adam, closure: Any = None) -> Any:
+        gradients.append(self.param_groups[0]["params"][0].grad.clone())
+        return step(self, closure)
+
+    with mock.patch.object(torch.optim.Adam, "step", spy):
+        for size in (4, 1):
+            refine(adapter, tmp_path / str(size), data, steps=1, batch_size=size)
+    whole, ones = gradients
+    assert (whole - ones).norm() < 1e-3 * whole.norm()
 
 
 def test_a_divergence_that_is_not_finite_to_begin_with(adapter: Path, tmp_path: Path) -> None:
