@@ -76,6 +76,7 @@ def initialize(
         checkpoint: the full-precision checkpoint that the base was quantized from; its `auto_class` is that of the
             loaded model.
         adapter: the name of the adapter within `peft_model`.
+        refine: "blocks", as in `build_adapter`. For the whole model, save the adapter and call `quailora.refine`.
         alpha: "matched" changes the adapter's alpha; see `build_adapter`.
         device: where to compute; None is where the model is.
         memory_budget: besides the model that is loaded.
