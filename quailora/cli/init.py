@@ -103,7 +103,7 @@ def init(
         int | None, typer.Option(help="Of --refine: steps of Adam, for each block or for the model. Default: 48.")
     ] = None,
     refine_rate: Annotated[
-        float | None, typer.Option(help="Of --refine: learning rate. Default: 1e-3 for blocks, 5e-4 for the model.")
+        float | None, typer.Option(help="Of --refine: learning rate. Default: 1e-3 for blocks, 1e-4 for the model.")
     ] = None,
     quant: QuantOption = None,
     double_quant: DoubleOption = True,

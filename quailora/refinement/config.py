@@ -9,7 +9,8 @@ from typing import Any
 from quailora.errors import QuailoraError
 
 BLOCKS, MODEL = "blocks", "model"
-_OF_A_MODEL: dict[str, Any] = {"tokens": 1024, "rate": 5e-4}  # defaults that differ from those of blocks
+# Defaults that differ from those of blocks: at 5e-4 the divergence was higher after twelve steps than before.
+_OF_A_MODEL: dict[str, Any] = {"tokens": 1024, "rate": 1e-4, "patience": 3}
 
 
 @dataclass(frozen=True)
