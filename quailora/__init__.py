@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quailora.ops import backends as backends
     from quailora.pipeline.build import build_adapter as build_adapter
     from quailora.pipeline.initialize import initialize as initialize
+    from quailora.pipeline.refine import refine as refine
     from quailora.solvers.solve import LoraFactors as LoraFactors
     from quailora.solvers.solve import solve as solve
 
@@ -32,6 +33,7 @@ _HOMES = {
     "freeze_correction": "adapters.freeze",
     "initialize": "pipeline.initialize",
     "merge": "adapters.merge",
+    "refine": "pipeline.refine",
     "solve": "solvers.solve",
 }
 __all__ = ["__version__", "evaluate", *_HOMES]

@@ -34,10 +34,9 @@ from quailora.errors import AdapterError, CalibrationError, MismatchError, Quail
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
-from quailora.modeling.model_class import auto_model
+from quailora.modeling.loading import load_model
 from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.modeling.transformers_internals import no_progress_bar
 from quailora.pipeline.loop import memory_errors
 from quailora.quantization.registry import evaluating, from_config
 from quailora.reporting.record import read_record
@@ -214,9 +213,9 @@ def compare(
     written = QuantizedCheckpoint.recorded(made_for or {}, base)
     of_full, of_quantized, of_adapted = _Tally(), _Tally(), _Tally()
     with memory_errors(where, _SMALLER):
-        full = _load(source, where, dtype)
+        full = load_model(source, where, dtype)
         quantized = (
-            _load(source, where, dtype, quantization)
+            load_model(source, where, dtype, quantization)
             if written is None
             else _load_written(source, written, where, dtype)
         )
@@ -361,29 +360,11 @@ def _dtypes(model: nn.Module) -> set[torch.dtype]:
     return of_parameters | {dtype for dtype in of_linears if isinstance(dtype, torch.dtype)}
 
 
-def _load(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantization: QuantizationConfigMixin | None = None,
-) -> PreTrainedModel:
-    with no_progress_bar():
-        model: PreTrainedModel = auto_model(checkpoint.auto_class).from_pretrained(
-            checkpoint.name,
-            revision=checkpoint.revision,
-            trust_remote_code=checkpoint.trust_remote_code,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization,
-        )
-    return model
-
-
 def _load_written(
     source: Checkpoint, written: QuantizedCheckpoint, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     """The full-precision model with Q in place of W: what the base computes, whatever library would load it."""
-    model = _load(source, device, dtype)
+    model = load_model(source, device, dtype)
     stream = StreamedModel(source, torch.device("cpu"), dtype)
     for name in written.names:
         module, q = model.get_submodule(name), written.weight(name, stream).dequantize().to(device, dtype)

@@ -5,7 +5,8 @@
 The first 64 x 512 tokens of CALIBRATE calibrate, and 16 sequences of at most 512 tokens of MEASURE, a text of its kind,
 and of OTHER measure: perplexity, and the KL divergence from the full-precision model, which a disguised training on the
 calibration text would not lower. 4 bits are NF4 with double quantization, base and adapter loaded the ordinary way; 3
-and 2 are bases in GPTQ's format with calibrated codes, merged with their adapters, in the checkpoint's dtype.
+and 2 are bases in GPTQ's format with calibrated codes, merged with their adapters, in the checkpoint's dtype; to refine
+the whole model of those, gptqmodel must be installed.
 
 Costs are those of the whole run, in bare forward passes over the calibration text: of processor time on a CPU, where
 other programs may run, and of time on a GPU. Adapters are kept in FOLDER and not made again.
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -37,7 +39,7 @@ from quailora.modeling.devices import default_device
 from quailora.pipeline.setup import default_batch_size
 from quailora.quantization.registry import config_for
 
-LEVELS: dict[str, str | None] = {"layer by layer": None, "blocks": "blocks"}
+LEVELS: dict[str, str | None] = {"layer by layer": None, "blocks": "blocks", "model": "model"}
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -135,6 +137,9 @@ def main() -> None:
         for bits in arguments.bits:
             name = "NF4" if bits == 4 else f"int{bits} g64"
             for level, refine in LEVELS.items():
+                if refine == "model" and bits != 4 and find_spec("gptqmodel") is None:
+                    print(f"{name}, model: gptqmodel is not installed")
+                    continue
                 folder = work / f"{bits}-{refine or 'layers'}"
                 folder.mkdir(parents=True, exist_ok=True)
                 costs = make(checkpoint, data, bits, refine, folder)

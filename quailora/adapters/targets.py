@@ -36,6 +36,11 @@ class Target:
         """The quantized linear itself."""
         return self.layer.get_base_layer()
 
+    def parameters(self) -> list[nn.Parameter]:
+        """lora_A.weight (r, n) and lora_B.weight (m, r)."""
+        sides = (self.layer.lora_A, self.layer.lora_B)
+        return [side[self.adapter].get_parameter("weight") for side in sides]
+
     def assign(self, factors: LoraFactors, seed: int = 0) -> None:
         """Set lora_A and lora_B so that scaling * lora_B.weight @ lora_A.weight = A Bᵀ for any alpha, with the two
         balanced."""

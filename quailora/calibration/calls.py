@@ -45,7 +45,7 @@ class Calls:
         self._model = model
         self._pool: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         self._known: dict[torch.Size, list[list[Call]]] = {}
-        self._tuples: dict[type[nn.Module], bool] = {}
+        self.tuples: dict[type[nn.Module], bool] = {}  # by class of block: whether it returns a tuple
 
     @torch.no_grad()
     def record(self, batch: Batch) -> tuple[Tensor, list[Call]]:
@@ -64,7 +64,7 @@ class Calls:
             if hidden is not first[0] or block is not self._model.blocks[len(calls) % len(self._model.blocks)]:
                 raise CheckpointError(NOT_A_CHAIN)
             calls.append(Call(_map_tensors(call.args, self._shared), _map_tensors(call.kwargs, self._shared)))
-            return (hidden, None) if self._tuples[type(block.module)] else hidden
+            return (hidden, None) if self.tuples[type(block.module)] else hidden
 
         with replaced_forward(self._model.blocks, bypass):
             self._run(batch.input_ids)
@@ -81,7 +81,7 @@ class Calls:
         """Run one block of each class on a single token, to see whether it returns a tensor or a tuple."""
         for index, block in enumerate(self._model.blocks):
             kind = type(block.module)
-            if kind in self._tuples:
+            if kind in self.tuples:
                 continue
 
             def probe(
@@ -89,14 +89,14 @@ class Calls:
             ) -> Any:
                 if at is not self._model.blocks[index]:
                     hidden, _ = split_call(args, kwargs)
-                    return (hidden, None) if self._tuples[type(at.module)] else hidden
+                    return (hidden, None) if self.tuples[type(at.module)] else hidden
                 raise _Seen(isinstance(forward(*args, **kwargs), tuple))
 
             with self._model.resident(f"{block.name}."), replaced_forward(self._model.blocks, probe):
                 try:
                     self._run(batch.input_ids[:1, :1])
                 except _Seen as seen:
-                    self._tuples[kind] = seen.is_tuple
+                    self.tuples[kind] = seen.is_tuple
 
     def _run(self, input_ids: Tensor) -> None:
         # No attention mask: padding is on the right, where causal attention never looks.

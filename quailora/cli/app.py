@@ -20,6 +20,7 @@ from quailora.cli.export import export
 from quailora.cli.init import init
 from quailora.cli.merge import merge
 from quailora.cli.plan import plan
+from quailora.cli.refine import refine
 from quailora.errors import QuailoraError
 from quailora.quantization.registry import LIBRARIES
 
@@ -42,6 +43,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 app.command()(init)
 app.command()(plan)
 app.command("eval")(evaluate)
+app.command()(refine)
 app.command()(merge)
 app.command()(convert)
 app.command()(export)

@@ -100,9 +100,11 @@ def init(
     ] = None,
     refine: RefineOption = None,
     refine_steps: Annotated[
-        int | None, typer.Option(help="Of --refine: steps of Adam for each block. Default: 48.")
+        int | None, typer.Option(help="Of --refine: steps of Adam, for each block or for the model. Default: 48.")
     ] = None,
-    refine_rate: Annotated[float | None, typer.Option(help="Of --refine: learning rate. Default: 1e-3.")] = None,
+    refine_rate: Annotated[
+        float | None, typer.Option(help="Of --refine: learning rate. Default: 1e-3 for blocks, 3e-5 for the model.")
+    ] = None,
     quant: QuantOption = None,
     double_quant: DoubleOption = True,
     compute_dtype: ComputeOption = None,
@@ -112,7 +114,7 @@ def init(
         int | None, typer.Option(help="Depth of krylov (default 3) or alternations of als (20).")
     ] = None,
     damping: Annotated[
-        float | None, typer.Option(help="Added to H's diagonal, as a fraction of its mean. Default: 1e-4.")
+        float | None, typer.Option(help="Added to H's diagonal, as a fraction of its mean. Default: 3e-5.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
     sequence_length: LengthOption = None,

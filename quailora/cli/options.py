@@ -77,8 +77,9 @@ LoadedOption = Annotated[
 RefineOption = Annotated[
     str | None,
     typer.Option(
-        help="Train the factors further: blocks, those of each block together for its output in the quantized model. "
-        "Takes a second forward pass and, for each block, a few dozen steps of training. Default: not."
+        help="Train the factors further: blocks, those of each block together for its output in the quantized model, "
+        "one block in memory at a time; or model, those of the whole quantized model for what it predicts. For "
+        "adapters that are used without a fine-tune. Default: not."
     ),
 ]
 RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]

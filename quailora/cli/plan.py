@@ -106,7 +106,7 @@ def plan(
     from quailora.adapters.skeleton import targeted_skeleton
     from quailora.adapters.targets import find_targets
     from quailora.calibration.data import SEQUENCE_LENGTH
-    from quailora.memory.budget import MemoryConfig
+    from quailora.memory.budget import MemoryConfig, describe_bytes
     from quailora.memory.planner import make_plan
     from quailora.memory.sizes import Calibrated
     from quailora.memory.training import training_table
@@ -114,13 +114,15 @@ def plan(
     from quailora.modeling.devices import default_device
     from quailora.modeling.streamed_model import StreamedModel
     from quailora.pipeline.base_output import quantized_linears
+    from quailora.pipeline.refine import check_fits
     from quailora.quantization.registry import from_config
     from quailora.quantization.rounding import RoundingConfig
     from quailora.quantization.verify import CALIBRATED, NEAREST
-    from quailora.refinement.config import refinement_config
+    from quailora.refinement.config import by_level, refinement_config
     from quailora.solvers.config import SolverConfig
 
-    settings, refinement = SolverConfig(solver, iterations), refinement_config(refine, None, None)
+    settings = SolverConfig(solver, iterations)
+    refinement, of_model = by_level(refinement_config(refine, None, None))
     given = {"--quant": quant, "--bits": bits, "--rounding": rounding, "--magr": magr, "--refine": refine}
     given["--host-memory-budget"] = host_memory_budget
     if training and (odd := next((name for name, value in given.items() if value is not None), None)):
@@ -179,7 +181,17 @@ def plan(
         timed=True,
         refinement=refinement,
     )
-    typer.echo(dumps(found.to_dict(), indent=2) if json else found.text())
+    values, text = found.to_dict(), found.text()
+    if of_model is not None:
+        adapted = {name: rank for name, rank in ranks.items() if rank}
+        held = quantized_linears(model, stream)
+        size, trained = check_fits(stream, form, held, adapted, length, of_model, found.budget, memory.batch_size)
+        values["model"] = trained.to_dict() | {"bits": bits or (8 if quant is Format.int8 else 4), "batch_size": size}
+        text += (
+            f"\nthen the quantized model is refined as a whole, in micro-batches of {size} sequences: "
+            f"{describe_bytes(trained.total)} on the device ({trained.parts()})"
+        )
+    typer.echo(dumps(values, indent=2) if json else text)
 
 
 def _fine_tunes(

@@ -24,6 +24,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import nn
 
+from quailora.memory.budget import describe_bytes
 from quailora.memory.sizes import Base, BlockSizes, Device, unfused
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.streamed_model import StreamedModel
@@ -57,6 +58,11 @@ class Training:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self) | {"total": self.total}
+
+    def parts(self) -> str:
+        """Every part in words."""
+        names = ("base", "adapter", "gradients", "optimizer", "activations")
+        return ", ".join(f"{name} {describe_bytes(getattr(self, name))}" for name in names)
 
 
 def training_memory(

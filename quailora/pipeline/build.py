@@ -31,13 +31,15 @@ from quailora.pipeline.base_output import BaseOutput, check_apart, discard_unfin
 from quailora.pipeline.depth import Restored
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.quantize import CalibratedQ, GivenQ, QuantizeAndSolve
+from quailora.pipeline.refine import check_fits, refine_in_place
 from quailora.pipeline.resume import Workspace
 from quailora.pipeline.setup import Run, enumerate_reasons
 from quailora.pipeline.solved import Solved
 from quailora.quantization.registry import Format, config_for, from_config
 from quailora.quantization.rounding import RoundingConfig
 from quailora.quantization.verify import CALIBRATED
-from quailora.refinement.config import refinement_config
+from quailora.refinement.config import by_level, refinement_config
+from quailora.refinement.model import Sequences
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import lora_record, make_record
 from quailora.reporting.report import BlockReport, LayerReport, Report
@@ -101,8 +103,9 @@ def build_adapter(
             `quailora.quantization.rounding.RoundingConfig`. None takes its defaults.
         refine: "blocks" trains the factors of each block together, after they were found layer by layer, for the
             output of the block on what the quantized blocks before it give; some of the data is held out, and what does
-            best on it is kept. None does not. It takes a second set of hidden states and a second forward pass, and a
-            few dozen steps of training for each block.
+            best on it is kept. It takes a second set of hidden states and a second forward pass, and a few dozen steps
+            of training for each block. "model" calls `quailora.refine` with the finished adapter and the same data, and
+            puts the result in its place: the quantized model is then on the device as a whole. None does neither.
         refine_steps, refine_rate: of Adam; see `quailora.refinement.config.RefinementConfig`.
         tokenizer: None takes the checkpoint's own.
         solver, iterations, damping: see `quailora.solve`.
@@ -146,8 +149,13 @@ def build_adapter(
         alternations=alternations,
         magr=magr,
     )
-    refinement = refinement_config(refine, refine_steps, refine_rate)
+    refinement, of_model = by_level(refinement_config(refine, refine_steps, refine_rate))
     processes, solver_config = Processes(distributed), SolverConfig(solver, iterations, damping, seed)
+    if of_model is not None and processes.distributed:
+        raise QuailoraError(
+            "refine='model' (--refine model) trains on one device: make the adapter without it, and give its folder to "
+            "quailora.refine (quailora refine) in one process"
+        )
     data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
     meter = Meter(default_device(device), MemoryConfig(memory_budget, host_memory_budget, batch_size))
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
@@ -180,6 +188,10 @@ def build_adapter(
     calibrated = rounds.rounding == CALIBRATED
     counted = Calibrated(form, magr=rounds.magr > 0) if calibrated else form
     run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted, refinement, counted)
+    if of_model is not None:  # or an error, before anything is computed
+        ranks = {target.name: target.rank for target in targets}
+        size, _ = check_fits(stream, form, quantized, ranks, data.longest, of_model, meter.budget, batch_size)
+        Sequences.of(data, of_model, size, seed)
     record = make_record(source, dtype, form, solver_config, data, config, rounds, base_output, refinement)
     workspace = base = None
     if processes.is_main:
@@ -302,6 +314,19 @@ def build_adapter(
     except Exception:
         _kept(workspace, base)
         raise
+    if of_model is not None:
+        return refine_in_place(
+            output,
+            data,
+            checkpoint=source,
+            steps=of_model.steps,
+            rate=of_model.rate,
+            batch_size=batch_size,
+            memory_budget=memory_budget,
+            device=device,
+            seed=seed,
+            progress=progress,
+        )
     return processes.broadcast(report)  # type: ignore[return-value]
 
 

@@ -17,7 +17,7 @@ from quailora.adapters.base_record import device_of, recorded_base
 from quailora.adapters.new_tokens import add_rows
 from quailora.adapters.targets import Target, check_config, find_targets
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
-from quailora.errors import AdapterError, MismatchError
+from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ from quailora.pipeline.solved import Solved
 from quailora.quantization.protocol import QuantizedWeight
 from quailora.quantization.registry import from_module, read
 from quailora.quantization.verify import NEAREST, RELATED, verify
-from quailora.refinement.config import refinement_config
+from quailora.refinement.config import by_level, refinement_config
 from quailora.reporting.record import make_record
 from quailora.reporting.report import BlockReport, Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
@@ -76,6 +76,7 @@ def initialize(
         checkpoint: the full-precision checkpoint that the base was quantized from; its `auto_class` is that of the
             loaded model.
         adapter: the name of the adapter within `peft_model`.
+        refine: "blocks", as in `build_adapter`. For the whole model, save the adapter and call `quailora.refine`.
         alpha: "matched" changes the adapter's alpha; see `build_adapter`.
         device: where to compute; None is where the model is.
         memory_budget: besides the model that is loaded.
@@ -92,7 +93,12 @@ def initialize(
     if adapter not in peft_model.peft_config:
         raise AdapterError(f"the model has no adapter '{adapter}', only {', '.join(peft_model.peft_config)}")
     check_alpha(alpha)
-    refinement = refinement_config(refine, refine_steps, refine_rate)
+    refinement, of_model = by_level(refinement_config(refine, refine_steps, refine_rate))
+    if of_model is not None:
+        raise QuailoraError(
+            "refine='model' takes an adapter on disk: save the initialized one (save_pretrained, and Report.save into "
+            "the same folder), and give its folder to quailora.refine"
+        )
     solver_config = SolverConfig(solver, iterations, damping, seed)
     data_config = CalibrationConfig(samples, sequence_length, seed, split, column)
     config = check_config(peft_model.peft_config[adapter])

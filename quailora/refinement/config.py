@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from quailora.errors import QuailoraError
 
-BLOCKS = "blocks"
+BLOCKS, MODEL = "blocks", "model"
+# Defaults that differ from those of blocks: a step moves all layers at once, so it is smaller.
+_OF_A_MODEL: dict[str, Any] = {"tokens": 1024, "rate": 3e-5, "patience": 3}
 
 
 @dataclass(frozen=True)
 class RefinementConfig:
-    """The settings of refinement, chosen by held-out perplexity.
+    """The settings of refinement; those of blocks are chosen by held-out perplexity.
 
-    level: "blocks": the factors of a block together, for its output.
-    steps: of Adam, for each block.
+    level: "blocks": the factors of a block together, for its output. "model": those of the whole model, for its
+        distribution of the next token.
+    steps: of Adam, for each block or for the model.
     rate: Adam's largest learning rate: after a warm-up it falls linearly to 0.
     tokens: in one step, about; at least one sequence of every process.
-    held_out: every so many steps' worth of data is kept for measuring.
+    held_out: every so many steps' worth of data is kept for measuring; of a model, every so many sequences.
     every: steps between measurements. Refinement ends early when `patience` of them in a row are no better.
 
     Raises QuailoraError for another level or values out of range.
@@ -34,12 +38,18 @@ class RefinementConfig:
     warmup: int = 6
 
     def __post_init__(self) -> None:
-        if self.level != BLOCKS:
-            raise QuailoraError(f"refine={self.level!r} (--refine): it is {BLOCKS!r}")
+        if self.level not in (BLOCKS, MODEL):
+            raise QuailoraError(f"refine={self.level!r} (--refine): it is {BLOCKS!r} or {MODEL!r}")
         if type(self.steps) is not int or self.steps < 1:
-            raise QuailoraError(f"refine_steps (--refine-steps) must be a whole number, at least 1; got {self.steps!r}")
+            raise QuailoraError(
+                f"refine_steps (--refine-steps) must be a whole number, at least 1; got {self.steps!r} (of "
+                "refine, it is steps, --steps)"
+            )
         if type(self.rate) not in (int, float) or not (math.isfinite(self.rate) and self.rate > 0):
-            raise QuailoraError(f"refine_rate (--refine-rate) must be a number above 0, got {self.rate!r}")
+            raise QuailoraError(
+                f"refine_rate (--refine-rate) must be a number above 0, got {self.rate!r} (of refine, it "
+                "is rate, --rate)"
+            )
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""
@@ -54,4 +64,11 @@ def refinement_config(refine: str | None, steps: int | None, rate: float | None)
             name = next(iter(given))
             raise QuailoraError(f"refine_{name} (--refine-{name}) goes with refine (--refine): give that too")
         return None
-    return RefinementConfig(refine, **given)  # type: ignore[arg-type]
+    return RefinementConfig(refine, **(_OF_A_MODEL if refine == MODEL else {}) | given)
+
+
+def by_level(config: RefinementConfig | None) -> tuple[RefinementConfig | None, RefinementConfig | None]:
+    """How blocks are refined while they are solved, and how the whole model is afterwards; None where not."""
+    if config is None or config.level == BLOCKS:
+        return config, None
+    return None, config

@@ -44,7 +44,7 @@ This LoRA adapter has not been trained yet. It is initialized to reduce the erro
 linear layer, A and B minimize ‖(W - Q - A Bᵀ) X‖, where W is the full-precision weight, Q the quantized weight and X
 the layer's inputs on calibration data (QuAILoRA, [arXiv 2410.14713](https://arxiv.org/abs/2410.14713)).
 {len(report.layers)} linear layers were initialized, and {report.error_left:.1%} of their output error on that data is
-left (geometric mean). {_REFINED if report.blocks else ""}`report.md` lists every layer.
+left (geometric mean). {_REFINED if report.blocks else ""}{_refined_model(record, report)}`report.md` lists every layer.
 
 {settings_table(record)}
 
@@ -69,6 +69,16 @@ before or after training, use
 
 _REFINED = """Then the factors of each block were trained together, on that data, for the output of the block in the
 quantized model. """
+
+
+def _refined_model(record: dict[str, Any], report: Report) -> str:
+    if report.model is None:
+        return ""
+    return (
+        f"{'Last' if report.blocks else 'Then'} all factors were trained together, on "
+        f"{record['model_refinement']['data']}, for what the quantized model predicts: its KL divergence from the "
+        f"full-precision model on held-out tokens was {report.model.kl:.4f} nats, and is {report.model.kl_after:.4f}. "
+    )
 
 
 def _learning_rate(record: dict[str, Any], folder: str) -> str:

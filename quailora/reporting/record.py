@@ -107,12 +107,14 @@ def settings_table(record: dict[str, Any]) -> str:
     base, solver, calibration, lora = (record[name] for name in ("base", "solver", "calibration", "lora"))
     revision = f", revision {base['revision']}" if base["revision"] else ""
     iterations = "" if solver["iterations"] is None else f", {solver['iterations']} iterations"
+    of_model = record.get("model_refinement")
     rows = {
         "base": f"{base['checkpoint']}{revision}, loaded in {base['dtype']}, fingerprint `{base['fingerprint']}`",
         "quantization": from_dict(base["quantization"]).describe(),
         "LoRA": markdown.pairs(lora),
         "solver": f"{solver['name']}{iterations}, damping {solver['damping']:g}, seed {solver['seed']}",
         **({"refinement": markdown.pairs(record["refinement"])} if "refinement" in record else {}),
+        **({"refinement of the model": markdown.pairs(of_model)} if of_model else {}),
         "calibration data": f"{calibration['source']}: {calibration['tokens']} tokens in {calibration['samples']} "
         f"sequences of at most {calibration['sequence_length']}, seed {calibration['seed']}",
         "made with": markdown.pairs({"quailora": record["quailora"]} | record["versions"]),

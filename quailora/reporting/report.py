@@ -60,6 +60,19 @@ class BlockReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class ModelReport:
+    """What refining the whole model did: KL(full precision || quantized + factors), in nats, the mean over held-out
+    tokens."""
+
+    tokens: int  # held-out
+    kl: float  # with the factors as they were
+    kl_after: float  # with those that were kept
+    steps: int  # after which they were taken; 0 where none did better
+    stopped: str  # why refinement could not go on; "" if it could
+    seconds: float
+
+
 @dataclass
 class Report:
     """What a run did.
@@ -71,6 +84,7 @@ class Report:
     stages: seconds spent in each stage.
     memory: bytes: the budget, the planned peak and the measured peak.
     blocks: the blocks that were refined.
+    model: how the whole model was refined; None where it was not.
     """
 
     layers: list[LayerReport]
@@ -80,6 +94,7 @@ class Report:
     stages: dict[str, float]
     memory: dict[str, int] = field(default_factory=dict)
     blocks: list[BlockReport] = field(default_factory=list)
+    model: ModelReport | None = None
 
     @property
     def error_left(self) -> float:
@@ -152,6 +167,7 @@ class Report:
             "## Every layer",
             markdown.table(by_layer),
             *(["## Blocks, refined", _REFINED, markdown.table(by_block)] if by_block else []),
+            *(["## The whole model, refined", _refined_model(self.model)] if self.model else []),
             *(["## Left at the LoRA default", "\n".join(left)] if left else []),
             *(["## Notes", "\n".join(f"- {note}" for note in self.notes)] if self.notes else []),
             "## Time",
@@ -182,6 +198,9 @@ class Report:
         if self.blocks:
             share = _geometric_mean([x.error_after / x.error for x in self.blocks if x.error > 0])
             refined = f". {len(self.blocks)} blocks refined; {share:.1%} of their error on held-out tokens is left"
+        if self.model is not None:
+            kl, after = self.model.kl, self.model.kl_after
+            refined += f". The whole model refined; KL divergence on held-out tokens {kl:.4f} before, {after:.4f} after"
         return (
             f"{len(self.layers)} linear layers initialized; {left} of their output error on the calibration tokens is "
             f"left (geometric mean){refined}"
@@ -210,7 +229,8 @@ class Report:
         try:
             layers = [LayerReport(**layer) for layer in values["layers"]]
             blocks = [BlockReport(**block) for block in values.get("blocks", [])]
-            return cls(**values | {"layers": layers, "blocks": blocks})
+            model = ModelReport(**values["model"]) if values.get("model") else None
+            return cls(**values | {"layers": layers, "blocks": blocks, "model": model})
         except (TypeError, KeyError) as error:
             raise AdapterError(f"{path} is not a report that quailora wrote: {error!r}") from error
 
@@ -219,6 +239,16 @@ _REFINED = (
     "Errors of a block's output are relative to that of the full-precision model, root mean squares over held-out "
     "tokens. The tables above have the factors as they were before."
 )
+
+
+def _refined_model(row: ModelReport) -> str:
+    kept = f"those of step {row.steps}" if row.steps else "those from before: none did better"
+    stopped = f" It ended early: {row.stopped}." if row.stopped else ""
+    return (
+        f"KL(full precision || quantized + factors) on {row.tokens} held-out tokens is {row.kl:.4g} nats before and "
+        f"{row.kl_after:.4g} after; the factors are {kept}.{stopped} It took {markdown.duration(row.seconds)}. The "
+        "tables above have the factors as they were before."
+    )
 
 
 def error_left(layers: Iterable[LayerReport]) -> float:

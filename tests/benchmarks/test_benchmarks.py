@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def test_refinement_is_measured_on_two_texts(bits: int, tmp_path: Path, monkeypa
     run(refine.main, monkeypatch, *arguments)
     first = json.loads(output.read_text())
     names = ["none"] * (bits == 4) + ["layer by layer", "blocks"]
+    names += ["model"] * (bits == 4 or find_spec("gptqmodel") is not None)
     assert [row["factors"] for row in first["rows"]] == names
     assert all(row["measure"][0] > 1 and row["other"][0] > 1 for row in first["rows"])
     assert all(row["passes"] > 0 for row in first["rows"][-2:])

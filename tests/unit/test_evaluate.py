@@ -256,7 +256,7 @@ def test_compare_without_an_adapter(checkpoint: Path, data: Calibration) -> None
 def test_a_full_device_is_named_with_the_way_out(
     checkpoint: Path, data: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "_load", mock.Mock(side_effect=torch.OutOfMemoryError("2.00 GiB")))
+    monkeypatch.setattr(evaluate, "load_model", mock.Mock(side_effect=torch.OutOfMemoryError("2.00 GiB")))
     with pytest.raises(QuailoraError, match=r"cpu is out of memory: .*--batch-size 1.*2\.00 GiB"):
         compare(checkpoint, None, data, quantization=NF4, device="cpu")
 

@@ -23,6 +23,7 @@ from quailora.cli import doctor, options
 from quailora.errors import CheckpointError, QuailoraError
 from quailora.ops import dispatch
 from quailora.pipeline import build as pipeline
+from quailora.pipeline import refine as refinement
 from quailora.pipeline.resume import Workspace
 from quailora.quantization.registry import config_for
 from tests.helpers import tiny
@@ -244,7 +245,7 @@ def test_options_reach_build_adapter(
         (("--asymmetric",), "--asymmetric goes with --bits"),
         (("--bits", "3"), "has to be written: give base_output (--base-output)"),
         (("--rounding", "calibrated"), "give base_output (--base-output)"),
-        (("--refine", "block"), "refine='block' (--refine): it is 'blocks'"),
+        (("--refine", "block"), "refine='block' (--refine): it is 'blocks' or 'model'"),
         (("--refine-rate", "1"), "refine_rate (--refine-rate) goes with refine (--refine)"),
         (("--alternations", "2"), "(--alternations) is of calibrated rounding"),
         (("--rounding-damping", "0.1"), "(--rounding-damping) is of calibrated rounding"),
@@ -256,6 +257,86 @@ def test_options_that_do_not_go_together(
     code, out, err = run("init", checkpoint, "--data", corpus, "--output", tmp_path / "out", *options)
     assert (code, out) == (1, "") and message in " ".join(err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_options_reach_refine(run: Ran, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refine = mock.Mock()
+    refine.return_value.summary.return_value = "done"
+    monkeypatch.setattr(refinement, "refine", refine)
+
+    def call(*options: str) -> dict[str, Any]:
+        code, out, err = run("refine", tmp_path / "in", "--data", "some.jsonl", "--output", tmp_path / "out", *options)
+        assert (code, err) == (0, "") and "done" in out and "model card" in out
+        positional, keywords = refine.call_args
+        assert positional == (tmp_path / "in", "some.jsonl", tmp_path / "out")
+        return dict(keywords)
+
+    assert call() == {
+        "checkpoint": None,
+        "level": "model",
+        "base": None,
+        "steps": None,
+        "rate": None,
+        "samples": 2000,
+        "sequence_length": None,
+        "split": "train",
+        "column": None,
+        "batch_size": None,
+        "memory_budget": None,
+        "device": None,
+        "seed": 0,
+        "progress": True,
+    }
+    keywords = call(
+        *("--checkpoint", str(checkpoint), "--base", "base", "--steps", "7", "--rate", "0.5", "--samples", "3"),
+        *("--sequence-length", "5", "--split", "validation", "--column", "body", "--batch-size", "2"),
+        *("--memory-budget", "3GiB", "--device", "cpu", "--seed", "9", "--no-progress"),
+    )
+    assert keywords.pop("checkpoint").name == str(checkpoint)
+    assert keywords == {
+        "level": "model",
+        "base": Path("base"),
+        "steps": 7,
+        "rate": 0.5,
+        "samples": 3,
+        "sequence_length": 5,
+        "split": "validation",
+        "column": "body",
+        "batch_size": 2,
+        "memory_budget": "3GiB",
+        "device": "cpu",
+        "seed": 9,
+        "progress": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--level", "blocks"), "blocks are refined while their factors are found"),
+        (
+            ("--rate", "0"),
+            "refine_rate (--refine-rate) must be a number above 0, got 0.0 (of refine, it is rate, --rate)",
+        ),
+        (("--memory-budget", "much"), "memory_budget (--memory-budget)"),
+        (("--revision", "main"), "--revision and --trust-remote-code go with --checkpoint"),
+        ((), "does not exist or is not a folder: give an adapter's folder"),
+    ],
+)
+def test_what_refine_refuses(options: tuple[str, ...], message: str, run: Ran, tmp_path: Path) -> None:
+    code, out, err = run("refine", tmp_path / "in", "--data", "some.jsonl", "--output", tmp_path / "out", *options)
+    assert (code, out) == (1, "") and message in " ".join(err.split())
+
+
+def test_plan_says_what_refining_the_model_takes(run: Ran, checkpoint: Path) -> None:
+    options = ("--refine", "model", "--sequence-length", "8", "--samples", "4", "--rank", "4", "--device", "cpu")
+    code, out, err = run("plan", checkpoint, *options)
+    assert (code, err) == (0, "")
+    assert "then the quantized model is refined as a whole, in micro-batches of 128 sequences: " in out
+    code, out, err = run("plan", checkpoint, *options, "--json")
+    values = json.loads(out)["model"]
+    parts = ("base", "adapter", "gradients", "optimizer", "activations")
+    assert values["total"] == sum(values[part] for part in parts) and values["batch_size"] == 128
 
 
 def test_ctrl_c_is_one_line_that_says_what_is_kept(
@@ -488,7 +569,7 @@ def test_version_and_help(run: Ran) -> None:
     code, out, _ = run("--help")
     assert code == 0
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert list(commands) == ["init", "plan", "eval", "merge", "convert", "export", "doctor"]
+    assert list(commands) == ["init", "plan", "eval", "refine", "merge", "convert", "export", "doctor"]
     for name, command in commands.items():
         assert re.search(rf"^  {name} +\w+", out, flags=re.MULTILINE), name
         code, shown, _ = run(name, "--help")

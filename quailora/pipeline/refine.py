@@ -1,0 +1,327 @@
+"""`refine`: the factors of an adapter that exists, trained further for what the whole model predicts."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from quailora import ops
+from quailora.adapters.base_record import as_recorded, check_base, for_full_precision, loading
+from quailora.adapters.correction import Correction
+from quailora.adapters.new_tokens import resize_to
+from quailora.adapters.saved_adapter import SavedAdapter
+from quailora.adapters.skeleton import targeted_skeleton
+from quailora.adapters.targets import Target, find_targets
+from quailora.calibration.calls import Calls
+from quailora.calibration.data import SAMPLES, Calibration, CalibrationConfig, read_calibration
+from quailora.calibration.hidden_states import HiddenStates
+from quailora.errors import AdapterError, BudgetError, QuailoraError
+from quailora.files import check_new_folder, new_folder, write_files
+from quailora.memory.budget import MemoryConfig, Meter, describe_bytes
+from quailora.memory.sizes import block_sizes
+from quailora.memory.training import Training, training_memory
+from quailora.modeling.checkpoint import Checkpoint
+from quailora.modeling.devices import default_device, without_torch_modes
+from quailora.modeling.loading import load_model
+from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
+from quailora.modeling.streamed_model import StreamedModel
+from quailora.pipeline.base_output import quantized_linears
+from quailora.pipeline.block import BlockRun
+from quailora.pipeline.distributed import launched_by_torchrun
+from quailora.pipeline.loop import memory_errors
+from quailora.pipeline.stages import Stages
+from quailora.quantization.protocol import QuantizedBase
+from quailora.quantization.registry import from_dict
+from quailora.refinement.config import MODEL, RefinementConfig, refinement_config
+from quailora.refinement.model import Sequences, Teacher, refine_model
+from quailora.reporting.model_card import model_card
+from quailora.reporting.record import RECORD, read_record
+from quailora.reporting.report import ModelReport, Report
+
+
+@without_torch_modes()
+def refine(
+    adapter: str | Path,
+    data: Any,
+    output_dir: str | Path,
+    *,
+    checkpoint: str | Path | Checkpoint | None = None,
+    level: str = MODEL,
+    base: str | Path | None = None,
+    steps: int | None = None,
+    rate: float | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    samples: int = SAMPLES,
+    sequence_length: int | None = None,
+    split: str = "train",
+    column: str | None = None,
+    batch_size: int | None = None,
+    memory_budget: int | str | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Train A and B of an initialized adapter so that the quantized model predicts what the full-precision one does.
+
+    For an adapter that is used as it is, without a fine-tune. The two models are never in memory together: hidden
+    states of the full-precision one, computed block by block, are kept in a file beside `output_dir` while the
+    quantized one is trained. Some of the data is held out, and the factors that do best on it are kept.
+
+    Args:
+        adapter: the folder of the initialized adapter. It stays as it is.
+        data: texts, as `calibration` of `build_adapter`.
+        output_dir: the folder of the refined adapter, new or empty.
+        checkpoint: the full-precision checkpoint; None is what the adapter's record names.
+        level: "model". Blocks are refined while they are solved: `build_adapter(..., refine="blocks")`.
+        base: the folder of the quantized base, if it was written and is not where the adapter's record says.
+        steps, rate: of Adam; see `quailora.refinement.config.RefinementConfig`.
+        batch_size: sequences of a micro-batch; None takes as many as a step has, or fewer where memory is short.
+        memory_budget: what may be allocated on the device, for the quantized model and its training. None is nine
+            tenths of what is free.
+        Others as in `build_adapter`.
+
+    Returns:
+        The report that is also in `output_dir`: that of the adapter, with `Report.model`.
+
+    Raises:
+        BudgetError: the quantized model cannot be trained within the budget.
+        MismatchError: the checkpoint or the base is not the recorded one.
+        QuailoraError: other bad input.
+    """
+    folder, output = Path(adapter), Path(output_dir)
+    check_new_folder(output)
+    config = level_config(level, steps, rate)
+    memory = MemoryConfig(memory_budget, None, batch_size)
+    record = _initialized(folder)
+    recorded = record["base"]
+    saved = SavedAdapter(folder)
+    report = Report.load(folder)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(checkpoint or recorded["checkpoint"], revision=recorded["revision"])
+    source = as_recorded(checkpoint, recorded)
+    quantization, dtype = loading(recorded, source, None, folder)
+    written = QuantizedCheckpoint.recorded(recorded, base)
+    calibration = read_calibration(
+        source, data, CalibrationConfig(samples, sequence_length, seed, split, column), tokenizer=tokenizer
+    )
+    meter, stages = Meter(_training_device(device), memory), Stages()
+    with meter.setting_up():
+        form = from_dict(recorded["quantization"])
+        skeleton, _ = targeted_skeleton(source, form.to_config(), dtype, saved.config)
+        stream = StreamedModel(source, meter.device, dtype)
+    ranks = {target.name: target.rank for target in find_targets(skeleton)[0]}
+    size, planned = check_fits(
+        stream, form, quantized_linears(skeleton, stream), ranks, calibration.longest, config, meter.budget, batch_size
+    )
+    sequences = Sequences.of(calibration, config, size, seed)
+    _say(progress, f"the full-precision model runs over {sum(len(b.input_ids) for b in sequences.batches)} sequences")
+    output.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with meter, memory_errors(meter.device, _SMALLER), HiddenStates(meter.device, output.resolve().parent) as hidden:
+        with stages("full precision"):
+            teacher = _teacher(stream, sequences, hidden)
+        del stream
+        with stages("load the base"):
+            if written is None:
+                model = load_model(source, meter.device, dtype, quantization)
+            else:
+                model = _load_written(written, recorded, meter.device, dtype, form)
+            resize_to(model, folder)
+            check_base(model, folder, checkpoint=source)
+            with warnings.catch_warnings():
+                # PEFT calls deprecated functions of transformers.
+                warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+                adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        targets, _ = find_targets(adapted)
+        with stages("refine"):
+            row = refine_model(
+                adapted, targets, teacher, sequences, config, seed=seed, progress=partial(_say, progress)
+            )
+    record["model_refinement"] = _settings(config, calibration)
+    report = replace(
+        report,
+        record=record,
+        model=row,
+        notes=[*report.notes, *calibration.notes(), *_notes(row)],
+        stages=report.stages | stages.seconds,
+        memory={name: max(used, report.memory.get(name, 0)) for name, used in meter.figures(planned.total).items()},
+    )
+    _write(output, folder, saved, targets, report)
+    return report
+
+
+def refine_in_place(adapter: Path, data: Calibration, **options: Any) -> Report:
+    """`refine` with its result in the place of the adapter, which stays as it was if anything fails."""
+    place = adapter.resolve()
+    refined, before = (place.with_name(f".{place.name}.{what}") for what in ("refined", "unrefined"))
+    try:
+        report = refine(adapter, data, refined, **options)
+    except KeyboardInterrupt as interruption:
+        raise KeyboardInterrupt(f"interrupted; {_left(adapter)}") from interruption
+    except QuailoraError as error:
+        raise type(error)(f"{error}; {_left(adapter)}") from error
+    place.rename(before)
+    refined.rename(place)
+    shutil.rmtree(before)
+    return report
+
+
+def level_config(level: str, steps: int | None, rate: float | None) -> RefinementConfig:
+    """Of an adapter that exists. Raises QuailoraError."""
+    config = refinement_config(level, steps, rate)
+    if config is None or config.level != MODEL:
+        raise QuailoraError(
+            f"level={level!r} (--level): an adapter that exists is refined as a whole, with {MODEL!r}; blocks are "
+            "refined while their factors are found: build_adapter(..., refine='blocks') (quailora init --refine blocks)"
+        )
+    return config
+
+
+def check_fits(
+    stream: StreamedModel,
+    form: QuantizedBase,
+    quantized: Collection[str],
+    ranks: Mapping[str, int],
+    longest: int,
+    config: RefinementConfig,
+    budget: int,
+    batch_size: int | None,
+) -> tuple[int, Training]:
+    """The largest micro-batch, of a step at most, with which training the quantized model fits the budget; and what it
+    takes.
+
+    quantized: the names of all quantized linears. ranks: those that are adapted, with their ranks.
+    Raises BudgetError where none does.
+    """
+    sizes = block_sizes(stream, {})
+    size = batch_size or max(1, config.tokens // longest)
+    while True:
+        memory = training_memory(stream, sizes, 0, form, quantized, ranks, batch_size=size, sequence_length=longest)
+        if memory.total <= budget:
+            return size, memory
+        if batch_size is not None or size == 1:
+            break
+        size //= 2
+    raise BudgetError(
+        f"refine='model' (--refine model) trains the whole quantized model, which takes "
+        f"{describe_bytes(memory.total)} ({memory.parts()}), and a memory_budget (--memory-budget) of "
+        f"{describe_bytes(budget)} is too small: lower sequence_length (--sequence-length) or batch_size (--batch-size "
+        "1), or take refine='blocks' (--refine blocks), which has one block in memory at a time"
+    )
+
+
+def _training_device(device: str | torch.device | None) -> torch.device:
+    """Raises QuailoraError where a Trainer would train elsewhere, or on several."""
+    if launched_by_torchrun():
+        raise QuailoraError("refine trains on one device: run it in one process, without torchrun")
+    chosen = default_device(device)
+    if chosen.index:  # neither None nor 0
+        raise QuailoraError(
+            f"refine trains on the first GPU, and device (--device) is {chosen}: choose the GPU with "
+            f"CUDA_VISIBLE_DEVICES={chosen.index}"
+        )
+    return chosen
+
+
+def _initialized(folder: Path) -> dict[str, Any]:
+    """The record of an adapter. Raises AdapterError unless it is as quailora made it."""
+    if not folder.is_dir():
+        raise AdapterError(f"{folder} does not exist or is not a folder: give an adapter's folder")
+    record = read_record(folder)
+    if record is None or record.get("trained") or Correction.read(folder) is not None:
+        why = f"has no {RECORD}" if record is None else "was trained"
+        raise AdapterError(
+            f"{folder} {why}: refine takes an adapter as quailora made it, before a fine-tune, which it would undo"
+        )
+    if for_full_precision(record["base"]):
+        raise AdapterError(f"{folder} is for the full-precision weights: there is no quantization error to undo")
+    return record
+
+
+@torch.no_grad()
+def _teacher(stream: StreamedModel, sequences: Sequences, hidden: HiddenStates) -> Teacher:
+    """`hidden` gets what comes out of the last block, with one block in memory at a time."""
+    calls, recorder = [], Calls(stream)
+    with torch.autocast(stream.device.type, enabled=False):
+        with stream.resident(*stream.outside_blocks()), ops.half_products(stream.device, [stream.dtype]):
+            for number, batch in enumerate(sequences.batches):
+                hidden[number], of_batch = recorder.record(batch)
+                calls.append(of_batch)
+        for index, block in enumerate(stream.blocks):
+            with stream.resident(f"{block.name}."):
+                of_block = [of_batch[index] for of_batch in calls]
+                BlockRun(block.module, stream.device, stream.dtype, sequences.batches, of_block).propagate(hidden)
+    return Teacher(hidden, recorder.tuples)
+
+
+def _load_written(
+    written: QuantizedCheckpoint,
+    recorded: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    form: QuantizedBase,
+) -> Any:
+    checkpoint = as_recorded(written.checkpoint, recorded)
+    # Of a base that transformers cannot quantize itself, the configuration also asks for layers that can be trained.
+    config = None if form.planned is None else form.to_config()
+    try:
+        return load_model(checkpoint, device, dtype, config)
+    except ImportError as error:
+        raise QuailoraError(
+            f"the base {checkpoint.name} cannot be loaded here: {' '.join(str(error).split())}. Or take refine="
+            "'blocks' (--refine blocks), which does not load it"
+        ) from error
+
+
+def _settings(config: RefinementConfig, data: Calibration) -> dict[str, Any]:
+    return asdict(config) | {"data": data.source, "sequences": len(data), "data_tokens": data.tokens}
+
+
+def _notes(row: ModelReport) -> Iterator[str]:
+    kept = f"those of step {row.steps}" if row.steps else "those from before refinement"
+    if row.stopped:
+        yield f"{row.stopped}, and the factors are {kept}"
+    elif not row.steps:
+        yield "no step of refinement did better on held-out tokens, so the factors are unchanged: more data may help"
+
+
+def _write(output: Path, adapter: Path, saved: SavedAdapter, targets: list[Target], report: Report) -> None:
+    tensors = dict(saved.tensors)
+    for target in targets:
+        for side, weight in zip("AB", target.parameters(), strict=True):
+            name = f"base_model.model.{target.name}.lora_{side}.weight"
+            tensors[name] = weight.detach().to("cpu", saved.tensors[name].dtype).contiguous()
+    with new_folder(output) as folder:
+        shutil.copyfile(adapter / "adapter_config.json", folder / "adapter_config.json")
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        report.save(folder)
+        write_files(folder, {"README.md": model_card(report.record, report)})
+
+
+def _say(shown: bool, line: str) -> None:
+    if shown:
+        print(f"QuAILoRA: {line}", file=sys.stderr, flush=True)
+
+
+def _left(adapter: Path) -> str:
+    return (
+        f"{adapter} has the adapter as it was found layer by layer, and quailora.refine (quailora refine) goes on from "
+        "there"
+    )
+
+
+_SMALLER = (
+    "lower memory_budget (--memory-budget), batch_size (--batch-size 1) or sequence_length (--sequence-length), or "
+    "take refine='blocks' (--refine blocks), which has one block in memory at a time"
+)
