@@ -149,7 +149,7 @@ def test_krylov_and_als_reach_the_optimum() -> None:
 @pytest.mark.parametrize("solver", CALIBRATED)
 def test_trace_is_the_damped_objective_and_falls(solver: str, damping: float) -> None:
     weight, quantized, h = problem(80, 112)
-    factors = solve(weight, quantized, h, 8, solver=solver, damping=damping)
+    factors = solve(weight, quantized, h, 8, solver=solver, damping=damping, trace=True)
     error, h_damped = weight - quantized, damped(h, damping)
     assert_sound(factors, weight, quantized, h)  # the objectives are undamped
     initial = objective(error, h_damped, torch.zeros(80, 1), torch.zeros(112, 1))
