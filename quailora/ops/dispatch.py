@@ -47,8 +47,11 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
     "gram_": (Backend("extension", extension.gram_, extension.obstacle), _reference("gram_")),
     "mirror_": (_reference("mirror_"),),
     "gram_energy": (Backend("extension", cpu.gram_energy, cpu.energy_obstacle), _reference("gram_energy")),
-    "orthonormalize": (*_triton("orthonormalize")[:1], Backend("lapack", cpu.orthonormalize, cpu.obstacle),
-                       _reference("orthonormalize")),
+    "orthonormalize": (
+        *_triton("orthonormalize")[:1],
+        Backend("lapack", cpu.orthonormalize, cpu.obstacle),
+        _reference("orthonormalize"),
+    ),
     "quantize_columns": (
         Backend("extension", extension.quantize_columns, extension.columns_obstacle),
         *_triton("quantize_columns"),

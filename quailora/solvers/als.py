@@ -39,9 +39,7 @@ def als(problem: Problem) -> list[Solution]:
         projected = errors.transposed_times(lefts, FINE)
         traces[-1] = list(map(objective, problem.initial, lefts, projected, rights, gram_rights))
     parts = zip(lefts, rights, projected, gram_rights, zip(*traces, strict=True), jitters, strict=True)
-    return [
-        Solution(a, b, ea, hb, list(trace), jitter, orthonormal=False) for a, b, ea, hb, trace, jitter in parts
-    ]
+    return [Solution(a, b, ea, hb, list(trace), jitter, orthonormal=False) for a, b, ea, hb, trace, jitter in parts]
 
 
 def _alternate(

@@ -81,10 +81,16 @@ class _Basis:
             width, self.most = min(width, _NARROW), min(self.most, rows)
         self.look = self.rank + _USUAL * width  # at what size to look whether it is enough
         self.size, self.last = 0, 0  # columns of the basis, and of the last block
-        self.vectors, self.projected, self.gram_projected = (  # Y, its columns orthonormal or zero; Eᵀ Y; H Eᵀ Y, damped
+        (
+            self.vectors,
+            self.projected,
+            self.gram_projected,
+        ) = (  # Y, its columns orthonormal or zero; Eᵀ Y; H Eᵀ Y, damped
             torch.empty(length, self.most, dtype=torch.float32, device=device) for length in (rows, inputs, inputs)
         )
-        self.restricted = torch.zeros(self.most, self.most, dtype=torch.float64, device=device)  # Yᵀ S Y, lower triangle
+        self.restricted = torch.zeros(
+            self.most, self.most, dtype=torch.float64, device=device
+        )  # Yᵀ S Y, lower triangle
         self.ritz: tuple[Tensor, Tensor] | None = None  # its eigenvalues and -vectors
         self.start: Tensor | None = None  # Y₀, if it is not from Ω
         self.omega, self.spare = (
@@ -134,7 +140,7 @@ class _Basis:
         """What the last block took off the objective, at most, as a part of what is left. (Ritz vectors without their
         entries in that block span a subspace of the basis before it, which leaves so much more.)"""
         assert self.ritz is not None
-        values, vectors = (part[..., -self.rank :] for part in self.ritz)
+        values, vectors = self.ritz[0][-self.rank :], self.ritz[1][:, -self.rank :]
         taken = (values.clamp_min(0) * vectors[-self.last :].square().sum(dim=0)).sum()
         left = 2 * self.initial - values.sum()
         return taken / left.clamp_min(_ROUNDING * 2 * self.initial)
