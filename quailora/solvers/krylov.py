@@ -197,4 +197,5 @@ def _unsettled(bases: Sequence[_Basis]) -> list[int]:
         return []
     _find_ritz(bases)
     gains = to_floats([basis.gain() for basis in bases])
-    return [i for i, (basis, gain) in enumerate(zip(bases, gains)) if gain > enough and basis.size < len(basis.vectors)]
+    whole = [basis.size == len(basis.vectors) for basis in bases]
+    return [i for i, gain in enumerate(gains) if gain > enough and not whole[i]]
