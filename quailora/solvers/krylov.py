@@ -93,9 +93,9 @@ class _Basis:
         )  # Yᵀ S Y, lower triangle
         self.ritz: tuple[Tensor, Tensor] | None = None  # its eigenvalues and -vectors
         self.start: Tensor | None = None  # Y₀, if it is not from Ω
-        self.omega, self.spare = (
-            torch.empty(length, width, dtype=torch.float32, device=device).copy_(gaussian(length, width, seed))
-            for length, seed in ((inputs, problem.seed), (rows, problem.seed + 1))
+        self.omega, self.spare = (  # the latter as wide as a block may be
+            torch.empty(length, k, dtype=torch.float32, device=device).copy_(gaussian(length, k, seed))
+            for length, k, seed in ((inputs, width, problem.seed), (rows, self.rank, problem.seed + 1))
         )
         self.earlier: list[Tensor] = []  # of the trace
 

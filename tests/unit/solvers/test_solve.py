@@ -248,6 +248,14 @@ def test_krylov_goes_on_where_the_spectrum_is_flat(
     assert factors.objective - optimum(weight - quantized, h, 16) <= 1e-3 * factors.initial
 
 
+def test_krylov_begins_anew_in_wider_blocks_though_the_space_is_full() -> None:
+    """Blocks of 24 columns after those of 16; some add nothing, because E is lower in rank than the basis is wide."""
+    weight, quantized, h = problem(200, 40)
+    factors = solve(weight, quantized, h, 24)
+    assert_sound(factors, weight, quantized, h)
+    assert factors.objective <= (1 + 2e-4) * optimum(weight - quantized, h, 24)
+
+
 def test_krylov_finds_every_copy_of_an_eigenvalue() -> None:
     """Of which narrow blocks find no more than they have columns."""
     factors = solve(torch.eye(64), torch.zeros(64, 64), torch.eye(64), 40)
