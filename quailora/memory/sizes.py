@@ -272,7 +272,7 @@ def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Devic
         )
     # The initial objective: from a triangle of Eᵀ E by the extension's code for CPUs, which E is rounded for.
     compiled = on.extension and on.device.type == "cpu"
-    energy = 4 * n * n + 10 * largest if compiled else 12 * _PANEL * tallest
+    energy = 4 * n * n + 10 * largest + 64 * n if compiled else 12 * _PANEL * tallest
     thin = _thin(group, solver)
     curvature = known = 0
     if isinstance(base, Calibrated):
