@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from quailora.ops import dispatch
 from quailora.ops import triton as triton_backend
+from quailora.solvers import krylov
 
 CUDA = torch.device("cuda", 0)
 
@@ -79,8 +80,9 @@ def fake_cuda(
             (JITFunction, "run", lambda kernel, *args, **keywords: launch(kernel, *args, **keywords)),
         ):
             stack.enter_context(patch.object(owner, name, fake))
-        dispatch._choose.cache_clear()
-        stack.callback(dispatch._choose.cache_clear)
+        for cache in (dispatch._choose, krylov.gaussian):
+            cache.cache_clear()
+            stack.callback(cache.cache_clear)
         stack.enter_context(FakeTensorMode())
         stack.enter_context(indexing or Indexing())
         yield

@@ -58,7 +58,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "H": [(Gram, "update")],
     "orthonormalization": [(ops, "orthonormalize")],
     "initial objective": [(ops, "gram_energy")],
-    "eigenproblems of Rayleigh and Ritz": [(krylov, "_ritz")],
+    "eigenproblems of Rayleigh and Ritz": [(krylov, "_find_ritz")],
     "products with E": [(ops, "grouped_error_product"), (ops, "grouped_error_product_t")],
     "products with H": [(ops, "grouped_gram_product")],
     "balancing": [(solvers, "_balance")],

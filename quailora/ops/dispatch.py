@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quailora.ops import cpu_matmul, extension, reference, triton
+from quailora.ops import cpu, cpu_matmul, extension, reference, triton
 from quailora.ops.reference import Columns, Error, Packed
 
 
@@ -46,7 +46,12 @@ def _reference(operation: str) -> Backend:
 _BACKENDS: dict[str, tuple[Backend, ...]] = {
     "gram_": (Backend("extension", extension.gram_, extension.obstacle), _reference("gram_")),
     "mirror_": (_reference("mirror_"),),
-    "gram_energy": (_reference("gram_energy"),),
+    "gram_energy": (Backend("extension", cpu.gram_energy, cpu.energy_obstacle), _reference("gram_energy")),
+    "orthonormalize": (
+        *_triton("orthonormalize")[:1],
+        Backend("lapack", cpu.orthonormalize, cpu.obstacle),
+        _reference("orthonormalize"),
+    ),
     "quantize_columns": (
         Backend("extension", extension.quantize_columns, extension.columns_obstacle),
         *_triton("quantize_columns"),
@@ -61,7 +66,6 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
             "grouped_error_product",
             "grouped_error_product_t",
             "cholesky_solve",
-            "orthonormalize",
         )
     },
     **{

@@ -5,6 +5,7 @@ The host never waits for the device in `_alternate`, so it can be captured in a 
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from quailora import ops
 from quailora.solvers.krylov import krylov
 from quailora.solvers.problem import FINE, Problem, Solution, inner, objective
-from quailora.solvers.svd import SVD_DEPTH
+from quailora.solvers.svd import SVD_DEPTH, SVD_ENOUGH
 
 # Jitter for systems that are not positive definite, relative to their diagonal; the smallest that is enough is added.
 # Below the second value it changes nothing in fp32; above the last the solution is no longer that of the system.
@@ -25,7 +26,8 @@ def als(problem: Problem) -> list[Solution]:
     lefts: list[Tensor] = []
     rights: list[Tensor] = []
     projected: list[Tensor] = []
-    for start in krylov(problem.uncalibrated(SVD_DEPTH), traced=False):  # A = U, B = V Σ
+    for start in krylov(replace(problem.uncalibrated(), iterations=SVD_DEPTH, enough=SVD_ENOUGH, traced=False)):
+        # Up to a rotation, A = U and B = V Σ.
         balance = torch.linalg.vector_norm(start.right, dim=0).sqrt()
         lefts.append(start.left * balance)
         projected.append(start.right * balance)
@@ -37,7 +39,7 @@ def als(problem: Problem) -> list[Solution]:
         projected = errors.transposed_times(lefts, FINE)
         traces[-1] = list(map(objective, problem.initial, lefts, projected, rights, gram_rights))
     parts = zip(lefts, rights, projected, gram_rights, zip(*traces, strict=True), jitters, strict=True)
-    return [Solution(a, b, ea, hb, list(trace), jitter) for a, b, ea, hb, trace, jitter in parts]
+    return [Solution(a, b, ea, hb, list(trace), jitter, orthonormal=False) for a, b, ea, hb, trace, jitter in parts]
 
 
 def _alternate(
@@ -50,17 +52,19 @@ def _alternate(
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """The alternation, which updates A, B and Eᵀ A in their lists, so that the old ones are freed at once.
 
-    Returns the damped H B, and the objectives at the start and after each step.
+    Returns the damped H B, and the objectives at the end, if `traced` preceded by those at the start and at each step.
     """
     errors = problem.errors
     gram_rights = problem.apply_gram(rights)
-    traces = [list(map(objective, problem.initial, lefts, projected, rights, gram_rights))]
+    traces = []
     for _ in range(problem.iterations):
+        if problem.traced:
+            traces.append(list(map(objective, problem.initial, lefts, projected, rights, gram_rights)))
         lefts[:] = _solve_systems(errors.times(gram_rights), rights, gram_rights, levels, jitters)
         projected[:] = errors.transposed_times(lefts)
         rights[:] = _solve_systems(projected, lefts, lefts, levels, jitters)
         gram_rights = problem.apply_gram(rights)
-        traces.append(list(map(objective, problem.initial, lefts, projected, rights, gram_rights)))
+    traces.append(list(map(objective, problem.initial, lefts, projected, rights, gram_rights)))
     return gram_rights, traces
 
 

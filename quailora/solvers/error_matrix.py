@@ -40,7 +40,7 @@ def choose_form(weight: Tensor, quantized: Tensor | Dequantizable, products: int
     # Scales are left out: they are a fortieth of the bytes, and would tip the balance only where little is gained.
     cached, codes = weight.element_size(), packed.codes.nbytes / weight.numel()
     to_cache = 2 * cached + codes
-    return "cached" if overwrite and exact and to_cache + products * cached < products * (cached + codes) else "fused"
+    return "cached" if overwrite and exact and to_cache + products * cached <= products * (cached + codes) else "fused"
 
 
 def _packed(weight: Tensor, quantized: Any) -> Any:
@@ -92,26 +92,35 @@ class ErrorMatrices:
         some._kinds = [self._kinds[i] for i in indices]
         return some
 
-    def times(self, rights: Sequence[Tensor], precision: str | None = None) -> list[Tensor]:
-        """[E P, ...]: each (n, k) -> (m, k)."""
-        return self._products(ops.grouped_error_product, rights, precision)
+    def times(
+        self, rights: Sequence[Tensor], precision: str | None = None, of: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """[E P, ...]: each (n, k) -> (m, k), for the layers `of`, or all."""
+        return self._products(ops.grouped_error_product, rights, precision, of)
 
-    def transposed_times(self, lefts: Sequence[Tensor], precision: str | None = None) -> list[Tensor]:
-        """[Eᵀ A, ...]: each (m, k) -> (n, k)."""
-        return self._products(ops.grouped_error_product_t, lefts, precision)
+    def transposed_times(
+        self, lefts: Sequence[Tensor], precision: str | None = None, of: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """[Eᵀ A, ...]: each (m, k) -> (n, k), for the layers `of`, or all."""
+        return self._products(ops.grouped_error_product_t, lefts, precision, of)
 
     def _products(
-        self, operation: Callable[..., list[Tensor]], thins: Sequence[Tensor], precision: str | None
+        self,
+        operation: Callable[..., list[Tensor]],
+        thins: Sequence[Tensor],
+        precision: str | None,
+        of: Sequence[int] | None,
     ) -> list[Tensor]:
         self.products += len(thins)
+        layers = dict(zip(range(len(self.shapes)) if of is None else of, thins, strict=True))
         found: dict[int, Tensor] = {}
-        for kind in dict.fromkeys(self._kinds):
-            alike = [i for i, each in enumerate(self._kinds) if each == kind]
+        for kind in dict.fromkeys(self._kinds[i] for i in layers):
+            alike = [i for i in layers if self._kinds[i] == kind]
             products = operation(
-                [self._errors[i] for i in alike], [thins[i] for i in alike], precision=precision or self.precision
+                [self._errors[i] for i in alike], [layers[i] for i in alike], precision=precision or self.precision
             )
             found |= zip(alike, products, strict=True)
-        return [found[i] for i in range(len(thins))]
+        return [found[i] for i in layers]
 
     def panels(self, index: int, whole: bool = True) -> Iterator[tuple[slice, Tensor]]:
         """The E of one layer in fp32, a few rows at a time to save memory. Read only.

@@ -3,111 +3,194 @@
 The optimum is A = the top r eigenvectors of S = E H Eᵀ and B = Eᵀ A (CLoQ, arXiv 2501.18475). All layers that share an
 input, and so H, advance together: H is read once for all of them.
 
-The host never waits for the device in `_span`, so it can be captured in a CUDA graph. Small eigenproblems follow, one
-per layer and one more for each step of the trace (`_ritz`).
+Of two bases of the same size, the one of narrower blocks comes closer, because its polynomials in S are of a higher
+degree; but each block takes two passes over E. On a GPU it is passes that cost, so blocks have r columns. On a CPU it
+is operations: blocks are as narrow as products are fast, and a layer is done when the last one added little. Where it
+still added much when the basis is as large as it may get, the layer begins anew from its Ritz vectors, once.
+
+On a GPU the host never waits for the device in `_span`, so it can be captured in a CUDA graph.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from quailora import ops
-from quailora.solvers.problem import FINE, Problem, Solution, inner, leading, objective
+from quailora.solvers.problem import FINE, Problem, Solution, leading, objective, small_eigh, to_floats
+
+# The narrowest block that CPUs multiply at full speed.
+_NARROW = 16
+
+# With so many narrow blocks beyond the rank most layers are done; before, it is not worth a look.
+_USUAL = 7
+
+# Less than this of the initial objective is rounding: what is left of it is not known any better.
+_ROUNDING = 1e-6
 
 
-def krylov(problem: Problem, traced: bool = True) -> list[Solution]:
+def krylov(problem: Problem) -> list[Solution]:
     """Rayleigh-Ritz on the span of Y₀, S Y₀, S² Y₀, ..., where Y₀ = E H Ω with a Gaussian Ω.
 
-    After Musco and Musco, arXiv 1504.05477. It takes 2 · depth + 2 products with E, and an accurate one if those are
-    coarse. `traced`: whether to report the objective after each step.
+    After Musco and Musco, arXiv 1504.05477. In blocks of r columns it takes 2 · depth + 2 products with E, and an
+    accurate one if those are coarse.
     """
-    spans = _span(problem, [_random(problem, i) for i in range(len(problem.ranks))])
-    ritz = [_ritz(*each, traced) for each in zip(spans, problem.ranks, problem.initial, strict=True)]
-    lefts = [span.basis @ vectors for span, (vectors, _) in zip(spans, ritz, strict=True)]
-    traces = [trace for _, trace in ritz]
+    bases = [_Basis(problem, i) for i in range(len(problem.ranks))]
+    _span(problem, bases, range(len(bases)))
+    if unsettled := _unsettled(bases):
+        for i in unsettled:
+            bases[i].begin_anew()
+        _span(problem, bases, unsettled)
+    _find_ritz(bases)
+    lefts = [basis.leading(basis.vectors) for basis in bases]
+    traces = [basis.trace() for basis in bases]
     if problem.errors.coarse:
         rights = problem.errors.transposed_times(lefts, FINE)
         gram_rights = problem.apply_gram(rights)
         for trace, *products in zip(traces, problem.initial, lefts, rights, rights, gram_rights, strict=True):
             trace[-1] = objective(*products)
     else:
-        rights = [span.projected @ vectors for span, (vectors, _) in zip(spans, ritz, strict=True)]
-        gram_rights = [span.gram_projected @ vectors for span, (vectors, _) in zip(spans, ritz, strict=True)]
+        rights = [basis.leading(basis.projected) for basis in bases]
+        gram_rights = [basis.leading(basis.gram_projected) for basis in bases]
     return [Solution(a, b, b, hb, trace) for a, b, hb, trace in zip(lefts, rights, gram_rights, traces, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Span:
-    """A subspace, and the products that Rayleigh-Ritz needs."""
-
-    basis: Tensor  # Y (m, k), orthonormal columns or zero
-    projected: Tensor  # Eᵀ Y
-    gram_projected: Tensor  # H Eᵀ Y, damped
+def narrow(device: torch.device) -> bool:
+    """Whether blocks are narrow, and the host looks at each."""
+    return device.type == "cpu"
 
 
-def _random(problem: Problem, index: int) -> tuple[Tensor, Tensor]:
-    """Gaussian Ω (n, r), and (m, r) for `_replace_zero_columns`; from the CPU, so that all devices get the same."""
-    (rows, columns), rank = problem.errors.shapes[index], problem.ranks[index]
-    generator = torch.Generator("cpu").manual_seed(problem.seed)
-    omega, spare = (
-        torch.randn(size, rank, generator=generator, dtype=torch.float32, device="cpu") for size in (columns, rows)
-    )
-    device = problem.errors.device
-    return torch.empty_like(omega, device=device).copy_(omega), torch.empty_like(spare, device=device).copy_(spare)
+@lru_cache(maxsize=8)
+def gaussian(rows: int, width: int, seed: int) -> Tensor:
+    """Random (rows, width) fp32, read only; from the CPU, so that all devices get the same."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def _span(problem: Problem, random: Sequence[tuple[Tensor, Tensor]]) -> list[_Span]:
-    """The Krylov subspaces, to which each step adds a block of r columns. The host never waits for the device."""
-    errors = problem.errors
-    products = errors.times(problem.apply_gram([omega for omega, _ in random]))
-    blocks = [
-        _replace_zero_columns(ops.orthonormalize(y), spare) for y, (_, spare) in zip(products, random, strict=True)
-    ]
-    # Basis, projected and gram_projected of each layer, as a list of blocks.
-    spans: list[tuple[list[Tensor], ...]] = [([], [], []) for _ in blocks]
-    for step in range(problem.iterations + 1):
-        projected = errors.transposed_times(blocks)
+class _Basis:
+    """An orthonormal basis Y of a subspace, which grows by blocks, and what Rayleigh-Ritz needs. Filled so far are the
+    first `size` columns."""
+
+    def __init__(self, problem: Problem, index: int) -> None:
+        (rows, inputs), device = problem.errors.shapes[index], problem.errors.device
+        self.problem, self.rank, self.initial = problem, problem.ranks[index], problem.initial[index]
+        self.narrow = narrow(device)
+        width, self.most = self.rank, (problem.iterations + 1) * self.rank
+        if self.narrow:
+            width, self.most = min(width, _NARROW), min(self.most, rows)
+        self.look = self.rank + _USUAL * width  # at what size to look whether it is enough
+        self.size, self.last = 0, 0  # columns of the basis, and of the last block
+        # Y, its columns orthonormal or zero; Eᵀ Y; H Eᵀ Y, damped; and Yᵀ S Y, its lower triangle.
+        self.vectors, self.projected, self.gram_projected = (
+            torch.empty(length, self.most, dtype=torch.float32, device=device) for length in (rows, inputs, inputs)
+        )
+        self.restricted = torch.zeros(self.most, self.most, dtype=torch.float64, device=device)
+        self.ritz: tuple[Tensor, Tensor] | None = None  # its eigenvalues and -vectors
+        self.start: Tensor | None = None  # Y₀, if it is not from Ω
+        self.omega, self.spare = (  # the latter as wide as a block may be
+            torch.empty(length, k, dtype=torch.float32, device=device).copy_(gaussian(length, k, seed))
+            for length, k, seed in ((inputs, width, problem.seed), (rows, self.rank, problem.seed + 1))
+        )
+        self.earlier: list[Tensor] = []  # of the trace
+
+    def first(self, product: Tensor) -> Tensor:
+        """Y₀. One outlier channel can make it numerically rank-deficient: columns that come out zero become random."""
+        return self._filled(ops.orthonormalize(product))
+
+    def next(self, product: Tensor) -> Tensor:
+        """The block that S Y adds to the basis."""
+        known = self.vectors[:, : self.size]
+        block = ops.orthonormalize(product[:, : self.most - self.size], known)
+        return self._filled(block, known) if self.narrow else block
+
+    def _filled(self, block: Tensor, known: Tensor | None = None) -> Tensor:
+        """With random columns for those that are zero. A narrow block may find fewer copies of an eigenvalue than there
+        are; all blocks after it would lack them too."""
+        zero = block.square().sum(dim=0) == 0
+        if self.narrow and not zero.any():  # on a GPU the host would have to wait for this
+            return block
+        spare = self.spare[:, : block.shape[1]].roll(self.size, dims=0)
+        known = block if known is None else torch.cat([known, block], dim=1)
+        return torch.where(zero, ops.orthonormalize(spare, known), block)
+
+    def add(self, block: Tensor, projected: Tensor, gram_projected: Tensor) -> None:
+        start, self.last = self.size, block.shape[1]
+        self.size = start + self.last
+        self.vectors[:, start : self.size] = block
+        self.projected[:, start : self.size] = projected
+        self.gram_projected[:, start : self.size] = gram_projected
+        # In fp32 like its factors: what that loses is relative to the lengths of both.
+        self.restricted[start : self.size, : self.size] = gram_projected.T @ self.projected[:, : self.size]
+        self.ritz = None
+
+    def done(self) -> bool:
+        if self.size == self.most or not (self.narrow and self.problem.enough) or self.size < self.look:
+            return self.size == self.most
+        self.look = self.size * 9 // 8
+        _find_ritz([self])
+        return float(self.gain()) <= self.problem.enough
+
+    def gain(self) -> Tensor:
+        """What the last block took off the objective, at most, as a part of what is left. (Ritz vectors without their
+        entries in that block span a subspace of the basis before it, which leaves so much more.)"""
+        assert self.ritz is not None
+        values, vectors = self.ritz[0][-self.rank :], self.ritz[1][:, -self.rank :]
+        taken = (values.clamp_min(0) * vectors[-self.last :].square().sum(dim=0)).sum()
+        left = 2 * self.initial - values.sum()
+        return taken / left.clamp_min(_ROUNDING * 2 * self.initial)
+
+    def leading(self, columns: Tensor) -> Tensor:
+        """The top Ritz vectors, if of `vectors`, or the products with them."""
+        assert self.ritz is not None
+        return columns[:, : self.size] @ leading(*self.ritz, self.rank).float()
+
+    def trace(self) -> list[Tensor]:
+        """The objective that the basis leaves, if `traced` preceded by those of its first r, 2 r, ... columns."""
+        assert self.ritz is not None
+        widths = range(self.rank, self.size, self.rank) if self.problem.traced else ()
+        values = [*(torch.linalg.eigvalsh(self.restricted[:width, :width]) for width in widths), self.ritz[0]]
+        return self.earlier + [self.initial - each[-self.rank :].clamp_min(0).sum() / 2 for each in values]
+
+    def begin_anew(self) -> None:
+        """From the Ritz vectors, in blocks as wide as they are."""
+        if self.problem.traced:
+            self.earlier = self.trace()
+        self.start, self.size = self.leading(self.vectors), 0
+
+
+def _span(problem: Problem, bases: Sequence[_Basis], which: Iterable[int]) -> None:
+    """Let the bases of some layers grow by the Krylov subspaces until they are done."""
+    errors, growing = problem.errors, list(which)
+    starts = [bases[i].start for i in growing]
+    blocks = [start for start in starts if start is not None]
+    if not blocks:
+        products = errors.times(problem.apply_gram([bases[i].omega for i in growing]), of=growing)
+        blocks = [bases[i].first(product) for i, product in zip(growing, products, strict=True)]
+    while growing:
+        projected = errors.transposed_times(blocks, of=growing)
         gram_projected = problem.apply_gram(projected)
-        for span, *parts in zip(spans, blocks, projected, gram_projected, strict=True):
-            for so_far, part in zip(span, parts, strict=True):
-                so_far.append(part)
-        if step == problem.iterations:
-            break
-        products = errors.times(gram_projected)
-        blocks = [
-            ops.orthonormalize(y, torch.cat(bases, dim=1)) for y, (bases, *_) in zip(products, spans, strict=True)
-        ]
-        # S maps the spans to themselves, so they hold its top eigenvectors. (On a GPU the host would have to wait.)
-        if errors.device.type == "cpu" and not any(block.any() for block in blocks):
-            break
-    del products, blocks, projected, gram_projected
-    return [_Span(*map(_joined, span)) for span in spans]
+        for i, *parts in zip(growing, blocks, projected, gram_projected, strict=True):
+            bases[i].add(*parts)
+        rest = [(i, part) for i, part in zip(growing, gram_projected, strict=True) if not bases[i].done()]
+        growing = [i for i, _ in rest]
+        products = errors.times([part for _, part in rest], of=growing)
+        blocks = [bases[i].next(product) for i, product in zip(growing, products, strict=True)]
 
 
-def _joined(blocks: list[Tensor]) -> Tensor:
-    """Side by side. Empties `blocks`, so that their memory is freed."""
-    joined = torch.cat(blocks, dim=1)
-    blocks.clear()
-    return joined
+def _find_ritz(bases: Sequence[_Basis]) -> None:
+    missing = [basis for basis in bases if basis.ritz is None]
+    found = small_eigh([basis.restricted[: basis.size, : basis.size] for basis in missing])
+    for basis, ritz in zip(missing, found, strict=True):
+        basis.ritz = ritz
 
 
-def _replace_zero_columns(block: Tensor, spare: Tensor) -> Tensor:
-    """One outlier channel can make Y₀ numerically rank-deficient: columns that came out zero become random ones."""
-    zero = (block == 0).all(dim=0)
-    if block.device.type == "cpu" and not zero.any():  # on a GPU the host would have to wait for this
-        return block
-    return torch.where(zero, ops.orthonormalize(spare, block), block)
-
-
-def _ritz(span: _Span, rank: int, initial: float, traced: bool) -> tuple[Tensor, list[Tensor]]:
-    """The top eigenvectors of S restricted to the span, (k, r) fp32 in its basis, and the objective they leave; if
-    `traced`, preceded by those of the smaller subspaces."""
-    restricted = inner(span.projected, span.gram_projected)
-    restricted = (restricted + restricted.T) / 2
-    values, vectors = torch.linalg.eigh(restricted)
-    widths = range(rank, len(restricted), rank) if traced else ()
-    smaller = [torch.linalg.eigvalsh(restricted[:k, :k]) for k in widths]
-    trace = [initial - of_one[-rank:].clamp_min(0).sum() / 2 for of_one in (*smaller, values)]
-    return leading(values, vectors, rank).float(), trace
+def _unsettled(bases: Sequence[_Basis]) -> list[int]:
+    """The layers that still gain more than `enough`."""
+    enough = bases[0].problem.enough
+    if not enough:
+        return []
+    _find_ritz(bases)
+    gains = to_floats([basis.gain() for basis in bases])
+    whole = [basis.size == len(basis.vectors) for basis in bases]
+    return [i for i, gain in enumerate(gains) if gain > enough and not whole[i]]

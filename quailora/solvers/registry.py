@@ -10,7 +10,7 @@ from quailora.solvers.als import als
 from quailora.solvers.closed_form import eigh
 from quailora.solvers.krylov import krylov
 from quailora.solvers.problem import FINE, Problem, Solution
-from quailora.solvers.svd import SVD_DEPTH, svd
+from quailora.solvers.svd import SVD_DEPTH, SVD_ENOUGH, svd
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Solver:
     blocks: how many blocks of r columns it keeps at once, given the number of iterations.
     uses_gram: whether the full H decides; a solver that minimizes something else has work to do where tr(E H Eᵀ) is 0.
     dense: whether it makes matrices as large as E and H, in fp64.
+    enough: with the default iterations, it stops where one takes less than this part off what is left; 0: it does not.
     """
 
     run: Callable[[Problem], list[Solution]]
@@ -33,13 +34,14 @@ class Solver:
     blocks: Callable[[int], int] = lambda steps: steps + 1
     uses_gram: bool = True
     dense: bool = False
+    enough: float = 0.0
 
 
 # Krylov orthonormalizes at each step, so tf32 does it no harm. als solves systems whose condition number can be 1e8,
 # which amplifies the rounding of tf32 to many times the objective. Measured by benchmarks/kernels/precision.py.
 SOLVERS = {
-    "krylov": Solver(krylov, 3, "tf32", lambda depth: 2 * depth + 3),
+    "krylov": Solver(krylov, 3, "tf32", lambda depth: 2 * depth + 3, enough=1e-3),
     "als": Solver(als, 20, FINE, lambda steps: 2 * steps + 2 * SVD_DEPTH + 2, blocks=lambda _: SVD_DEPTH + 1),
     "eigh": Solver(eigh, None, "ieee", lambda _: 1, dense=True),
-    "svd": Solver(svd, SVD_DEPTH, "tf32", lambda depth: 2 * depth + 3, uses_gram=False),
+    "svd": Solver(svd, SVD_DEPTH, "tf32", lambda depth: 2 * depth + 3, uses_gram=False, enough=SVD_ENOUGH),
 }

@@ -17,7 +17,7 @@ from quailora.solvers.als import JITTER
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.error_matrix import ErrorMatrices, choose_form
 from quailora.solvers.inputs import Linear, check_shapes, error_of, measure
-from quailora.solvers.problem import Problem, Solution, objective, to_floats
+from quailora.solvers.problem import Problem, Solution, inner, objective, small_eigh, to_floats
 from quailora.solvers.registry import SOLVERS
 
 # The objective is a difference of sums that fp32 products give to about 1e-7. Where less than this fraction of the
@@ -49,7 +49,7 @@ class LoraFactors:
     B: Tensor  # (n, r) fp32
     objective: float  # at R = E - A Bᵀ
     initial: float  # at R = E, QLoRA's initialization
-    trace: tuple[float, ...]  # what the solver minimizes (damped; svd: H = I), at its start and after each iteration
+    trace: tuple[float, ...]  # what the solver minimizes (damped; svd: H = I); all but the last only if asked for
     error_norm: float  # ‖E‖_F
     residual_norm: float  # ‖E - A Bᵀ‖_F
     effective_rank: int  # columns from this one on are zero in both factors: nothing was left to approximate
@@ -68,6 +68,7 @@ def solve(
     seed: int = 0,
     precision: str | None = None,
     overwrite_weight: bool = False,
+    trace: bool = False,
 ) -> LoraFactors:
     """Find the factors whose product best approximates E = `weight` - `quantized` on inputs with correlation `gram`.
 
@@ -81,6 +82,7 @@ def solve(
     seed:        of the random vectors that krylov starts from. The same inputs and seed give the same bits.
     precision:   of the kernels' products with E on a GPU: "ieee", "bf16x3", "tf32" or "bf16"; None is the solver's own.
     overwrite_weight: `weight` is not needed afterwards and may be overwritten with E, which can save a GPU some reads.
+    trace:       also report what the solver minimizes at its start and after each iteration, which takes longer.
 
     Raises SolverError for inputs that no factors can be computed from, CalibrationError for a `Gram` without tokens.
     """
@@ -90,6 +92,7 @@ def solve(
         SolverConfig(solver, iterations, damping, seed),
         precision=precision,
         overwrite_weights=overwrite_weight,
+        traced=trace,
     )
     return factors
 
@@ -101,6 +104,7 @@ def solve_group(
     *,
     precision: str | None = None,
     overwrite_weights: bool = False,
+    traced: bool = False,
 ) -> list[LoraFactors]:
     """`solve` for layers that share their input: the same factors up to rounding, but H is read once for all."""
     if precision is not None and precision not in PRECISIONS:
@@ -138,6 +142,8 @@ def solve_group(
                 ranks=[linears[i].rank for i in active],
                 iterations=config.steps,
                 seed=config.seed,
+                enough=solver.enough if config.iterations is None else 0.0,
+                traced=traced,
             )
             solutions = solver.run(problem)
             jitter = _check_jitter([linears[i] for i in active], solutions)
@@ -174,18 +180,17 @@ def _finish(
 ) -> list[LoraFactors]:
     """Balance the factors and measure what they leave, with the undamped H."""
     assert problem.gram is not None
-    balanced: list[tuple[Tensor, Tensor]] = []
+    balanced = _balance(solutions)
     scalars: list[list[Tensor]] = []
-    for i, solution in enumerate(solutions):
-        a, b = solution.left, solution.right
-        left, right, columns = _balance(a, b)
-        balanced.append((left, right))
-        of_outputs = objective(initial[i], a, solution.projected, b, solution.gram_right - problem.shift * b)
-        of_weights = objective(problem.error_norm[i] ** 2 / 2, a, solution.projected, b, b)  # with H = I
+    for i, (solution, (_, _, columns)) in enumerate(zip(solutions, balanced, strict=True)):
+        a, b, projected = solution.left, solution.right, solution.projected
+        gram_left, gram_right = inner(a, a), solution.gram_right - problem.shift * b
+        of_outputs = objective(initial[i], a, projected, b, gram_right, gram_left)
+        of_weights = objective(problem.error_norm[i] ** 2 / 2, a, projected, b, b, gram_left)  # with H = I
         scalars.append([of_outputs, of_weights, columns, *solution.trace])
     values = iter(to_floats([scalar for of_one in scalars for scalar in of_one]))
     found = []
-    for i, (left, right) in enumerate(balanced):
+    for i, (left, right, _) in enumerate(balanced):
         left_over, half_square, width, *trace = [next(values) for _ in scalars[i]]
         residual_square = 2 * half_square
         start = problem.initial[i]  # damped, as the sums are
@@ -222,14 +227,28 @@ def _measure_residual(errors: ErrorMatrices, index: int, h: Tensor, left: Tensor
     return left_over, residual_square
 
 
-def _balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(U √S, V √S, number of nonzero S), fp32, for a bᵀ = U S Vᵀ."""
-    left, left_core = torch.linalg.qr(a.double())
-    right, right_core = torch.linalg.qr(b.double())
-    u, s, vt = torch.linalg.svd(left_core @ right_core.T)
-    s = torch.where(s > len(s) * torch.finfo(s.dtype).eps * s[0], s, 0.0)
-    root = s.sqrt()
-    return (left @ (u * root)).float(), (right @ (vt.T * root)).float(), (s > 0).sum()
+def _balance(solutions: Sequence[Solution]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(U √S, V √S, number of nonzero S), fp32, for each a bᵀ = U S Vᵀ.
+
+    With orthonormal columns in a, and bᵀ b = C S² Cᵀ, U = a C and V S = b C. S is as exact as the entries of b where
+    b is of fp32: what squaring loses is below 1e-7 of the largest.
+    """
+    factors = []
+    for solution in solutions:
+        a, b = solution.left, solution.right
+        if not solution.orthonormal:
+            a, core = torch.linalg.qr(a.double())
+            b = b.double() @ core.T
+        factors.append((a, b))
+    balanced = []
+    for (a, b), (squares, turn) in zip(factors, small_eigh([inner(b, b) for _, b in factors]), strict=True):
+        squares, turn = squares.flip(0), turn.flip(1)
+        squares = torch.where(squares > len(squares) * torch.finfo(squares.dtype).eps * squares[0], squares, 0.0)
+        root = squares.sqrt().sqrt()
+        of_right = torch.where(root > 0, 1 / root, 0.0)
+        left, right = a @ (turn * root).to(a.dtype), b @ (turn * of_right).to(b.dtype)
+        balanced.append((left.float(), right.float(), (squares > 0).sum()))
+    return balanced
 
 
 def _zeros(linear: Linear, error_norm: float) -> LoraFactors:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quailora import ops
-from quailora.ops import backends, dispatch, extension, reference, triton
+from quailora.ops import backends, cpu, dispatch, extension, reference, triton
 from quailora.ops.dispatch import Backend
 from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.quantization.feedback import Curvature
@@ -57,14 +57,32 @@ def test_gram_never_reads_masked_rows() -> None:
     torch.testing.assert_close(h.tril(), (kept.T @ kept).tril(), rtol=FP32, atol=FP32)
 
 
+@pytest.mark.parametrize("energy_of", [reference.gram_energy, ops.gram_energy], ids=["reference", "fastest"])
 @pytest.mark.parametrize("features", [5, 256, 520])
-def test_gram_energy_is_the_trace(features: int) -> None:
+def test_gram_energy_is_the_trace(features: int, energy_of: Any) -> None:
     x, rows = random(40, features), random(9, features, seed=1)
     h = x.T @ x
     expected = torch.trace(rows.double() @ h.double() @ rows.double().T)
-    energy = ops.gram_energy(h, rows)
+    energy = energy_of(h, rows)
     assert energy.dtype == torch.float64
     torch.testing.assert_close(energy, expected, rtol=FP32, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
+def test_gram_energy_is_as_exact_where_it_is_in_bf16(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`share` of E has more bits than bf16: as with scales in 8 bits, and an outlier shows its rounding."""
+    if obstacle := extension.obstacle(torch.device("cpu")):
+        pytest.skip(obstacle)
+    dtypes, gram_ = [], extension.gram_
+    monkeypatch.setattr(extension, "gram_", lambda h, x: dtypes.append(x.dtype) or gram_(h, x))
+    rows = random(200, 300).bfloat16().float()
+    rows[random(200, 300, seed=1).div(2**0.5).erf() < 2 * share - 1] *= 1 + 2**-11 if share < 1 else 1 + 2**-9
+    x = random(600, 300, seed=2)
+    x[:, 7] *= 1e3
+    h = x.T @ x
+    expected = torch.trace(rows.double() @ h.double() @ rows.double().T).item()
+    assert cpu.gram_energy(h, rows).item() == pytest.approx(expected, rel=1e-6)
+    assert dtypes == [torch.bfloat16 if share < 1 else torch.float32]
 
 
 class Packed:
@@ -222,10 +240,15 @@ def test_cholesky_solve_is_batched_and_flags_the_indefinite() -> None:
     torch.testing.assert_close((systems @ solutions)[[0, 2]], right[[0, 2]])
 
 
-def test_orthonormalize_spans_what_is_new() -> None:
-    basis = ops.orthonormalize(random(50, 6))
+@pytest.fixture(params=[reference.orthonormalize, cpu.orthonormalize], ids=["reference", "cpu"])
+def orthonormalize(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def test_orthonormalize_spans_what_is_new(orthonormalize: Any) -> None:
+    basis = orthonormalize(random(50, 6))
     y = random(50, 5, seed=1)
-    q = ops.orthonormalize(y, basis)
+    q = orthonormalize(y, basis)
     assert q.shape == (50, 5)
     assert_orthonormal(torch.cat([basis, q], dim=1), 11)
     both = torch.cat([basis, q], dim=1)
@@ -233,37 +256,55 @@ def test_orthonormalize_spans_what_is_new() -> None:
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e5])
-def test_orthonormalize_stands_ill_conditioned_blocks(condition: float) -> None:
+def test_orthonormalize_stands_ill_conditioned_blocks(condition: float, orthonormalize: Any) -> None:
     """Plain CholeskyQR in fp32 breaks near 4e3."""
     left = torch.linalg.qr(random(80, 8).double())[0]
     right = torch.linalg.qr(random(8, 8, seed=1).double())[0]
     y = (left * torch.logspace(0, -torch.tensor(condition).log10().item(), 8) @ right.T).float()
-    q = ops.orthonormalize(y)
+    q = orthonormalize(y)
     assert_orthonormal(q, 8)
 
 
-def test_orthonormalize_drops_what_has_no_length_left() -> None:
-    basis = ops.orthonormalize(random(40, 3))
+def test_orthonormalize_drops_what_has_no_length_left(orthonormalize: Any) -> None:
+    basis = orthonormalize(random(40, 3))
     new = random(40, 2, seed=1)
     y = torch.cat([basis @ random(3, 2, seed=2), new, new @ random(2, 3, seed=3), torch.zeros(40, 1)], dim=1)
-    q = ops.orthonormalize(y, basis)
+    q = orthonormalize(y, basis)
     assert q.shape == (40, 8)
     assert_orthonormal(torch.cat([basis, q], dim=1), 3 + 2)
 
 
-def test_orthonormalize_keeps_small_columns_that_are_new() -> None:
+def test_orthonormalize_keeps_small_columns_that_are_new(orthonormalize: Any) -> None:
     y = random(40, 3) * torch.tensor([1e10, 1.0, 1e-10])
-    q = ops.orthonormalize(y)
+    q = orthonormalize(y)
     assert_orthonormal(q, 3)
 
 
-def test_orthonormalize_fills_the_space_and_no_more() -> None:
-    basis = ops.orthonormalize(random(10, 7))
-    q = ops.orthonormalize(random(10, 6, seed=1), basis)
+def test_orthonormalize_fills_the_space_and_no_more(orthonormalize: Any) -> None:
+    basis = orthonormalize(random(10, 7))
+    q = orthonormalize(random(10, 6, seed=1), basis)
     full = torch.cat([basis, q], dim=1)
     assert_orthonormal(full, 10)
-    assert not ops.orthonormalize(random(10, 2, seed=2), full).any()
-    assert not ops.orthonormalize(torch.zeros(10, 2)).any()
+    assert not orthonormalize(random(10, 2, seed=2), full).any()
+    assert not orthonormalize(torch.zeros(10, 2)).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 1e15])
+def test_reflections_leave_to_the_reference_what_is_nearly_dependent(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    basis, new = cpu.orthonormalize(random(60, 6)), random(60, 4, seed=1)
+    asked = []
+    decide = reference.orthonormalize
+    monkeypatch.setattr(reference, "orthonormalize", lambda *each: asked.append(1) or decide(*each))
+    # Long in the basis, which takes a second round; still far from rounding.
+    q = cpu.orthonormalize(scale * (1e4 * basis @ random(6, 4, seed=2) + new), basis)
+    assert not asked
+    assert_orthonormal(torch.cat([basis, q], dim=1), 10)
+    for dependent in (basis[:, :1] + basis[:, 1:2], new[:, :1] - new[:, 1:2], torch.zeros(60, 1)):
+        q = cpu.orthonormalize(scale * torch.cat([new, dependent], dim=1), basis)
+        assert_orthonormal(torch.cat([basis, q], dim=1), 10)
+    assert len(asked) == 3
 
 
 @contextmanager
@@ -280,13 +321,15 @@ def chosen_anew(*caches: Any) -> Iterator[None]:
 
 def test_backends_name_the_one_that_serves_and_why_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     services = backends("cpu")
-    compiled = {"gram_", "quantize_columns"}
-    others = services.keys() - compiled - {"bf16_products", "fp16_products"}
+    compiled = {"gram_", "gram_energy", "quantize_columns"}
+    others = services.keys() - compiled - {"orthonormalize", "bf16_products", "fp16_products"}
     assert {services[name].backend for name in others} == {"reference"}
     expected = "reference" if extension.obstacle(torch.device("cpu")) else "extension"
     assert {services[name].backend for name in compiled} == {expected}
     assert "for CPUs only, not for cuda" in str(extension.columns_obstacle(torch.device("cuda")))
+    assert services["orthonormalize"].backend == "lapack"
     assert "not for cpu" in services["orthonormalize"].others["triton"]
+    assert "for CPUs only, not for cuda" in str(cpu.obstacle(torch.device("cuda")))
     calls = []
     fast = Backend("fast", lambda h, rights, precision: calls.append("fast"))
     absent = Backend("absent", lambda h, rights, precision: calls.append("absent"), lambda d: f"not built for {d}")

@@ -15,10 +15,12 @@ from torch import Tensor
 from quailora.calibration.gram import Gram
 from quailora.errors import CalibrationError, QuailoraError, SolverError
 from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.solvers import als, krylov
 from quailora.solvers import solve as solvers
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.error_matrix import ErrorMatrices
 from quailora.solvers.inputs import Linear
+from quailora.solvers.problem import Solution
 from quailora.solvers.registry import SOLVERS
 from quailora.solvers.solve import LoraFactors, SolverWarning, solve, solve_group
 
@@ -149,12 +151,13 @@ def test_krylov_and_als_reach_the_optimum() -> None:
 @pytest.mark.parametrize("solver", CALIBRATED)
 def test_trace_is_the_damped_objective_and_falls(solver: str, damping: float) -> None:
     weight, quantized, h = problem(80, 112)
-    factors = solve(weight, quantized, h, 8, solver=solver, damping=damping)
+    steps = SOLVERS[solver].iterations  # given, so that krylov does not stop before, nor go on
+    factors = solve(weight, quantized, h, 8, solver=solver, iterations=steps, damping=damping, trace=True)
     error, h_damped = weight - quantized, damped(h, damping)
     assert_sound(factors, weight, quantized, h)  # the objectives are undamped
     initial = objective(error, h_damped, torch.zeros(80, 1), torch.zeros(112, 1))
     assert factors.trace[-1] == pytest.approx(objective(error, h_damped, factors.A, factors.B), abs=FP32 * initial)
-    assert len(factors.trace) == (SOLVERS[solver].iterations or 0) + 1
+    assert len(factors.trace) == (steps or 0) + 1
     # The subspaces of krylov are nested and its small problems fp64; als is evaluated through fp32 products each time.
     assert_falling(factors.trace, (1e-12 if solver == "krylov" else FP32) * initial)
     # 1 %: als has not quite converged on so small a problem; it is the damped optimum that all approach.
@@ -197,8 +200,9 @@ def test_als_step_is_the_papers() -> None:
     assert (factors.A.double() @ factors.B.double().T - a @ b.T).norm() <= 1e-3 * (a @ b.T).norm()
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
-def test_krylov_counts_its_products(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[ErrorMatrices]:
+    """The errors that solvers multiply with, which count their products."""
     made: list[ErrorMatrices] = []
 
     def keep(self: ErrorMatrices, indices: Sequence[int]) -> ErrorMatrices:
@@ -207,9 +211,55 @@ def test_krylov_counts_its_products(depth: int, monkeypatch: pytest.MonkeyPatch)
 
     subset = ErrorMatrices.subset
     monkeypatch.setattr(ErrorMatrices, "subset", keep)
+    return made
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_krylov_counts_its_products(depth: int, made: list[ErrorMatrices]) -> None:
     weight, quantized, h = problem(128, 96)
     solve(weight, quantized, h, 8, iterations=depth)
     assert [matrix.products for matrix in made] == [2 * depth + 2]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_krylov_ends_where_nothing_is_gained(given: bool, made: list[ErrorMatrices]) -> None:
+    """After 7 blocks of 16 columns beyond the rank, of 12 in all; unless the depth is given."""
+    weight, quantized, h = problem(256, 224)
+    factors = solve(weight, quantized, h, 48, iterations=3 if given else None)
+    assert made[0].products == 2 * (12 if given else 10)
+    assert factors.objective <= (1 + 2e-4) * optimum(weight - quantized, h, 48)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+@pytest.mark.parametrize(
+    ("tokens", "outlier"), [(1024, 1.0), (64, 1.0), (1024, 1e3)], ids=["white", "singular", "outlier"]
+)
+def test_krylov_goes_on_where_the_spectrum_is_flat(
+    tokens: int, outlier: float, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in blocks of r columns, as on a GPU."""
+    monkeypatch.setattr(krylov, "narrow", lambda device: not wide)
+    weight, quantized = nf4_pair(256, 256)
+    x = torch.randn(tokens, 256, generator=generator(1))
+    x[:, ::64] *= outlier
+    h = x.T @ x
+    factors = solve(weight, quantized, h, 16)
+    assert_sound(factors, weight, quantized, h)
+    assert factors.objective - optimum(weight - quantized, h, 16) <= 1e-3 * factors.initial
+
+
+def test_krylov_begins_anew_in_wider_blocks_though_the_space_is_full() -> None:
+    """Blocks of 24 columns after those of 16; some add nothing, because E is lower in rank than the basis is wide."""
+    weight, quantized, h = problem(200, 40)
+    factors = solve(weight, quantized, h, 24)
+    assert_sound(factors, weight, quantized, h)
+    assert factors.objective <= (1 + 2e-4) * optimum(weight - quantized, h, 24)
+
+
+def test_krylov_finds_every_copy_of_an_eigenvalue() -> None:
+    """Of which narrow blocks find no more than they have columns."""
+    factors = solve(torch.eye(64), torch.zeros(64, 64), torch.eye(64), 40)
+    assert factors.objective == pytest.approx(12, rel=1e-5)
 
 
 # als divides by Bᵀ H B, whose condition is the square of the outlier: past 1000, more than its fp32 products resolve.
@@ -271,10 +321,13 @@ def test_als_says_when_it_needs_jitter() -> None:
     assert factors.objective <= 1e-2 * factors.initial
 
 
-def test_als_gives_up_where_its_start_sees_no_input() -> None:
+def test_als_gives_up_where_its_start_sees_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.diag(torch.tensor([4.0, 3.0, 1e-3, 1e-3]))
     h = torch.diag(torch.tensor([0.0, 0.0, 1.0, 1.0]))
-    with pytest.raises(SolverError, match="krylov"):
+    left = torch.eye(4)[:, :2]  # exactly: rounding would be enough for it to find its way
+    start = Solution(left, weight @ left, weight @ left, weight @ left, trace=[])
+    with monkeypatch.context() as patch, pytest.raises(SolverError, match="krylov"):
+        patch.setattr(als, "krylov", lambda problem: [start])
         solve(weight, torch.zeros(4, 4), h, 2, solver="als")
     assert solve(weight, torch.zeros(4, 4), h, 2).objective <= 1e-9
 
