@@ -270,9 +270,7 @@ def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Devic
             (0 if in_place else sum(4 * w.outputs * n for w in group)),
             8 * largest + largest // 8 + 12 * n * min(_PANEL, tallest),
         )
-    # The initial objective: from a triangle of Eᵀ E by the extension's code for CPUs, which E is rounded for.
-    compiled = on.extension and on.device.type == "cpu"
-    energy = 4 * n * n + 10 * largest + 64 * n if compiled else 12 * _PANEL * tallest
+    energy = 12 * _PANEL * tallest  # the initial objective
     thin = _thin(group, solver)
     curvature = known = 0
     if isinstance(base, Calibrated):

@@ -46,7 +46,7 @@ def _reference(operation: str) -> Backend:
 _BACKENDS: dict[str, tuple[Backend, ...]] = {
     "gram_": (Backend("extension", extension.gram_, extension.obstacle), _reference("gram_")),
     "mirror_": (_reference("mirror_"),),
-    "gram_energy": (Backend("extension", cpu.gram_energy, cpu.energy_obstacle), _reference("gram_energy")),
+    "gram_energy": (_reference("gram_energy"),),
     "orthonormalize": (
         *_triton("orthonormalize")[:1],
         Backend("lapack", cpu.orthonormalize, cpu.obstacle),

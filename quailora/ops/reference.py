@@ -14,7 +14,7 @@ from quailora.ops.precision import exact_products
 
 # A triangle is processed in panels of this many features: wide enough for matrix products to run at full speed, narrow
 # enough that little of the other triangle is computed.
-PANEL = 256
+_PANEL = 256
 
 # `orthonormalize` drops unit columns of which less than the first is left, which is rounding, and then less than the
 # second: such a column was in the span of the basis all along ("twice is enough", Kahan).
@@ -55,16 +55,16 @@ def gram_(h: Tensor, x: Tensor, keep: Tensor | None = None) -> None:
         tokens = torch.where(keep.reshape(-1, 1), tokens, 0)
     tokens = tokens.float()
     with exact_products(h.device):
-        for start in range(0, h.shape[0], PANEL):
-            stop = start + PANEL
+        for start in range(0, h.shape[0], _PANEL):
+            stop = start + _PANEL
             # Product first, then sum: one running sum over a million tokens is ten times less accurate.
             h[start:stop, :stop] += tokens[:, start:stop].T @ tokens[:, :stop]
 
 
 def mirror_(h: Tensor) -> None:
     """Copy the lower triangle of `h` (n, n) to the upper one, in place, a panel at a time to save memory."""
-    for start in range(0, h.shape[0], PANEL):
-        stop = start + PANEL
+    for start in range(0, h.shape[0], _PANEL):
+        stop = start + _PANEL
         h[:start, start:stop] = h[start:stop, :start].T
         diagonal = h[start:stop, start:stop]
         diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
@@ -83,8 +83,8 @@ def gram_energy(h: Tensor, rows: Tensor) -> Tensor:
     Products are in the dtype of `rows`, the sum is in fp64. Only one triangle of `h` is read.
     """
     energy = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for start in range(0, h.shape[0], PANEL):
-        stop = start + PANEL
+    for start in range(0, h.shape[0], _PANEL):
+        stop = start + _PANEL
         panel = rows[:, start:stop]
         triangle = h[start:stop, :stop].to(rows.dtype)
         product = 2 * (rows[:, :start] @ triangle[:, :start].T) + panel @ triangle[:, start:]

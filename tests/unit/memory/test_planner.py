@@ -49,7 +49,6 @@ from tests.helpers import tiny
 from tests.helpers.footprint import Footprint
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-HERE = Device.of(CPU, torch.float32)
 NF4 = BitsAndBytes("nf4", double=True, blocksize=64, compute_dtype=torch.bfloat16)
 INT8 = BitsAndBytes("int8")
 KRYLOV = SolverConfig("krylov")
@@ -407,7 +406,7 @@ def test_quantizing_and_solving(
         linears = [Linear(*each, rank) for each in zip(weights, quantized, strict=True)]
         solve_group(linears, gram, config, overwrite_weights=overwrite)
     shapes = [Weight(str(m), m, n, rank, dtype) for m in heights]
-    codes, besides = solving(shapes, form, config, HERE, overwrite)
+    codes, besides = solving(shapes, form, config, Device(CPU, False, False, False), overwrite)
     assert codes == sum(q.nbytes for q in quantized)
     assert footprint.peak <= codes + besides < 2.1 * footprint.peak
 
@@ -426,7 +425,7 @@ def test_codes_chosen_by_calibration(group: str, form: Any, magr: float) -> None
     with Footprint() as footprint:
         step(weights, dict.fromkeys(weights, rank), gram, overwrite=False)
     shapes = [Weight(str(m), m, n, rank, torch.bfloat16) for m in heights]
-    codes, besides = solving(shapes, Calibrated(form, magr > 0), KRYLOV, HERE, False)
+    codes, besides = solving(shapes, Calibrated(form, magr > 0), KRYLOV, Device(CPU, False, False, False), False)
     assert footprint.peak <= codes + besides < 2.1 * footprint.peak
 
 
