@@ -140,9 +140,9 @@ def solve_work(group: Group, solver: str, form: str, rank: int, triangle: bool =
 def krylov_flops(m: int, n: int, r: int, depth: int, coarse: bool = False) -> float:
     """All FLOPs of `quailora.solve` by krylov for a linear, thin and small products included. fp64 counts twice.
 
+    In blocks of r columns to the full depth, as on a GPU; on a CPU it may be done sooner.
     coarse: with the precise product at the end that kernels make. Dense decompositions as Golub and Van Loan count them
-    (Matrix Computations, 4th edition): of k columns, an eigenproblem takes 9 k³, 4/3 k³ without its vectors; a QR
-    decomposition of m rows 4 m k², its Q included; an SVD 21 k³.
+    (Matrix Computations, 4th edition): of k columns, an eigenproblem takes 9 k³.
     """
     k = r * (depth + 1)
     ends = 1 + coarse
@@ -151,11 +151,12 @@ def krylov_flops(m: int, n: int, r: int, depth: int, coarse: bool = False) -> fl
     initial = m * n * n
     # Twice over: the basis taken out of each block but the first, then the block by its own Gram matrix.
     blocks = 2 * (4 * m * r * r * depth * (depth + 1) / 2 + (depth + 1) * (4 * m * r * r + 9 * r**3))
-    ritz = 2 * n * k * k + 9 * k**3 + sum(4 / 3 * (step * r) ** 3 for step in range(1, depth + 1))
+    restricted = n * r * k * (depth + 2)
     factors = 2 * (m if coarse else m + 2 * n) * k * r
-    objectives = (2 + coarse) * 2 * (m + n) * r * r
-    balancing = 4 * (m + n) * r * r + (2 + 21) * r**3 + 2 * (m + n) * r * r
-    return products + initial + factors + 2 * (blocks + ritz + objectives + balancing)
+    objectives = 2 * (m + 2 * n + coarse * (m + n)) * r * r
+    balancing = 2 * n * r * r + 9 * r**3
+    balanced = 2 * (m + n) * r * r
+    return products + initial + restricted + factors + balanced + 2 * (blocks + 9 * k**3 + objectives + balancing)
 
 
 @dataclass(frozen=True)

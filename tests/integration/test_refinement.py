@@ -212,9 +212,9 @@ def test_hidden_states_of_both_streams_may_be_on_disk(folder: Path, tmp_path: Pa
     opened: list[Path | None] = []
     init = HiddenStates.__init__
 
-    def spy(self: HiddenStates, device: torch.device, place: Path | None = None) -> None:
+    def spy(self: HiddenStates, device: torch.device, place: Path | None = None, on_device: bool = False) -> None:
         opened.append(place)
-        init(self, device, place)
+        init(self, device, place, on_device)
 
     def on_disk(*args: Any, **kwargs: Any) -> Any:
         return plan(*args, **kwargs).__class__(**vars(plan(*args, **kwargs)) | {"states": "disk"})
