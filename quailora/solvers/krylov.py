@@ -108,11 +108,13 @@ class _Basis:
         """With random columns for those that are zero. A narrow block may find fewer copies of an eigenvalue than there
         are; all blocks after it would lack them too."""
         zero = block.square().sum(dim=0) == 0
-        if self.narrow and not zero.any():  # on a GPU the host would have to wait for this
-            return block
         spare = self.spare[:, : block.shape[1]].roll(self.size, dims=0)
         known = block if known is None else torch.cat([known, block], dim=1)
-        return torch.where(zero, ops.orthonormalize(spare, known), block)
+        if not self.narrow:  # a GPU's host would have to wait for what is zero
+            return torch.where(zero, ops.orthonormalize(spare, known), block)
+        if zero.any():  # no more columns than are wanted: few may be left that are new, and they come first
+            block[:, zero] = ops.orthonormalize(spare[:, : int(zero.sum())], known)
+        return block
 
     def add(self, block: Tensor, projected: Tensor, gram_projected: Tensor) -> None:
         start, self.last = self.size, block.shape[1]

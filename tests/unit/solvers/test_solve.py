@@ -262,6 +262,18 @@ def test_krylov_finds_every_copy_of_an_eigenvalue() -> None:
     assert factors.objective == pytest.approx(12, rel=1e-5)
 
 
+@pytest.mark.parametrize("rank", [8, 15])
+def test_outlier_channels_hide_no_direction_of_a_small_layer(rank: int) -> None:
+    """Beside outliers most columns of the first block are rounding, and are dropped."""
+    x, weight, error = torch.randn(98, 17, generator=torch.Generator().manual_seed(0)).split([68, 15, 15])
+    x = x * torch.where(torch.arange(17) % 8 == 3, 1e3, 1.0)
+    h = x.T @ x
+    factors = solve(weight, weight - error, h, rank, damping=0.0)
+    assert factors.effective_rank == rank
+    start = factors.initial
+    assert factors.objective <= (1 + 1e-3) * optimum(error, h, rank) + 1e-12 * start
+
+
 # als divides by Bᵀ H B, whose condition is the square of the outlier: past 1000, more than its fp32 products resolve.
 @pytest.mark.parametrize(
     ("solver", "outlier"), [("krylov", 1e3), ("als", 1e3), ("eigh", 1e3), ("krylov", 1e4), ("eigh", 1e4)]
