@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -45,7 +46,7 @@ from quailora.pipeline.stages import Stages
 from quailora.quantization.protocol import QuantizedBase
 from quailora.quantization.registry import from_dict
 from quailora.refinement.config import MODEL, RefinementConfig, refinement_config
-from quailora.refinement.model import Sequences, Teacher, refine_model
+from quailora.refinement.model import Sequences, Teacher, global_states_kept, refine_model
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import RECORD, read_record
 from quailora.reporting.report import ModelReport, Report
@@ -128,7 +129,12 @@ def refine(
     sequences = Sequences.of(calibration, config, size, seed)
     _say(progress, f"the full-precision model runs over {sum(len(b.input_ids) for b in sequences.batches)} sequences")
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
-    with meter, memory_errors(meter.device, _SMALLER), HiddenStates(meter.device, output.resolve().parent) as hidden:
+    with (
+        meter,
+        memory_errors(meter.device, _SMALLER),
+        global_states_kept(),
+        HiddenStates(meter.device, output.resolve().parent) as hidden,
+    ):
         with stages("full precision"):
             teacher = _teacher(stream, sequences, hidden)
         del stream
@@ -164,16 +170,19 @@ def refine(
 def refine_in_place(adapter: Path, data: Calibration, **options: Any) -> Report:
     """`refine` with its result in the place of the adapter, which stays as it was if anything fails."""
     place = adapter.resolve()
-    refined, before = (place.with_name(f".{place.name}.{what}") for what in ("refined", "unrefined"))
-    try:
-        report = refine(adapter, data, refined, **options)
-    except KeyboardInterrupt as interruption:
-        raise KeyboardInterrupt(f"interrupted; {_left(adapter)}") from interruption
-    except QuailoraError as error:
-        raise type(error)(f"{error}; {_left(adapter)}") from error
-    place.rename(before)
-    refined.rename(place)
-    shutil.rmtree(before)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
+        refined, before = Path(folder) / "refined", Path(folder) / "before"
+        try:
+            report = refine(adapter, data, refined, **options)
+            place.rename(before)
+            refined.rename(place)
+        except KeyboardInterrupt as interruption:
+            raise KeyboardInterrupt(f"interrupted; {_left(adapter)}") from interruption
+        except QuailoraError as error:
+            raise type(error)(f"{error}; {_left(adapter)}") from error
+        finally:
+            if not place.exists():
+                before.rename(place)
     return report
 
 

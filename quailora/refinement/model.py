@@ -13,6 +13,7 @@ share, turn it into logits a few tokens at a time.
 from __future__ import annotations
 
 import math
+import os
 import random
 import tempfile
 import warnings
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -45,6 +47,8 @@ _LOGITS_AT_ONCE = 1 << 25
 _SCALE = 1024.0  # of the loss: gradients of hidden states are too small for float16
 _BETAS = (0.9, 0.95)  # of Adam, as for blocks
 _CLIPPED = 1.0  # norm of the gradient
+_ACCELERATE: tuple[Any, ...] = (PartialState, AcceleratorState, GradientState)
+_MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"  # the variable that accelerate reads
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,6 @@ def refine_model(
         stack.enter_context(_trainable(model, groups))
         stack.enter_context(evaluating(list(model.modules())))
         stack.enter_context(ops.half_products(student.device, [student.dtype]))
-        stack.enter_context(_random_states_kept())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quailora-")))
         student.check_gradients(targets[0], groups[0])
         first = student.held_out()
@@ -338,7 +341,7 @@ def _arguments(
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=device.type == "cpu",
-        seed=seed,
+        seed=seed % 2**32,
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
@@ -385,12 +388,23 @@ def _trainable(model: PeftModel, groups: Sequence[Sequence[Tensor]]) -> Iterator
 
 
 @contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Within it a Trainer may seed all generators."""
+def global_states_kept() -> Iterator[None]:
+    """Within it a Trainer may seed all generators, and has accelerate to itself, whose state is one for all: that of a
+    caller's Accelerator is there again afterwards."""
     python, of_numpy = random.getstate(), np.random.get_state()
+    kept = [(shared, dict(shared)) for shared in (each._shared_state for each in _ACCELERATE)]
+    precision = os.environ.pop(_MIXED_PRECISION, None)
     try:
+        for shared, _ in kept:
+            shared.clear()
         with torch.random.fork_rng():
             yield
     finally:
+        for shared, before in kept:
+            shared.clear()
+            shared.update(before)
+        os.environ.pop(_MIXED_PRECISION, None)
+        if precision is not None:
+            os.environ[_MIXED_PRECISION] = precision
         random.setstate(python)
         np.random.set_state(of_numpy)

@@ -64,8 +64,9 @@ def held_out() -> list[Tensor]:
 
 
 def test_the_report_has_the_divergence_of_the_loaded_model(folder: Path, adapter: Path, tmp_path: Path) -> None:
-    before = (adapter / WEIGHTS).read_bytes()
+    before, drawn = (adapter / WEIGHTS).read_bytes(), torch.get_rng_state()
     report = refine(adapter, tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), drawn)
     row = report.model
     assert row is not None and row.steps > 0 and row.kl_after < row.kl
     assert row.tokens == sum(sequence.shape[1] - 1 for sequence in held_out())
@@ -284,6 +285,25 @@ def test_a_run_that_fails_in_refinement_leaves_the_adapter(folder: Path, adapter
     said = r"out has the adapter as it was found layer by layer, and quailora.refine \(quailora refine\) goes on"
     with nan, pytest.raises(NotFiniteError, match=said):
         build(folder, tmp_path / "out", **MADE, refine="model")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interruption_while_folders_change_places_leaves_the_adapter(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "out")
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name == "refined":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with (
+        mock.patch("quailora.pipeline.refine.refine", lambda source, data, output: output.mkdir()),
+        mock.patch.object(Path, "rename", interrupted),
+        pytest.raises(KeyboardInterrupt, match="out has the adapter as it was found"),
+    ):
+        pipeline.refine_in_place(tmp_path / "out", Calibration(tiny.sequences(), ""))
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -1,5 +1,6 @@
 """The loss of model-level refinement, the data it takes, and the state that a model is trained in."""
 
+import os
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from quailora.calibration.data import Calibration
 from quailora.errors import CalibrationError
 from quailora.refinement.config import MODEL, RefinementConfig, by_level, refinement_config
-from quailora.refinement.model import _KL, Sequences, _random_states_kept, _trainable
+from quailora.refinement.model import _KL, Sequences, _trainable, global_states_kept
 
 # ---- the loss
 
@@ -142,6 +145,18 @@ def test_random_states_are_kept() -> None:
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = draw()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    with _random_states_kept():
+    with global_states_kept():
         random.seed(2), np.random.seed(2), torch.manual_seed(2)
     assert draw() == expected
+
+
+def test_the_accelerator_of_a_caller_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    mine = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    with global_states_kept():
+        its = Accelerator(cpu=True)
+        assert (its.mixed_precision, its.gradient_accumulation_steps) == ("no", 1)
+    assert (mine.mixed_precision, mine.gradient_accumulation_steps) == ("bf16", 3)
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
