@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from quailora.calibration.data import Calibration
@@ -150,13 +149,12 @@ def test_random_states_are_kept() -> None:
     assert draw() == expected
 
 
-def test_the_accelerator_of_a_caller_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    mine = Accelerator(cpu=True, gradient_accumulation_steps=3)
-    with global_states_kept():
-        its = Accelerator(cpu=True)
-        assert (its.mixed_precision, its.gradient_accumulation_steps) == ("no", 1)
-    assert (mine.mixed_precision, mine.gradient_accumulation_steps) == ("bf16", 3)
-    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def test_the_accelerator_of_a_caller_is_kept() -> None:
+    with global_states_kept():  # whatever other tests have left
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+        mine = Accelerator(cpu=True, gradient_accumulation_steps=3)
+        with global_states_kept():
+            its = Accelerator(cpu=True)
+            assert (its.mixed_precision, its.gradient_accumulation_steps) == ("no", 1)
+        assert (mine.mixed_precision, mine.gradient_accumulation_steps) == ("bf16", 3)
+        assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
