@@ -4,7 +4,8 @@
 
 `solve_group` runs with the default solver and damping on tensors that have shapes only, from NF4 with double
 quantization, with H as the forward pass leaves it. Each operation of torch that is not a view counts as one launch,
-which is the least it makes: the decompositions, which stand apart, are loops of cuSOLVER's. So does each Triton kernel.
+which is the least it makes: decompositions, which stand apart, are loops of cuSOLVER's. So does each Triton kernel.
+Eigenproblems are not among them: the host solves them.
 At about 5 µs each, they are time of the host that the GPU waits for unless it has more to do.
 """
 

@@ -114,7 +114,7 @@ def init(
         int | None, typer.Option(help="Depth of krylov (default 3) or alternations of als (20).")
     ] = None,
     damping: Annotated[
-        float | None, typer.Option(help="Added to H's diagonal, as a fraction of its mean. Default: 3e-5.")
+        float | None, typer.Option(help="Added to H's diagonal, as a fraction of its mean. Default: 1e-4.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
     sequence_length: LengthOption = None,

@@ -26,6 +26,8 @@ from quailora.pipeline import build as pipeline
 from quailora.pipeline import refine as refinement
 from quailora.pipeline.resume import Workspace
 from quailora.quantization.registry import config_for
+from quailora.refinement.config import RefinementConfig
+from quailora.solvers.config import DEFAULT_DAMPING
 from tests.helpers import tiny
 
 QUAILORA = Path(sys.executable).parent / "quailora"
@@ -619,3 +621,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(checkpoint: Path, corpus: Pa
     assert (run.returncode, run.stdout) == (1, "")
     full = rf"error: the disk that holds {disk}/\.adapter\.quailora is full: block 0 could not be kept\n"
     assert re.fullmatch(full, beside_progress(run.stderr)), run.stderr
+
+
+def test_help_names_the_defaults() -> None:
+    """They are written out there, so that `--help` imports nothing of what they belong to."""
+    named = {"damping": DEFAULT_DAMPING, "refine_rate": RefinementConfig("blocks").rate}
+    helps = {option.name: option.help for option in typer.main.get_command(cli.app).commands["init"].params}  # type: ignore[attr-defined]
+    for name, default in named.items():
+        assert float(helps[name].partition("Default: ")[2].split()[0].rstrip(".")) == default
