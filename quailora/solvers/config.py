@@ -32,10 +32,12 @@ class SolverConfig:
             raise SolverError(f"unknown solver (--solver) {self.name!r}; {hint}there are {', '.join(SOLVERS)}")
         if self.iterations is not None and SOLVERS[self.name].iterations is None:
             raise SolverError(f"solver {self.name!r} takes no iterations (--iterations), got {self.iterations}")
-        if self.iterations is not None and self.iterations < 0:
-            raise SolverError(f"iterations (--iterations) must be >= 0, got {self.iterations}")
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise SolverError(f"damping (--damping) must be finite and >= 0, got {self.damping}")
+        if self.iterations is not None and not (isinstance(self.iterations, int) and self.iterations >= 0):
+            raise SolverError(f"iterations (--iterations) must be a whole number >= 0, got {self.iterations!r}")
+        if not (isinstance(self.damping, int | float) and math.isfinite(self.damping) and self.damping >= 0):
+            raise SolverError(f"damping (--damping) must be finite and >= 0, got {self.damping!r}")
+        if not isinstance(self.seed, int):
+            raise SolverError(f"seed (--seed) must be a whole number, got {self.seed!r}")
 
     @property
     def steps(self) -> int:

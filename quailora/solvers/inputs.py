@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -35,6 +36,20 @@ class Statistics:
     error_norm: list[float]  # ‖E‖_F
     initial: list[float]  # 1/2 tr(E H Eᵀ)
     mean_diagonal: float  # of H
+
+
+def check_types(linear: Linear, gram: object) -> None:
+    """Raises SolverError for what is neither a tensor nor an object that gives one, and a rank that is no integer."""
+    for name, value, method in (
+        ("weight", linear.weight, None),
+        ("quantized", linear.quantized, "dequantize"),
+        ("gram", gram, "matrix"),
+    ):
+        if not (isinstance(value, Tensor) or (method and hasattr(value, method))):
+            other = f", or an object with {method}()" if method else ""
+            raise error_of(f"{name} must be a torch.Tensor{other}; got {type(value).__name__}", linear)
+    if not isinstance(linear.rank, Integral):
+        raise error_of(f"rank must be a whole number, got {linear.rank!r}", linear)
 
 
 def check_shapes(linear: Linear, h: Tensor) -> None:

@@ -16,7 +16,7 @@ from quailora.ops.reference import Dequantizable
 from quailora.solvers.als import JITTER
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.error_matrix import ErrorMatrices, choose_form
-from quailora.solvers.inputs import Linear, check_shapes, error_of, measure
+from quailora.solvers.inputs import Linear, check_shapes, check_types, error_of, measure
 from quailora.solvers.problem import Problem, Solution, inner, objective, small_eigh, to_floats
 from quailora.solvers.registry import SOLVERS
 
@@ -110,6 +110,8 @@ def solve_group(
     if precision is not None and precision not in PRECISIONS:
         raise SolverError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
     solver = SOLVERS[config.name]
+    for linear in linears:
+        check_types(linear, gram)
     weights, quantized = [linear.weight for linear in linears], [linear.quantized for linear in linears]
     device = weights[0].device
     with torch.no_grad(), exact_products(device):
