@@ -39,7 +39,7 @@ from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.loop import memory_errors
 from quailora.quantization.registry import evaluating, from_config
-from quailora.reporting.record import read_record
+from quailora.reporting.record import read_record, was_trained
 
 # Logits that are in fp32 at a time: 256 MiB for each of the few tensors that scoring takes.
 LOGITS_AT_ONCE = 1 << 26
@@ -202,7 +202,7 @@ def compare(
         converted = made_for is not None and for_full_precision(made_for)
         # Trainers do not copy the record, and `convert` says that it is of a trained one.
         own = read_record(folder)
-        untrained = own is not None and not own.get("trained") and not converted
+        untrained = own is not None and not was_trained(folder, own) and not converted
         source = as_recorded(source, made_for)
         quantization, loaded_in = loading(made_for, source, quantization, folder)
     elif quantization is None:

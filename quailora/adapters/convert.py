@@ -16,7 +16,7 @@ from quailora.adapters.saved_adapter import SavedAdapter, set_ranks
 from quailora.errors import AdapterError
 from quailora.files import check_new_folder, new_folder, to_json, write_files
 from quailora.modeling.devices import without_torch_modes
-from quailora.reporting.record import RECORD, lora_record, read_record
+from quailora.reporting.record import RECORD, lora_record, read_record, was_trained
 
 
 @without_torch_modes()
@@ -95,6 +95,12 @@ def convert(
     if old.tensors.keys() == new.tensors.keys() and all(torch.equal(v, new.tensors[k]) for k, v in old.tensors.items()):
         raise AdapterError(
             f"{before} and {after} hold the same factors: nothing was learned, or training overwrote the initial one"
+        )
+    own = read_record(after)
+    if own is not None and "weights" in own and not was_trained(after, own):
+        raise AdapterError(
+            f"{after} was not trained: it has the weights that quailora gave it, so nothing was learned. Give the "
+            "adapter after training second"
         )
     tensors = {key: value for key, value in new.tensors.items() if ".lora_A." not in key and ".lora_B." not in key}
     ranks = {}

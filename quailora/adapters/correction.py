@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from quailora.adapters.saved_adapter import SavedAdapter, set_ranks
 from quailora.errors import AdapterError, MismatchError
 from quailora.files import read_json, to_json
+from quailora.reporting.record import weights_digest
 
 NAME = "correction"  # of the frozen adapter in a PEFT model, and of its folder where it was saved again
 FILE = "quailora_correction.json"  # beside the trained adapter
@@ -33,7 +33,7 @@ class Correction:
 
     @classmethod
     def of(cls, folder: Path, *, trained: bool = False) -> Correction:
-        return cls(str(folder.resolve()), file_digest(folder), trained)
+        return cls(str(folder.resolve()), weights_digest(folder), trained)
 
     @classmethod
     def read(cls, adapter: Path) -> Correction | None:
@@ -57,7 +57,7 @@ class Correction:
             MismatchError: it has other weights than the one that was frozen.
         """
         folder = self._existing(adapter, initial)
-        if file_digest(folder) != self.digest:
+        if weights_digest(folder) != self.digest:
             raise MismatchError(
                 f"{folder} is not the adapter that was frozen while {adapter} was trained: its weights differ. Give "
                 "that adapter's folder as initial (--initial)"
@@ -118,12 +118,3 @@ def combined(correction: SavedAdapter, trained: SavedAdapter) -> SavedAdapter:
     both.config.target_modules = [module.removeprefix("base_model.model.") for module in both.modules]
     both.config.exclude_modules = both.config.layers_to_transform = both.config.layers_pattern = None
     return both
-
-
-def file_digest(folder: Path) -> str:
-    """SHA-256 of an adapter's weights."""
-    try:
-        with (folder / WEIGHTS).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise AdapterError(f"{folder / WEIGHTS} cannot be read: {error}") from error

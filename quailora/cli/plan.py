@@ -114,11 +114,12 @@ def plan(
     from quailora.modeling.devices import default_device
     from quailora.modeling.streamed_model import StreamedModel
     from quailora.pipeline.base_output import quantized_linears
-    from quailora.pipeline.refine import check_fits
+    from quailora.pipeline.trainable import check_fits
     from quailora.quantization.registry import from_config
     from quailora.quantization.rounding import RoundingConfig
     from quailora.quantization.verify import CALIBRATED, NEAREST
     from quailora.refinement.config import by_level, refinement_config
+    from quailora.reporting.markdown import count
     from quailora.solvers.config import SolverConfig
 
     settings = SolverConfig(solver, iterations)
@@ -185,10 +186,12 @@ def plan(
     if of_model is not None:
         adapted = {name: rank for name, rank in ranks.items() if rank}
         held = quantized_linears(model, stream)
-        size, trained = check_fits(stream, form, held, adapted, length, of_model, found.budget, memory.batch_size)
+        size, trained = check_fits(
+            stream, form, held, adapted, length, of_model, place, found.budget, memory.batch_size
+        )
         values["model"] = trained.to_dict() | {"bits": bits or (8 if quant is Format.int8 else 4), "batch_size": size}
         text += (
-            f"\nthen the quantized model is refined as a whole, in micro-batches of {size} sequences: "
+            f"\nthen the quantized model is refined as a whole, in micro-batches of {count(size, 'sequence')}: "
             f"{describe_bytes(trained.total)} on the device ({trained.parts()})"
         )
     typer.echo(dumps(values, indent=2) if json else text)

@@ -29,7 +29,6 @@ def refine(
         str | None,
         typer.Option(help="The full-precision model, if it is not where the adapter's record says."),
     ] = None,
-    level: Annotated[str, typer.Option(help="model: the whole model at once.")] = "model",
     base: Annotated[
         Path | None, typer.Option(help="The quantized base's folder, if it is not where the adapter's record says.")
     ] = None,
@@ -58,10 +57,11 @@ def refine(
     from quailora.memory.budget import MemoryConfig
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import refine as pipeline
+    from quailora.refinement.config import MODEL, refine_config
 
     # Checked first: a typo should not cost a download.
     check_new_folder(output)
-    pipeline.level_config(level, steps, rate)
+    refine_config(MODEL, steps, rate)
     MemoryConfig(memory_budget, None, batch_size)
     if checkpoint is None and (revision is not None or trust_remote_code):
         raise QuailoraError("--revision and --trust-remote-code go with --checkpoint: give that too")
@@ -73,7 +73,6 @@ def refine(
         data,
         output,
         checkpoint=source,
-        level=level,
         base=base,
         steps=steps,
         rate=rate,

@@ -30,6 +30,7 @@ import torch
 
 from quailora import ops
 from quailora.errors import BudgetError, QuailoraError
+from quailora.memory.allocator import overhead
 from quailora.memory.budget import about, describe_bytes, free_memory
 from quailora.memory.sizes import Base, BlockSizes, Device, activations, block_sizes, called_with, outside, solving
 from quailora.memory.training import refining
@@ -41,15 +42,6 @@ from quailora.solvers.registry import SOLVERS
 
 TOKENS_PER_BATCH = 8192  # enough for efficient matrix products, and small next to a block's weights
 _FEWER_TOKENS = 2048  # still efficient; below this, each halving of the batch costs time
-
-# What shapes do not show: allocators round up and leave gaps, BLAS packs its operands, threads have stacks. A GPU's
-# caching allocator allocates 2 MiB or more at a time, and cuBLAS takes a workspace of 32 MiB (on Hopper; 8 elsewhere).
-# A CPU with AVX-512 took 40 MiB, one with AVX2 20 MiB.
-_SLACK = 0.03
-_LIBRARIES = {
-    "cpu": (40 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 30) * 2**20,
-    "cuda": 64 * 2**20,
-}
 
 _READ_RATE = 2e9  # bytes per second: an NVMe disk, assumed
 
@@ -355,7 +347,7 @@ class _Planner:
             yield Part("weights being read", STAGING_BYTES + loading, "host", "all")
         if self.held:
             yield Part("held already", self.held, "device", "all")
-        yield Part("allocator and libraries", int(_SLACK * most) + _LIBRARIES.get(self.device.type, 0), "device", "all")
+        yield Part("allocator and libraries", overhead(most, self.device), "device", "all")
 
     def _flops(self, planned: Sequence[tuple[tuple[str, ...], ...]]) -> dict[str, int]:
         tokens = self.samples * self.length

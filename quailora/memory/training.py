@@ -11,7 +11,7 @@ Counted, for one device that holds the whole model, with gradient checkpointing 
                    - what the backward pass of one block needs, and the Q that it multiplies with
                    - the logits and their gradient, in the model's dtype and in fp32 each
 
-Not counted: what allocators and libraries take besides, and images of vision-language models.
+Not counted: images of vision-language models; and, but for refinement, what allocators and libraries take besides.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ class Training:
     gradients: int
     optimizer: int
     activations: int
+    overhead: int = 0  # allocators and libraries, where counted
 
     @property
     def total(self) -> int:
-        return self.base + self.adapter + self.gradients + self.optimizer + self.activations
+        return self.base + self.adapter + self.gradients + self.optimizer + self.activations + self.overhead
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -61,8 +62,8 @@ class Training:
 
     def parts(self) -> str:
         """Every part in words."""
-        names = ("base", "adapter", "gradients", "optimizer", "activations")
-        return ", ".join(f"{name} {describe_bytes(getattr(self, name))}" for name in names)
+        names = ("base", "adapter", "gradients", "optimizer", "activations", "overhead")
+        return ", ".join(f"{name} {describe_bytes(size)}" for name in names if (size := getattr(self, name)))
 
 
 def training_memory(

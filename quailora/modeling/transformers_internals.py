@@ -41,6 +41,12 @@ def quantize_skeleton(model: PreTrainedModel, config: Any, dtype: torch.dtype) -
     quantizer.postprocess_model(model)
 
 
+def check_libraries(config: Any, device: torch.device) -> None:
+    """Raises ImportError or RuntimeError, as `from_pretrained` does, where it takes a library that is missing to load a
+    base that is quantized so."""
+    AutoHfQuantizer.from_config(config, pre_quantized=True).validate_environment(device_map={"": device})
+
+
 class NameMap(NamedTuple):
     """Which tensors of a checkpoint the state of a model is made from.
 

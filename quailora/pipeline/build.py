@@ -31,15 +31,16 @@ from quailora.pipeline.base_output import BaseOutput, check_apart, discard_unfin
 from quailora.pipeline.depth import Restored
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.quantize import CalibratedQ, GivenQ, QuantizeAndSolve
-from quailora.pipeline.refine import check_fits, refine_in_place
+from quailora.pipeline.refine import refine_in_place
 from quailora.pipeline.resume import Workspace
 from quailora.pipeline.setup import Run, enumerate_reasons
 from quailora.pipeline.solved import Solved
+from quailora.pipeline.trainable import check_fits, check_trainable
 from quailora.quantization.registry import Format, config_for, from_config
 from quailora.quantization.rounding import RoundingConfig
 from quailora.quantization.verify import CALIBRATED
 from quailora.refinement.config import by_level, refinement_config
-from quailora.refinement.model import Sequences
+from quailora.refinement.student import Sequences
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import lora_record, make_record
 from quailora.reporting.report import BlockReport, LayerReport, Report
@@ -189,8 +190,11 @@ def build_adapter(
     counted = Calibrated(form, magr=rounds.magr > 0) if calibrated else form
     run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted, refinement, counted)
     if of_model is not None:  # or an error, before anything is computed
+        check_trainable(model, form, meter.device, dtype)
         ranks = {target.name: target.rank for target in targets}
-        size, _ = check_fits(stream, form, quantized, ranks, data.longest, of_model, meter.budget, batch_size)
+        size, _ = check_fits(
+            stream, form, quantized, ranks, data.longest, of_model, meter.device, meter.budget, batch_size
+        )
         Sequences.of(data, of_model, size, seed)
     record = make_record(source, dtype, form, solver_config, data, config, rounds, base_output, refinement)
     workspace = base = None

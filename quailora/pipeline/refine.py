@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,11 +27,9 @@ from quailora.adapters.targets import Target, find_targets
 from quailora.calibration.calls import Calls
 from quailora.calibration.data import SAMPLES, Calibration, CalibrationConfig, read_calibration
 from quailora.calibration.hidden_states import HiddenStates
-from quailora.errors import AdapterError, BudgetError, QuailoraError
-from quailora.files import check_new_folder, new_folder, write_files
-from quailora.memory.budget import MemoryConfig, Meter, describe_bytes
-from quailora.memory.sizes import block_sizes
-from quailora.memory.training import Training, training_memory
+from quailora.errors import AdapterError, CheckpointError, QuailoraError
+from quailora.files import check_new_folder, new_folder, read_json, to_json, write_files
+from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.loading import load_model
@@ -40,15 +37,15 @@ from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.base_output import quantized_linears
 from quailora.pipeline.block import BlockRun
-from quailora.pipeline.distributed import launched_by_torchrun
 from quailora.pipeline.loop import memory_errors
 from quailora.pipeline.stages import Stages
-from quailora.quantization.protocol import QuantizedBase
+from quailora.pipeline.trainable import check_fits, check_trainable
 from quailora.quantization.registry import from_dict
-from quailora.refinement.config import MODEL, RefinementConfig, refinement_config
-from quailora.refinement.model import Sequences, Teacher, global_states_kept, refine_model
+from quailora.refinement.config import BLOCKS_INSTEAD, MODEL, refine_config
+from quailora.refinement.model import global_states_kept, refine_model
+from quailora.refinement.student import Sequences, Teacher
 from quailora.reporting.model_card import model_card
-from quailora.reporting.record import RECORD, read_record
+from quailora.reporting.record import RECORD, read_record, was_trained
 from quailora.reporting.report import ModelReport, Report
 
 
@@ -103,29 +100,35 @@ def refine(
     """
     folder, output = Path(adapter), Path(output_dir)
     check_new_folder(output)
-    config = level_config(level, steps, rate)
+    if folder.resolve() in output.resolve().parents:
+        raise QuailoraError(
+            f"output_dir (--output) {output} is inside the adapter's folder {folder}, which stays as it is: give a "
+            "folder outside"
+        )
+    config = refine_config(level, steps, rate)
     memory = MemoryConfig(memory_budget, None, batch_size)
     record = _initialized(folder)
-    recorded = record["base"]
-    saved = SavedAdapter(folder)
-    report = Report.load(folder)
+    made_for = record["base"]
+    saved, report = SavedAdapter(folder), Report.load(folder)
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint(checkpoint or recorded["checkpoint"], revision=recorded["revision"])
-    source = as_recorded(checkpoint, recorded)
-    quantization, dtype = loading(recorded, source, None, folder)
-    written = QuantizedCheckpoint.recorded(recorded, base)
+        checkpoint = _checkpoint(checkpoint, made_for)
+    source = as_recorded(checkpoint, made_for)
+    quantization, dtype = loading(made_for, source, None, folder)
+    written = QuantizedCheckpoint.recorded(made_for, base)
+    if base is not None and "path" in made_for:
+        made_for["path"] = str(Path(base).resolve())
     calibration = read_calibration(
         source, data, CalibrationConfig(samples, sequence_length, seed, split, column), tokenizer=tokenizer
     )
-    meter, stages = Meter(_training_device(device), memory), Stages()
+    meter, stages = Meter(default_device(device), memory), Stages()
     with meter.setting_up():
-        form = from_dict(recorded["quantization"])
+        form = from_dict(made_for["quantization"])
         skeleton, _ = targeted_skeleton(source, form.to_config(), dtype, saved.config)
         stream = StreamedModel(source, meter.device, dtype)
+    check_trainable(skeleton, form, meter.device, dtype)
     ranks = {target.name: target.rank for target in find_targets(skeleton)[0]}
-    size, planned = check_fits(
-        stream, form, quantized_linears(skeleton, stream), ranks, calibration.longest, config, meter.budget, batch_size
-    )
+    quantized, longest = quantized_linears(skeleton, stream), calibration.longest
+    size, planned = check_fits(stream, form, quantized, ranks, longest, config, meter.device, meter.budget, batch_size)
     sequences = Sequences.of(calibration, config, size, seed)
     _say(progress, f"the full-precision model runs over {sum(len(b.input_ids) for b in sequences.batches)} sequences")
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
@@ -139,10 +142,11 @@ def refine(
             teacher = _teacher(stream, sequences, hidden)
         del stream
         with stages("load the base"):
-            if written is None:
-                model = load_model(source, meter.device, dtype, quantization)
-            else:
-                model = _load_written(written, recorded, meter.device, dtype, form)
+            loaded = source if written is None else as_recorded(written.checkpoint, made_for)
+            # A base that was written says how it is quantized. Of one that transformers cannot quantize itself, the
+            # configuration also asks for layers that can be trained.
+            given = quantization if written is None or form.planned is not None else None
+            model = load_model(loaded, meter.device, dtype, given)
             resize_to(model, folder)
             check_base(model, folder, checkpoint=source)
             with warnings.catch_warnings():
@@ -150,16 +154,23 @@ def refine(
                 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
                 adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
         targets, _ = find_targets(adapted)
-        with stages("refine"):
+        with stages("refine the model"):
             row = refine_model(
                 adapted, targets, teacher, sequences, config, seed=seed, progress=partial(_say, progress)
             )
-    record["model_refinement"] = _settings(config, calibration)
+    record["model_refinement"] = asdict(config) | {
+        "data": calibration.source,
+        "sequences": len(calibration),
+        "data_tokens": calibration.tokens,
+        "drawn_tokens": sequences.tokens,
+    }
+    record.pop("weights", None)  # of the adapter as it was
+    row = replace(row, seconds=sum(stages.seconds.values()))
     report = replace(
         report,
         record=record,
         model=row,
-        notes=[*report.notes, *calibration.notes(), *_notes(row)],
+        notes=list(dict.fromkeys([*report.notes, *calibration.notes(), *_notes(row)])),
         stages=report.stages | stages.seconds,
         memory={name: max(used, report.memory.get(name, 0)) for name, used in meter.figures(planned.total).items()},
     )
@@ -186,76 +197,33 @@ def refine_in_place(adapter: Path, data: Calibration, **options: Any) -> Report:
     return report
 
 
-def level_config(level: str, steps: int | None, rate: float | None) -> RefinementConfig:
-    """Of an adapter that exists. Raises QuailoraError."""
-    config = refinement_config(level, steps, rate)
-    if config is None or config.level != MODEL:
-        raise QuailoraError(
-            f"level={level!r} (--level): an adapter that exists is refined as a whole, with {MODEL!r}; blocks are "
-            "refined while their factors are found: build_adapter(..., refine='blocks') (quailora init --refine blocks)"
-        )
-    return config
-
-
-def check_fits(
-    stream: StreamedModel,
-    form: QuantizedBase,
-    quantized: Collection[str],
-    ranks: Mapping[str, int],
-    longest: int,
-    config: RefinementConfig,
-    budget: int,
-    batch_size: int | None,
-) -> tuple[int, Training]:
-    """The largest micro-batch, of a step at most, with which training the quantized model fits the budget; and what it
-    takes.
-
-    quantized: the names of all quantized linears. ranks: those that are adapted, with their ranks.
-    Raises BudgetError where none does.
-    """
-    sizes = block_sizes(stream, {})
-    size = batch_size or max(1, config.tokens // longest)
-    while True:
-        memory = training_memory(stream, sizes, 0, form, quantized, ranks, batch_size=size, sequence_length=longest)
-        if memory.total <= budget:
-            return size, memory
-        if batch_size is not None or size == 1:
-            break
-        size //= 2
-    raise BudgetError(
-        f"refine='model' (--refine model) trains the whole quantized model, which takes "
-        f"{describe_bytes(memory.total)} ({memory.parts()}), and a memory_budget (--memory-budget) of "
-        f"{describe_bytes(budget)} is too small: lower sequence_length (--sequence-length) or batch_size (--batch-size "
-        "1), or take refine='blocks' (--refine blocks), which has one block in memory at a time"
-    )
-
-
-def _training_device(device: str | torch.device | None) -> torch.device:
-    """Raises QuailoraError where a Trainer would train elsewhere, or on several."""
-    if launched_by_torchrun():
-        raise QuailoraError("refine trains on one device: run it in one process, without torchrun")
-    chosen = default_device(device)
-    if chosen.index:  # neither None nor 0
-        raise QuailoraError(
-            f"refine trains on the first GPU, and device (--device) is {chosen}: choose the GPU with "
-            f"CUDA_VISIBLE_DEVICES={chosen.index}"
-        )
-    return chosen
-
-
 def _initialized(folder: Path) -> dict[str, Any]:
     """The record of an adapter. Raises AdapterError unless it is as quailora made it."""
     if not folder.is_dir():
         raise AdapterError(f"{folder} does not exist or is not a folder: give an adapter's folder")
     record = read_record(folder)
-    if record is None or record.get("trained") or Correction.read(folder) is not None:
-        why = f"has no {RECORD}" if record is None else "was trained"
+    if record is None or was_trained(folder, record) or Correction.read(folder) is not None:
+        why = f"has no {RECORD}" if record is None else "was trained since quailora made it"
         raise AdapterError(
-            f"{folder} {why}: refine takes an adapter as quailora made it, before a fine-tune, which it would undo"
+            f"{folder} {why}: refine takes an adapter as quailora made it, for it would undo a fine-tune. Give the "
+            "initialized adapter, or make it again (quailora init); fine-tune it after refining"
         )
     if for_full_precision(record["base"]):
         raise AdapterError(f"{folder} is for the full-precision weights: there is no quantization error to undo")
     return record
+
+
+def _checkpoint(given: str | Path | None, base: dict[str, Any]) -> Checkpoint:
+    """The full-precision one, where it is given to be or where the adapter's record has it. Raises CheckpointError."""
+    try:
+        return Checkpoint(given or base["checkpoint"], revision=base["revision"])
+    except CheckpointError as error:
+        if given is not None:
+            raise
+        raise CheckpointError(
+            f"{error}. That is where the adapter's record has the full-precision model: if it is elsewhere, give "
+            "checkpoint (--checkpoint)"
+        ) from error
 
 
 @torch.no_grad()
@@ -274,29 +242,6 @@ def _teacher(stream: StreamedModel, sequences: Sequences, hidden: HiddenStates) 
     return Teacher(hidden, recorder.tuples)
 
 
-def _load_written(
-    written: QuantizedCheckpoint,
-    recorded: dict[str, Any],
-    device: torch.device,
-    dtype: torch.dtype,
-    form: QuantizedBase,
-) -> Any:
-    checkpoint = as_recorded(written.checkpoint, recorded)
-    # Of a base that transformers cannot quantize itself, the configuration also asks for layers that can be trained.
-    config = None if form.planned is None else form.to_config()
-    try:
-        return load_model(checkpoint, device, dtype, config)
-    except ImportError as error:
-        raise QuailoraError(
-            f"the base {checkpoint.name} cannot be loaded here: {' '.join(str(error).split())}. Or take refine="
-            "'blocks' (--refine blocks), which does not load it"
-        ) from error
-
-
-def _settings(config: RefinementConfig, data: Calibration) -> dict[str, Any]:
-    return asdict(config) | {"data": data.source, "sequences": len(data), "data_tokens": data.tokens}
-
-
 def _notes(row: ModelReport) -> Iterator[str]:
     kept = f"those of step {row.steps}" if row.steps else "those from before refinement"
     if row.stopped:
@@ -311,8 +256,11 @@ def _write(output: Path, adapter: Path, saved: SavedAdapter, targets: list[Targe
         for side, weight in zip("AB", target.parameters(), strict=True):
             name = f"base_model.model.{target.name}.lora_{side}.weight"
             tensors[name] = weight.detach().to("cpu", saved.tensors[name].dtype).contiguous()
+    config = read_json(adapter / "adapter_config.json") or {}
+    if (base := report.record["base"].get("path")) is not None:
+        config["base_model_name_or_path"] = base
     with new_folder(output) as folder:
-        shutil.copyfile(adapter / "adapter_config.json", folder / "adapter_config.json")
+        write_files(folder, {"adapter_config.json": to_json(config)})
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         report.save(folder)
         write_files(folder, {"README.md": model_card(report.record, report)})
@@ -332,5 +280,5 @@ def _left(adapter: Path) -> str:
 
 _SMALLER = (
     "lower memory_budget (--memory-budget), batch_size (--batch-size 1) or sequence_length (--sequence-length), or "
-    "take refine='blocks' (--refine blocks), which has one block in memory at a time"
+    f"{BLOCKS_INSTEAD}"
 )

@@ -65,7 +65,8 @@ class Run:
             of_each = "" if self.processes.size == 1 else f" for each of {self.processes.size} processes"
             raise CalibrationError(
                 f"refine (--refine) holds some of the data out, so it takes at least 2 sequences{of_each}: "
-                f"{self.data.source} has {len(self.data)}; give more, or lower sequence_length (--sequence-length)"
+                f"{self.data.source} has {len(self.data)}; give more data, raise samples (--samples), or lower "
+                "sequence_length (--sequence-length)"
             )
 
     @cached_property

@@ -392,6 +392,17 @@ class BitsAndBytes(QuantizedBase):
         source: Any = getattr(module, "source_cls", nn.Linear)  # transformers keeps the class that it replaced
         return issubclass(source, Conv1D)
 
+    def linear(self, device: torch.device) -> BitsAndBytesLinear:
+        linear: BitsAndBytesLinear
+        if self.method == "int8":
+            linear = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+        else:
+            linear = bnb.nn.Linear4bit(
+                64, 64, bias=False, compute_dtype=self.compute_dtype, compress_statistics=self.double,
+                quant_type=self.method, quant_storage=self.storage or torch.uint8,
+            )  # fmt: skip
+        return linear.to(device)
+
     @staticmethod
     @contextmanager
     def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:

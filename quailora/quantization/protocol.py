@@ -198,6 +198,11 @@ class QuantizedBase(ABC):
         """Whether the checkpoint stores the weight of this linear as (n, m), as GPT-2's Conv1D does."""
         return False
 
+    def linear(self, device: torch.device) -> Any:
+        """A small linear of this base on `device`, quantized, to see whether gradients pass through it; None where only
+        a checkpoint gives one."""
+        return None
+
     @staticmethod
     def evaluating(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """What the library needs around a model's evaluation, to leave it trainable and to keep quiet."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 from quailora.errors import QuailoraError
 
 BLOCKS, MODEL = "blocks", "model"
+BLOCKS_INSTEAD = (
+    "refine blocks while they are solved: build_adapter(..., refine='blocks') (quailora init --refine blocks)"
+)
 # Defaults that differ from those of blocks: a step moves all layers at once, so it is smaller.
 _OF_A_MODEL: dict[str, Any] = {"tokens": 1024, "rate": 3e-5, "patience": 3}
 
@@ -24,6 +27,7 @@ class RefinementConfig:
     tokens: in one step, about; at least one sequence of every process.
     held_out: every so many steps' worth of data is kept for measuring; of a model, every so many sequences.
     every: steps between measurements. Refinement ends early when `patience` of them in a row are no better.
+    prefix: what the caller has before the names of these settings, for errors.
 
     Raises QuailoraError for another level or values out of range.
     """
@@ -36,20 +40,15 @@ class RefinementConfig:
     every: int = 12
     patience: int = 2
     warmup: int = 6
+    prefix: InitVar[str] = "refine_"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, prefix: str) -> None:
         if self.level not in (BLOCKS, MODEL):
             raise QuailoraError(f"refine={self.level!r} (--refine): it is {BLOCKS!r} or {MODEL!r}")
         if type(self.steps) is not int or self.steps < 1:
-            raise QuailoraError(
-                f"refine_steps (--refine-steps) must be a whole number, at least 1; got {self.steps!r} (of "
-                "refine, it is steps, --steps)"
-            )
+            raise QuailoraError(f"{_named(prefix, 'steps')} must be a whole number, at least 1; got {self.steps!r}")
         if type(self.rate) not in (int, float) or not (math.isfinite(self.rate) and self.rate > 0):
-            raise QuailoraError(
-                f"refine_rate (--refine-rate) must be a number above 0, got {self.rate!r} (of refine, it "
-                "is rate, --rate)"
-            )
+            raise QuailoraError(f"{_named(prefix, 'rate')} must be a number above 0, got {self.rate!r}")
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""
@@ -58,13 +57,31 @@ class RefinementConfig:
 
 def refinement_config(refine: str | None, steps: int | None, rate: float | None) -> RefinementConfig | None:
     """From the arguments of `build_adapter`; None without `refine`. Raises QuailoraError."""
-    given = {name: value for name, value in (("steps", steps), ("rate", rate)) if value is not None}
     if refine is None:
-        if given:
-            name = next(iter(given))
-            raise QuailoraError(f"refine_{name} (--refine-{name}) goes with refine (--refine): give that too")
+        if steps is not None or rate is not None:
+            name = "rate" if steps is None else "steps"
+            raise QuailoraError(f"{_named('refine_', name)} goes with refine (--refine): give that too")
         return None
-    return RefinementConfig(refine, **(_OF_A_MODEL if refine == MODEL else {}) | given)
+    return _config(refine, steps, rate)
+
+
+def refine_config(level: str, steps: int | None, rate: float | None) -> RefinementConfig:
+    """From the arguments of `refine`. Raises QuailoraError."""
+    if level != MODEL:
+        raise QuailoraError(
+            f"level={level!r}: an adapter that exists is refined as a whole, with {MODEL!r}. Or {BLOCKS_INSTEAD}"
+        )
+    return _config(MODEL, steps, rate, prefix="")
+
+
+def _config(level: str, steps: int | None, rate: float | None, **options: Any) -> RefinementConfig:
+    given = {name: value for name, value in (("steps", steps), ("rate", rate)) if value is not None}
+    return RefinementConfig(level, **(_OF_A_MODEL if level == MODEL else {}) | given | options)
+
+
+def _named(prefix: str, name: str) -> str:
+    """As Python and the command line have it: "refine_steps (--refine-steps)"."""
+    return f"{prefix}{name} (--{prefix.replace('_', '-')}{name})"
 
 
 def by_level(config: RefinementConfig | None) -> tuple[RefinementConfig | None, RefinementConfig | None]:

@@ -21,6 +21,11 @@ def pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 block" or "2 blocks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """ "3.2 s", "41 s", "2 min 01 s" or "5 h 07 min"."""
     if seconds < 10:

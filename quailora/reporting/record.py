@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 
 import quailora
 from quailora.calibration.data import Calibration
@@ -102,12 +104,28 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     return record
 
 
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of an adapter's weights, which records have as `weights`. Raises AdapterError if they cannot be read."""
+    try:
+        with (folder / WEIGHTS).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise AdapterError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+
+
+def was_trained(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether an adapter with this record beside it was trained: the record says so, or has the digest of other
+    weights. False where it has none, as older ones do."""
+    return bool(record.get("trained")) or ("weights" in record and record["weights"] != weights_digest(folder))
+
+
 def settings_table(record: dict[str, Any]) -> str:
     """The settings of a run as a Markdown table."""
     base, solver, calibration, lora = (record[name] for name in ("base", "solver", "calibration", "lora"))
     revision = f", revision {base['revision']}" if base["revision"] else ""
-    iterations = "" if solver["iterations"] is None else f", {solver['iterations']} iterations"
+    iterations = "" if solver["iterations"] is None else f", {markdown.count(solver['iterations'], 'iteration')}"
     of_model = record.get("model_refinement")
+    sequences = markdown.count(calibration["samples"], "sequence")
     rows = {
         "base": f"{base['checkpoint']}{revision}, loaded in {base['dtype']}, fingerprint `{base['fingerprint']}`",
         "quantization": from_dict(base["quantization"]).describe(),
@@ -115,8 +133,8 @@ def settings_table(record: dict[str, Any]) -> str:
         "solver": f"{solver['name']}{iterations}, damping {solver['damping']:g}, seed {solver['seed']}",
         **({"refinement": markdown.pairs(record["refinement"])} if "refinement" in record else {}),
         **({"refinement of the model": markdown.pairs(of_model)} if of_model else {}),
-        "calibration data": f"{calibration['source']}: {calibration['tokens']} tokens in {calibration['samples']} "
-        f"sequences of at most {calibration['sequence_length']}, seed {calibration['seed']}",
+        "calibration data": f"{calibration['source']}: {calibration['tokens']} tokens in {sequences} "
+        f"of at most {calibration['sequence_length']}, seed {calibration['seed']}",
         "made with": markdown.pairs({"quailora": record["quailora"]} | record["versions"]),
     }
     return markdown.table([{"setting": name, "value": value} for name, value in rows.items()])

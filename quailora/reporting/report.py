@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from rich.text import Text
 
 from quailora.errors import AdapterError
 from quailora.files import read_json, to_json, write_files
 from quailora.reporting import markdown
-from quailora.reporting.record import RECORD, settings_table
+from quailora.reporting.record import RECORD, settings_table, weights_digest
 
 REPORT = "report.json"
 NAMES_SHOWN = 3
@@ -70,7 +71,7 @@ class ModelReport:
     kl_after: float  # with those that were kept
     steps: int  # after which they were taken; 0 where none did better
     stopped: str  # why refinement could not go on; "" if it could
-    seconds: float
+    seconds: float  # with the full-precision model's pass and the loading of the base
 
 
 @dataclass
@@ -183,35 +184,48 @@ class Report:
     def summary(self) -> Text:
         """A few lines for the end of a run, which `print` and rich show alike."""
         calibration = self.record["calibration"]
+        refined = 0.0 if self.model is None else self.model.seconds
         lines = [
             self._headline(),
-            f"{calibration['tokens']} tokens of {calibration['source']}, {markdown.duration(self.seconds)}",
+            f"{calibration['tokens']} tokens of {calibration['source']}, {markdown.duration(self.seconds - refined)}",
         ]
+        if self.model is not None:
+            settings = self.record["model_refinement"]
+            lines.append(
+                f"the whole model: {settings['drawn_tokens']} tokens of {settings['data']}, "
+                f"{markdown.duration(refined)}"
+            )
         for why, names in _by_reason(self.left).items():
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             lines.append(f"left at the LoRA default: {', '.join(names[:NAMES_SHOWN])}{more} ({why})")
         return Text("\n".join(lines + self.notes))
 
     def _headline(self) -> str:
-        left = _left(self.layers)
+        layers, left = markdown.count(len(self.layers), "linear layer"), _left(self.layers)
         refined = ""
         if self.blocks:
             share = _geometric_mean([x.error_after / x.error for x in self.blocks if x.error > 0])
-            refined = f". {len(self.blocks)} blocks refined; {share:.1%} of their error on held-out tokens is left"
+            blocks = markdown.count(len(self.blocks), "block")
+            refined = f". {blocks} refined; {share:.1%} of the error on held-out tokens is left"
         if self.model is not None:
             kl, after = self.model.kl, self.model.kl_after
             refined += f". The whole model refined; KL divergence on held-out tokens {kl:.4f} before, {after:.4f} after"
         return (
-            f"{len(self.layers)} linear layers initialized; {left} of their output error on the calibration tokens is "
-            f"left (geometric mean){refined}"
+            f"{layers} initialized; {left} of their output error on the calibration tokens is left (geometric mean)"
+            f"{refined}"
         )
 
     def save(self, folder: str | Path) -> None:
         """Write report.json, report.md and quailora.json (the record) into `folder`, all three or none.
 
+        The record gets the digest of the adapter's weights in `folder`, if it has none yet, so that they are told from
+        trained ones: save the initialized adapter there first.
+
         Raises:
             QuailoraError: the disk is full, or the folder is not writable.
         """
+        if "weights" not in self.record and (Path(folder) / WEIGHTS).is_file():
+            self.record["weights"] = weights_digest(Path(folder))
         files = {REPORT: to_json(self.to_dict()), "report.md": self.to_markdown(), RECORD: to_json(self.record)}
         write_files(Path(folder), files)
 
@@ -245,9 +259,9 @@ def _refined_model(row: ModelReport) -> str:
     kept = f"those of step {row.steps}" if row.steps else "those from before: none did better"
     stopped = f" It ended early: {row.stopped}." if row.stopped else ""
     return (
-        f"KL(full precision || quantized + factors) on {row.tokens} held-out tokens is {row.kl:.4g} nats before and "
-        f"{row.kl_after:.4g} after; the factors are {kept}.{stopped} It took {markdown.duration(row.seconds)}. The "
-        "tables above have the factors as they were before."
+        f"KL(full precision || quantized + factors) on {markdown.count(row.tokens, 'held-out token')} is {row.kl:.4f} "
+        f"nats before and {row.kl_after:.4f} after; the factors are {kept}.{stopped} It took "
+        f"{markdown.duration(row.seconds)}. The tables above have the factors as they were before."
     )
 
 

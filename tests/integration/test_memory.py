@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 from benchmarks.end_to_end import memory
-from quailora.memory.planner import _LIBRARIES
+from quailora.memory.allocator import _LIBRARIES
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="takes Linux's /proc")
 

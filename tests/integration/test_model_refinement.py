@@ -11,16 +11,28 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
 
 import quailora
 from quailora.calibration.data import Calibration
-from quailora.errors import AdapterError, BudgetError, CalibrationError, MismatchError, NotFiniteError, QuailoraError
+from quailora.errors import (
+    AdapterError,
+    BudgetError,
+    CalibrationError,
+    CheckpointError,
+    MismatchError,
+    NotFiniteError,
+    QuailoraError,
+)
+from quailora.memory.allocator import overhead
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline import refine as pipeline
+from quailora.pipeline import trainable
 from quailora.refinement import model as refinement
-from quailora.refinement.config import RefinementConfig
-from quailora.reporting.report import Report
+from quailora.refinement.config import BLOCKS_INSTEAD, RefinementConfig
+from quailora.refinement.student import Student
+from quailora.reporting.record import RECORD
+from quailora.reporting.report import ModelReport, Report
 from tests.helpers import tiny
 from tests.helpers.adapters import WEIGHTS, train_a_little
 from tests.integration.test_pipeline import build, four_bits, load_base, lora
@@ -82,8 +94,12 @@ def test_the_report_has_the_divergence_of_the_loaded_model(folder: Path, adapter
     assert list(load_file(tmp_path / "out" / WEIGHTS)) == names
     loaded_report = Report.load(tmp_path / "out")
     assert loaded_report.model == row and loaded_report.layers == Report.load(adapter).layers
-    assert report.record["model_refinement"]["steps"] == 4 and report.record["model_refinement"]["sequences"] == 40
+    settings = report.record["model_refinement"]
+    assert settings["steps"] == 4 and settings["sequences"] == 40
+    assert row.tokens < settings["drawn_tokens"] < settings["data_tokens"] == DATA.tokens
+    assert row.seconds == sum(report.stages[stage] for stage in ("full precision", "load the base", "refine the model"))
     assert "The whole model refined; KL" in str(report.summary()) and "## The whole model" in report.to_markdown()
+    assert pipeline._initialized(tmp_path / "out") == report.record  # with the digest of its own weights
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Then all factors were trained together, on random tokens" in card
     assert "trained together" not in (adapter / "README.md").read_text()
@@ -129,7 +145,7 @@ def spy_on_losses(monkeypatch: pytest.MonkeyPatch, planted: int | None = None) -
     def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(int(inputs["number"]))
         if len(seen) - 1 == planted:
-            with mock.patch.object(refinement._Student, "kl", lambda *args: torch.tensor(float("nan"))):
+            with mock.patch.object(Student, "kl", lambda *args: torch.tensor(float("nan"))):
                 return compute(self, model, inputs, *args, **kwargs)
         return compute(self, model, inputs, *args, **kwargs)
 
@@ -176,7 +192,7 @@ def test_micro_batches_change_nothing(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_a_divergence_that_is_not_finite_to_begin_with(adapter: Path, tmp_path: Path) -> None:
-    nan = mock.patch.object(refinement._Student, "held_out", lambda self: float("nan"))
+    nan = mock.patch.object(Student, "held_out", lambda self: float("nan"))
     with nan, pytest.raises(NotFiniteError, match="KL divergence of the quantized model"):
         refine(adapter, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -192,18 +208,18 @@ def test_a_base_without_a_gradient_is_an_error(adapter: Path, tmp_path: Path) ->
     with raising, pytest.raises(AdapterError) as error:
         refine(adapter, tmp_path / "out")
     for words in ("no gradient reaches model.layers.0.self_attn.q_proj", "(Linear4bit) on cpu", "no autograd here",
-                  "use another device (--device), or refine='blocks' (--refine blocks)"):  # fmt: skip
+                  f"use another device (--device), or {BLOCKS_INSTEAD}"):  # fmt: skip
         assert words in str(error.value)
 
 
 def test_a_quantized_head_is_an_error(adapter: Path, tmp_path: Path) -> None:
-    with mock.patch.object(refinement, "is_quantized", lambda module: True), pytest.raises(AdapterError) as error:
+    with mock.patch.object(trainable, "is_quantized", lambda module: True), pytest.raises(AdapterError) as error:
         refine(adapter, tmp_path / "out")
-    assert "leave lm_head in full precision, or take refine='blocks' (--refine blocks)" in str(error.value)
+    assert f"leave lm_head in full precision, or {BLOCKS_INSTEAD}" in str(error.value)
 
 
 def test_a_model_that_does_not_fit(folder: Path, adapter: Path, tmp_path: Path) -> None:
-    said = r"refine='model' \(--refine model\) trains the whole .* takes .*base .*activations .* refine='blocks'"
+    said = r"refining the whole model takes .*base .*activations .*overhead .* refine='blocks'"
     with pytest.raises(BudgetError, match=said):
         refine(adapter, tmp_path / "out", memory_budget=2**18)
     with pytest.raises(BudgetError, match=said):  # before anything is computed
@@ -214,8 +230,8 @@ def test_a_model_that_does_not_fit(folder: Path, adapter: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_micro_batches_are_as_large_as_fit(adapter: Path, tmp_path: Path) -> None:
     sizes = []
-    for budget in (None, 900_000):
-        with mock.patch.object(refinement.Sequences, "of", wraps=refinement.Sequences.of) as of:
+    for budget in (None, 900_000 + overhead(900_000, torch.device("cpu"))):
+        with mock.patch.object(pipeline.Sequences, "of", wraps=pipeline.Sequences.of) as of:
             refine(adapter, tmp_path / str(budget), steps=1, memory_budget=budget)
         sizes.append(of.call_args.args[2])
     assert sizes == [96 // DATA.longest, 2]
@@ -245,6 +261,59 @@ def test_only_an_adapter_as_it_was_made(adapter: Path, tmp_path: Path) -> None:
         refine(tmp_path / "trained", tmp_path / "out")
     with pytest.raises(AdapterError, match="does not exist"):
         refine(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_an_adapter_that_was_trained_in_its_own_folder_is_refused(adapter: Path, tmp_path: Path) -> None:
+    train_a_little(adapter, tmp_path / "trained")
+    shutil.copytree(adapter, in_place := tmp_path / "in_place")
+    shutil.copy(tmp_path / "trained" / WEIGHTS, in_place)
+    with pytest.raises(AdapterError, match=r"was trained since quailora made it.* Give the initialized adapter"):
+        refine(in_place, tmp_path / "out")
+    record = json.loads((in_place / RECORD).read_text())
+    (in_place / RECORD).write_text(json.dumps({key: value for key, value in record.items() if key != "weights"}))
+    assert pipeline._initialized(in_place)  # older records do not say
+
+
+def test_the_output_is_not_within_the_adapter(adapter: Path) -> None:
+    with pytest.raises(QuailoraError, match=r"output_dir \(--output\) .* is inside the adapter's folder"):
+        refine(adapter, adapter / "refined")
+
+
+def test_a_checkpoint_that_was_moved_is_to_be_given(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, lost := tmp_path / "adapter")
+    record = json.loads((lost / RECORD).read_text())
+    record["base"]["checkpoint"] = str(tmp_path / "gone")
+    (lost / RECORD).write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"gone.* if it is elsewhere, give checkpoint \(--checkpoint\)"):
+        refine(lost, tmp_path / "out")
+
+
+def test_what_it_needs_is_checked_before_a_run_that_ends_with_it(folder: Path, tmp_path: Path) -> None:
+    missing = mock.patch.object(trainable, "check_libraries", side_effect=ImportError("it takes gptqmodel"))
+    gptq = GPTQConfig(bits=3, group_size=32, desc_act=False)
+    with (
+        missing,
+        pytest.raises(QuailoraError, match=r"int3, .* cannot be loaded here: it takes gptqmodel. Or refine bl"),
+    ):
+        build(folder, tmp_path / "out", **MADE, quantization=gptq, base_output=tmp_path / "base", refine="model")
+    broken = mock.patch("bitsandbytes.nn.modules.Linear4bit.forward", side_effect=NotImplementedError("no autograd"))
+    with broken, pytest.raises(AdapterError, match=r"no gradient reaches .*q_proj .*: no autograd"):
+        build(folder, tmp_path / "out", **MADE, refine="model")
+    several = mock.patch.object(trainable, "launched_by_torchrun", return_value=True)
+    with several, pytest.raises(QuailoraError, match="run it in one process"):
+        build(folder, tmp_path / "out", **MADE, refine="model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_base_that_was_used_is_named(folder: Path, tmp_path: Path) -> None:
+    build(folder, tmp_path / "adapter", **MADE, base_output=tmp_path / "base", rounding="nearest")
+    shutil.move(tmp_path / "base", moved := tmp_path / "moved")
+    with mock.patch.object(pipeline, "refine_model", return_value=ModelReport(8, 2.0, 1.0, 2, "", 1.0)):
+        refine(tmp_path / "adapter", tmp_path / "out", base=moved)
+    config, record = (json.loads((tmp_path / "out" / name).read_text()) for name in ("adapter_config.json", RECORD))
+    assert config["base_model_name_or_path"] == record["base"]["path"] == str(moved)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(moved) in card and f"{tmp_path}/base" not in card
 
 
 @pytest.mark.parametrize("level", ["blocks", "all"])
@@ -281,7 +350,7 @@ def test_a_run_refines_what_it_has_made(folder: Path, adapter: Path, tmp_path: P
 
 
 def test_a_run_that_fails_in_refinement_leaves_the_adapter(folder: Path, adapter: Path, tmp_path: Path) -> None:
-    nan = mock.patch.object(refinement._Student, "held_out", lambda self: float("nan"))
+    nan = mock.patch.object(Student, "held_out", lambda self: float("nan"))
     said = r"out has the adapter as it was found layer by layer, and quailora.refine \(quailora refine\) goes on"
     with nan, pytest.raises(NotFiniteError, match=said):
         build(folder, tmp_path / "out", **MADE, refine="model")

@@ -234,7 +234,10 @@ def test_hidden_states_of_both_streams_may_be_on_disk(folder: Path, tmp_path: Pa
 @pytest.mark.parametrize("sequences", [1])
 def test_too_little_data_to_hold_some_out(sequences: int, folder: Path, tmp_path: Path) -> None:
     data = Calibration(DATA.sequences[:sequences], "little")
-    with pytest.raises(CalibrationError, match=r"refine \(--refine\) .* at least 2 sequences: little has 1; give more"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"refine \(--refine\) .* at least 2 sequences: little has 1; give more data, raise samples",
+    ):
         build(folder, tmp_path / "out", **REFINE | {"data": data})
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import quailora
 from quailora.errors import AdapterError
 from quailora.evaluate import compare
-from quailora.reporting.record import RECORD
+from quailora.reporting.record import RECORD, weights_digest
 from tests.helpers import tiny
 from tests.helpers.adapters import WEIGHTS, dense, train_a_little
 from tests.integration import test_pipeline as pipeline
@@ -80,7 +80,15 @@ def test_a_start_and_what_was_trained_from_it_are_not_mistaken(tmp_path: Path) -
     shutil.copytree(tmp_path / "initial", tmp_path / "copy")
     with pytest.raises(AdapterError, match="hold the same factors"):
         quailora.convert(tmp_path / "initial", tmp_path / "copy", tmp_path / "converted")
+    shutil.copy(tmp_path / "trained" / WEIGHTS, tmp_path / "copy")
+    record = json.loads((tmp_path / "copy" / RECORD).read_text())
+    refined = record | {"weights": weights_digest(tmp_path / "copy")}
+    (tmp_path / "copy" / RECORD).write_text(json.dumps(refined))
+    with pytest.raises(AdapterError, match="copy was not trained: it has the weights that quailora gave it"):
+        quailora.convert(tmp_path / "initial", tmp_path / "copy", tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
+    (tmp_path / "copy" / RECORD).write_text(json.dumps(record))  # trained in its own folder
+    quailora.convert(tmp_path / "initial", tmp_path / "copy", tmp_path / "converted")
 
 
 def test_what_was_converted_is_scored_on_full_precision_and_not_merged_into_q(tmp_path: Path) -> None:
@@ -98,6 +106,8 @@ def test_what_was_converted_is_scored_on_full_precision_and_not_merged_into_q(tm
     started = compare(folder, tmp_path / "initial", pipeline.DATA)
     assert (found.full, found.quantized) == (started.full, started.quantized)
     assert (started.untrained, trained.untrained, found.untrained) == (True, False, False)
+    shutil.copy(tmp_path / "initial" / RECORD, tmp_path / "trained")  # as if it had been trained in its own folder
+    assert not compare(folder, tmp_path / "trained", pipeline.DATA).untrained
     record = json.loads((tmp_path / "learned" / RECORD).read_text())
     assert record["lora"] == {"r": 16, "alpha": 16, "use_rslora": False}  # twice the start's
     with pytest.raises(AdapterError, match="no Q to merge it with"):

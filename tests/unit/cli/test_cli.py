@@ -21,6 +21,7 @@ import quailora
 from quailora.cli import app as cli
 from quailora.cli import doctor, options
 from quailora.errors import CheckpointError, QuailoraError
+from quailora.memory.allocator import overhead
 from quailora.ops import dispatch
 from quailora.pipeline import build as pipeline
 from quailora.pipeline import refine as refinement
@@ -116,6 +117,7 @@ def test_init_eval_merge_and_convert(run: Ran, checkpoint: Path, corpus: Path, t
     assert (code, err, out) == (0, "", f"dense checkpoint: {tmp_path / 'dense'}\n")
     AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
 
+    (second / "quailora.json").unlink()  # as if it had been trained
     code, out, err = run("convert", first, second, "--output", tmp_path / "converted", "--rank", "2")
     assert (code, err) == (0, "")
     assert out == f"adapter for the full-precision weights: {tmp_path / 'converted'}\n"
@@ -275,7 +277,6 @@ def test_options_reach_refine(run: Ran, checkpoint: Path, tmp_path: Path, monkey
 
     assert call() == {
         "checkpoint": None,
-        "level": "model",
         "base": None,
         "steps": None,
         "rate": None,
@@ -296,7 +297,6 @@ def test_options_reach_refine(run: Ran, checkpoint: Path, tmp_path: Path, monkey
     )
     assert keywords.pop("checkpoint").name == str(checkpoint)
     assert keywords == {
-        "level": "model",
         "base": Path("base"),
         "steps": 7,
         "rate": 0.5,
@@ -315,11 +315,8 @@ def test_options_reach_refine(run: Ran, checkpoint: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--level", "blocks"), "blocks are refined while their factors are found"),
-        (
-            ("--rate", "0"),
-            "refine_rate (--refine-rate) must be a number above 0, got 0.0 (of refine, it is rate, --rate)",
-        ),
+        (("--steps", "0"), "error: steps (--steps) must be a whole number, at least 1; got 0"),
+        (("--rate", "0"), "error: rate (--rate) must be a number above 0, got 0.0"),
         (("--memory-budget", "much"), "memory_budget (--memory-budget)"),
         (("--revision", "main"), "--revision and --trust-remote-code go with --checkpoint"),
         ((), "does not exist or is not a folder: give an adapter's folder"),
@@ -335,10 +332,13 @@ def test_plan_says_what_refining_the_model_takes(run: Ran, checkpoint: Path) -> 
     code, out, err = run("plan", checkpoint, *options)
     assert (code, err) == (0, "")
     assert "then the quantized model is refined as a whole, in micro-batches of 128 sequences: " in out
+    code, one, err = run("plan", checkpoint, *options, "--batch-size", "1")
+    assert "in micro-batches of 1 sequence: " in one
     code, out, err = run("plan", checkpoint, *options, "--json")
     values = json.loads(out)["model"]
-    parts = ("base", "adapter", "gradients", "optimizer", "activations")
+    parts = ("base", "adapter", "gradients", "optimizer", "activations", "overhead")
     assert values["total"] == sum(values[part] for part in parts) and values["batch_size"] == 128
+    assert values["overhead"] == overhead(values["total"] - values["overhead"], torch.device("cpu"))
 
 
 def test_ctrl_c_is_one_line_that_says_what_is_kept(

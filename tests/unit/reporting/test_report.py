@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from quailora.errors import AdapterError, QuailoraError
-from quailora.reporting.record import RECORD, read_record
-from quailora.reporting.report import Report, error_left
+from quailora.reporting.record import RECORD, read_record, was_trained
+from quailora.reporting.report import BlockReport, ModelReport, Report, error_left
+from tests.helpers.adapters import WEIGHTS
 from tests.unit.reporting.sample import layer, make_report
 
 
@@ -65,6 +66,41 @@ def test_summary_names_a_few_that_were_left_and_counts_the_rest() -> None:
     assert lines[1] == "400 tokens of a|b.txt, 2 min 05 s"
     assert lines[2].count("up_proj") == 3 and "and 2 more (no calibration token reached it)" in lines[2]
     assert lines[3] == "a note"
+
+
+def test_summary_has_what_refining_the_model_took() -> None:
+    report = make_report()
+    report.model = ModelReport(40, 0.123456, 0.1, 24, "", 60.0)
+    report.stages |= {"full precision": 20.0, "refine the model": 40.0}
+    report.record["model_refinement"] = {"data": "other.txt", "drawn_tokens": 1234}
+    lines = str(report.summary()).splitlines()
+    assert lines[0].endswith("The whole model refined; KL divergence on held-out tokens 0.1235 before, 0.1000 after")
+    assert lines[1:3] == ["400 tokens of a|b.txt, 2 min 05 s", "the whole model: 1234 tokens of other.txt, 1 min 00 s"]
+    assert "on 40 held-out tokens is 0.1235 nats before and 0.1000 after" in report.to_markdown()
+
+
+def test_of_one_there_is_no_plural() -> None:
+    report = make_report()
+    del report.layers[1:]
+    report.blocks.append(BlockReport("model.layers.0", 40, 0.2, 0.1, 24, "", 1.0))
+    report.record["calibration"]["samples"] = 1
+    assert "400 tokens in 1 sequence of at most" in report.to_markdown()
+    summary = str(report.summary())
+    assert summary.startswith("1 linear layer initialized; ") and "1 block refined; " in summary
+
+
+def test_the_digest_of_the_weights_is_that_of_the_first_folder(tmp_path: Path) -> None:
+    (initial := tmp_path / "initial").mkdir()
+    (trained := tmp_path / "trained").mkdir()
+    (initial / WEIGHTS).write_bytes(b"initial")
+    (trained / WEIGHTS).write_bytes(b"trained")
+    report = make_report()
+    report.save(initial)
+    Report.load(initial).save(trained)
+    records = {folder: read_record(folder) or {} for folder in (initial, trained)}
+    assert [was_trained(*each) for each in records.items()] == [False, True]
+    assert was_trained(initial, records[initial] | {"trained": True})
+    assert not was_trained(trained, make_report().record)  # older ones do not say
 
 
 def fail_on_fsync(number: int) -> Callable[[int], None]:
