@@ -20,6 +20,7 @@ from quailora.cli.options import (
     DeviceOption,
     DoubleOption,
     HostMemoryOption,
+    InputsOption,
     LengthOption,
     LoadedOption,
     MemoryOption,
@@ -98,6 +99,7 @@ def init(
         float | None,
         typer.Option(help="Of calibrated rounding: strength of MagR before it, such as 7e-4. Default: 0, without."),
     ] = None,
+    inputs: InputsOption = None,
     refine: RefineOption = None,
     refine_steps: Annotated[
         int | None, typer.Option(help="Of --refine: steps of Adam, for each block or for the model. Default: 48.")
@@ -155,7 +157,9 @@ def init(
     SolverConfig(solver, iterations, damping)
     refinement_config(refine, refine_steps, refine_rate)
     written = base_output is not None
-    RoundingConfig.given(rounding, written=written, damping=rounding_damping, alternations=alternations, magr=magr)
+    RoundingConfig.given(
+        rounding, written=written, damping=rounding_damping, alternations=alternations, magr=magr, inputs=inputs
+    )
     check_bits(bits, quant, compute_dtype, group_size, symmetric)
     MemoryConfig(memory_budget, host_memory_budget, batch_size)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
@@ -188,6 +192,7 @@ def init(
             rounding_damping=rounding_damping,
             alternations=alternations,
             magr=magr,
+            inputs=inputs,
             dtype=loaded_as,
             solver=solver,
             iterations=iterations,

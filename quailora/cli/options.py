@@ -74,6 +74,13 @@ LoadedOption = Annotated[
         "values. Default: the checkpoint's dtype."
     ),
 ]
+InputsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of calibrated rounding: full, fit on the inputs that a linear has in the full-precision model; or "
+        "quantized, on those that it has behind quantized layers, correcting half of what those left. Default: full."
+    ),
+]
 RefineOption = Annotated[
     str | None,
     typer.Option(

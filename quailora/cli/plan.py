@@ -13,6 +13,7 @@ from quailora.cli.options import (
     ComputeOption,
     DoubleOption,
     HostMemoryOption,
+    InputsOption,
     LengthOption,
     LoadedOption,
     MemoryOption,
@@ -76,6 +77,7 @@ def plan(
             help="Sequences in one forward pass. Default: about 8192 tokens; of a fine-tune, one sequence.", min=1
         ),
     ] = None,
+    inputs: InputsOption = None,
     refine: RefineOption = None,
     training: Annotated[
         bool, typer.Option("--training", help="Show what the fine-tune will hold on the device, by bits, not `init`.")
@@ -116,7 +118,7 @@ def plan(
     from quailora.pipeline.base_output import quantized_linears
     from quailora.pipeline.trainable import check_fits
     from quailora.quantization.registry import from_config
-    from quailora.quantization.rounding import RoundingConfig
+    from quailora.quantization.rounding import QUANTIZED, RoundingConfig
     from quailora.quantization.verify import CALIBRATED, NEAREST
     from quailora.refinement.config import by_level, refinement_config
     from quailora.reporting.markdown import count
@@ -125,12 +127,14 @@ def plan(
     settings = SolverConfig(solver, iterations)
     refinement, of_model = by_level(refinement_config(refine, None, None))
     given = {"--quant": quant, "--bits": bits, "--rounding": rounding, "--magr": magr, "--refine": refine}
-    given["--host-memory-budget"] = host_memory_budget
+    given |= {"--inputs": inputs, "--host-memory-budget": host_memory_budget}
     if training and (odd := next((name for name, value in given.items() if value is not None), None)):
         raise QuailoraError(f"{odd} is not for --training, which shows every format on one device: leave it out")
     check_bits(bits, quant, compute_dtype, group_size if not training else None)
     rounding = rounding or (NEAREST if bits is None else CALIBRATED)
-    rounds = RoundingConfig.given(rounding, written=bits is not None or rounding == CALIBRATED, magr=magr)
+    rounds = RoundingConfig.given(
+        rounding, written=bits is not None or rounding == CALIBRATED, magr=magr, inputs=inputs
+    )
     group_size = 64 if group_size is None else group_size
     memory = MemoryConfig(memory_budget, host_memory_budget, batch_size)  # checked first: a typo costs no download
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
@@ -181,6 +185,7 @@ def plan(
         device=place,
         timed=True,
         refinement=refinement,
+        quantized_inputs=rounds.inputs == QUANTIZED,
     )
     values, text = found.to_dict(), found.text()
     if of_model is not None:

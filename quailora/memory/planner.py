@@ -137,6 +137,7 @@ def make_plan(
     device: torch.device | None = None,
     timed: bool = False,
     refinement: RefinementConfig | None = None,
+    quantized_inputs: bool = False,
 ) -> Plan:
     """The fastest plan whose peak is within the budget. No weight is read.
 

@@ -62,7 +62,7 @@ class BlockRun:
         """
         with ops.half_products(self.device, [self.dtype]), collect(dict(linears)) as collector:
             for number, batch in enumerate(self.batches):
-                with collector.batch(_to_device(batch.keep, self.device)):
+                with collector.batch(to_device(batch.keep, self.device)):
                     hidden = self.forward(number, states[number])
                 if propagate:
                     states[number] = hidden
@@ -110,7 +110,8 @@ def in_place(linears: Mapping[str, nn.Module], deployed: Mapping[str, DeployedLi
             linears[name].__dict__.pop("forward", None)
 
 
-def _to_device(mask: Tensor | None, device: torch.device) -> Tensor | None:
+def to_device(mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """A batch's mask, where it is used."""
     if mask is None or device.type != "cuda":
         return mask
     return mask.pin_memory().to(device, non_blocking=True)  # pinned: the host does not wait for the copy

@@ -37,7 +37,7 @@ from quailora.pipeline.setup import Run, enumerate_reasons
 from quailora.pipeline.solved import Solved
 from quailora.pipeline.trainable import check_fits, check_trainable
 from quailora.quantization.registry import Format, config_for, from_config
-from quailora.quantization.rounding import RoundingConfig
+from quailora.quantization.rounding import QUANTIZED, RoundingConfig
 from quailora.quantization.verify import CALIBRATED
 from quailora.refinement.config import by_level, refinement_config
 from quailora.refinement.student import Sequences
@@ -62,6 +62,7 @@ def build_adapter(
     rounding_damping: float | None = None,
     alternations: int | None = None,
     magr: float | None = None,
+    inputs: str | None = None,
     refine: str | None = None,
     refine_steps: int | None = None,
     refine_rate: float | None = None,
@@ -102,6 +103,9 @@ def build_adapter(
             factors in turn, or "nearest". None is "calibrated" with a `base_output`.
         rounding_damping, alternations, magr: of calibrated rounding; see
             `quailora.quantization.rounding.RoundingConfig`. None takes its defaults.
+        inputs: of calibrated rounding: the inputs that Q and the factors are fitted on, those that a linear has in the
+            "full" precision model, or those that it has behind "quantized" layers, with a target that undoes half of
+            what those left. The latter takes a second set of hidden states, and several times as long.
         refine: "blocks" trains the factors of each block together, after they were found layer by layer, for the
             output of the block on what the quantized blocks before it give; some of the data is held out, and what does
             best on it is kept. It takes a second set of hidden states and a second forward pass, and a few dozen steps
@@ -149,6 +153,7 @@ def build_adapter(
         damping=rounding_damping,
         alternations=alternations,
         magr=magr,
+        inputs=inputs,
     )
     refinement, of_model = by_level(refinement_config(refine, refine_steps, refine_rate))
     processes, solver_config = Processes(distributed), SolverConfig(solver, iterations, damping, seed)
@@ -188,7 +193,10 @@ def build_adapter(
         unadapted = sorted(set(quantized) - {target.name for target in targets})
     calibrated = rounds.rounding == CALIBRATED
     counted = Calibrated(form, magr=rounds.magr > 0) if calibrated else form
-    run = Run(stream, targets, left, data, form, solver_config, meter, processes, unadapted, refinement, counted)
+    behind = rounds.inputs == QUANTIZED
+    run = Run(
+        stream, targets, left, data, form, solver_config, meter, processes, unadapted, refinement, counted, behind
+    )
     if of_model is not None:  # or an error, before anything is computed
         check_trainable(model, form, meter.device, dtype)
         ranks = {target.name: target.rank for target in targets}

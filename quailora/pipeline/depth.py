@@ -1,16 +1,24 @@
-"""Along the depth: what is done with a block on the hidden states of the quantized blocks before it."""
+"""Along the depth: what is done with a block on the hidden states of the quantized blocks before it.
+
+Its linears are fitted on the inputs that they have there, and its factors are refined: one of the two, or both.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from quailora import ops
 from quailora.adapters.targets import Target
 from quailora.calibration.hidden_states import HiddenStates
-from quailora.pipeline.block import BlockRun, DeployedLinear, in_place
+from quailora.calibration.inputs import InputPair, groups_by_input, receiving
+from quailora.errors import CalibrationError
+from quailora.modeling.blocks import linear_weight
+from quailora.pipeline.block import BlockRun, DeployedLinear, in_place, to_device
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.solved import Solved
 from quailora.quantization.protocol import QuantizedWeight
@@ -50,16 +58,75 @@ class Streams:
 
 @dataclass(frozen=True, eq=False)
 class Depth:
-    """Refinement of blocks within a run.
+    """What a run does along the depth.
 
+    refinement: how blocks are refined; None does not.
+    quantized_inputs: whether linears are fitted on their inputs behind quantized layers.
     restore: what a finished block was given, from its index and its linears, whose W is in memory; called on the main
         process only.
     """
 
-    config: RefinementConfig
+    refinement: RefinementConfig | None
+    quantized_inputs: bool
     seed: int
     processes: Processes
     restore: Callable[[int, Mapping[str, nn.Module]], Mapping[str, Restored]]
+
+    @staticmethod
+    def groups(run: BlockRun, linears: Mapping[str, nn.Module], streams: Streams) -> list[list[str]]:
+        """Linears that share an input, in the order in which they run; see `groups_by_input`."""
+        number = len(run.batches) - 1  # of the shortest sequences
+        with ops.half_products(run.device, [run.dtype]):
+            forward = partial(run.forward, number, streams.full[number])
+            return groups_by_input(linears, run.batches[number].input_ids.numel(), forward)
+
+    @staticmethod
+    def compare(
+        run: BlockRun,
+        linears: Mapping[str, nn.Module],
+        name: str,
+        deployed: Mapping[str, DeployedLinear],
+        streams: Streams,
+        *,
+        propagate: bool,
+    ) -> InputPair:
+        """Both inputs of linear `name`: in the full-precision model, and behind quantized blocks and those linears of
+        this block that are `deployed` already. With `propagate`, the full-precision model's hidden states move on.
+
+        Raises CalibrationError where a batch does not reach it with all of its tokens, once, in both.
+        """
+        assert streams.quantized is not None
+        linear = linears[name]
+        pair = InputPair(linear_weight(linear).shape[1], run.device)
+        casts = {key: each.computing_in(run.dtype) for key, each in deployed.items()}
+        seen: list[Tensor] = []
+
+        def receive(full: Tensor) -> None:
+            rows = [x.shape[:-1].numel() for x in (full, *seen)]
+            if rows != [batch.input_ids.numel()] * 2:
+                raise CalibrationError(
+                    f"{name} receives {rows} rows of a batch of {batch.input_ids.numel()} tokens, so what it receives "
+                    "in the full-precision model and in the quantized one cannot be paired; take inputs='full' "
+                    "(--inputs full)"
+                )
+            pair.update(full, seen.pop(), keep)
+
+        with ops.half_products(run.device, [run.dtype]):
+            for number, batch in enumerate(run.batches):
+                keep = to_device(batch.keep, run.device)
+                with receiving(linear, seen.append, stop=True), in_place(linears, casts):
+                    run.forward(number, streams.quantized[number])
+                with receiving(linear, receive, stop=not propagate):
+                    hidden = run.forward(number, streams.full[number])
+                if propagate:
+                    streams.full[number] = hidden
+                    del hidden
+        return pair
+
+    def deployed(self, solved: Sequence[Solved], device: torch.device) -> dict[str, DeployedLinear]:
+        """Those of the main process, on every rank."""
+        found = self.processes.broadcast([replace(each, target=None) for each in solved])
+        return _deployed(found, device)
 
     def restored(self, index: int, linears: Mapping[str, nn.Module], device: torch.device) -> dict[str, DeployedLinear]:
         """A finished block's linears as they are deployed."""
@@ -76,14 +143,10 @@ class Depth:
         streams: Streams,
     ) -> tuple[list[Solved], dict[str, DeployedLinear], BlockReport | None]:
         """What was solved of a block with its factors refined, and the linears with them; the same on every rank. No
-        report: no adapter is on the block."""
+        report: no adapter is on the block, or blocks are not refined."""
         assert streams.quantized is not None
-        deployed = {}
-        for each in solved:
-            assert each.quantized is not None
-            sides = (each.factors.A, each.factors.B) if each.factors is not None else (None, None)
-            deployed[each.name] = _on(run.device, each.quantized, *sides)
-        if all(each.A is None for each in deployed.values()):
+        deployed = _deployed(solved, run.device)
+        if self.refinement is None or all(each.A is None for each in deployed.values()):
             return list(solved), deployed, None
         deployed, row = refine_block(
             run,
@@ -91,7 +154,7 @@ class Depth:
             deployed,
             streams.quantized,
             streams.full,
-            self.config,
+            self.refinement,
             self.processes,
             name=name,
             seed=self.seed + index,
@@ -119,6 +182,15 @@ class Depth:
         assert streams.quantized is not None
         with in_place(linears, deployed):
             run.propagate(streams.quantized)
+
+
+def _deployed(solved: Sequence[Solved], device: torch.device) -> dict[str, DeployedLinear]:
+    found = {}
+    for each in solved:
+        assert each.quantized is not None
+        sides = (each.factors.A, each.factors.B) if each.factors is not None else (None, None)
+        found[each.name] = _on(device, each.quantized, *sides)
+    return found
 
 
 def _on(device: torch.device, quantized: QuantizedWeight, a: Tensor | None, b: Tensor | None) -> DeployedLinear:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
+from quailora.calibration.inputs import InputPair
 from quailora.errors import QuailoraError
 
 T = TypeVar("T")
@@ -101,6 +102,11 @@ class Processes:
                 gram.reduce(dist.all_reduce)
             total |= dict.fromkeys(names, gram)
         return total
+
+    def reduce(self, pair: InputPair) -> None:
+        """H and D over the tokens of all ranks, the same on each."""
+        with _other_rank_errors():
+            pair.reduce(dist.all_reduce)
 
     def assign(self, costs: Mapping[str, float]) -> dict[str, int]:
         """Item -> the rank that works on it: the most expensive first, each to the rank with the least work so far."""

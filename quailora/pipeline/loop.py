@@ -3,9 +3,10 @@
 for block in blocks:
     grams = block.capture(linears, full)          # H of each distinct input; `full` moves on to the next block
     solved = solve(weights, grams)                # Q and the factors of every linear that a token reached
+    ...                                           # or both group by group, on inputs behind what is quantized already
     solved = refine(solved, quantized, full)      # where asked for
     finish(solved)
-    block.advance(quantized, solved)              # hidden states of the quantized blocks, where blocks are refined
+    block.advance(quantized, solved)              # hidden states of the quantized blocks, where asked for
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from quailora.calibration.calls import Call, Calls
 from quailora.calibration.data import Batch
 from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
+from quailora.calibration.inputs import InputPair
 from quailora.errors import QuailoraError
 from quailora.memory.planner import Plan
 from quailora.modeling.blocks import Block, linear_weight
@@ -59,7 +61,7 @@ class Loop:
     shrunk: block -> the size of the micro-batches from it on, where this rank ran out of memory: in an earlier run that
         this one resumes, and in this one. The size decides bits, so what is there is repeated.
     notes: for the report; filled here.
-    depth: what refines blocks; None does not. It takes `keep_q`.
+    depth: what is done along the depth; None is nothing. It takes `keep_q`.
     """
 
     model: StreamedModel
@@ -203,19 +205,10 @@ class Loop:
                 self._forward(index, states, partial(Depth.advance, linears=every, deployed=deployed, streams=states))
             return
         targets = {name: waiting[name] for name in linears}
-        solved: list[Solved] = []
-        passes = self.plan.passes[index]
-        for number, planned in enumerate(passes):
-            last_pass = number == len(passes) - 1
-            captured = {name: linears[name] for name in planned if name in linears}
-            capture = partial(BlockRun.capture, linears=captured, states=states.full, propagate=last_pass)
-            grams = self._forward(index, states, capture)
-            self.trim()
-            if self.processes.distributed:
-                with self.stages("share"):
-                    grams = self.processes.all_reduce(grams, self.model.device)
-            reached = {name: waiting.pop(name) for name in captured if name in grams}
-            solved += self._solve(reached, linears, grams, overwrite=last_pass)
+        if self.depth is not None and self.depth.quantized_inputs:
+            solved = self._on_quantized(index, linears, waiting, states, self.depth)
+        else:
+            solved = self._on_full(index, linears, waiting, states)
         if self.keep_q and self.processes.is_main:
             with self.stages("quantize"):
                 solved += [unreached(name, linears[name], self.initialize) for name in linears if name in waiting]
@@ -231,6 +224,69 @@ class Loop:
                 self.finish(index, solved, shrunk, refined)
         if self.depth is not None:
             self._forward(index, states, partial(Depth.advance, linears=linears, deployed=deployed, streams=states))
+
+    def _on_full(
+        self,
+        index: int,
+        linears: dict[str, nn.Module],
+        waiting: dict[str, Target | None],
+        states: Streams,
+        propagate: bool = True,
+    ) -> list[Solved]:
+        """Linears fitted on their inputs in the full-precision model, in one pass or several. Those that a token
+        reached are no longer `waiting`."""
+        solved: list[Solved] = []
+        passes = [here for names in self.plan.passes[index] if (here := [name for name in names if name in linears])]
+        for number, names in enumerate(passes):
+            last_pass = propagate and number == len(passes) - 1
+            captured = {name: linears[name] for name in names}
+            capture = partial(BlockRun.capture, linears=captured, states=states.full, propagate=last_pass)
+            grams = self._forward(index, states, capture)
+            self.trim()
+            if self.processes.distributed:
+                with self.stages("share"):
+                    grams = self.processes.all_reduce(grams, self.model.device)
+            reached = {name: waiting.pop(name) for name in captured if name in grams}
+            solved += self._solve(reached, linears, grams, overwrite=last_pass)
+        return solved
+
+    def _on_quantized(
+        self,
+        index: int,
+        linears: dict[str, nn.Module],
+        waiting: dict[str, Target | None],
+        states: Streams,
+        depth: Depth,
+    ) -> list[Solved]:
+        """Linears fitted on their inputs behind quantized ones, group by group as they run. Those whose inputs cannot
+        be paired come first, on their inputs in the full-precision model."""
+        groups: list[list[str]] = []
+        if self.processes.is_main:
+            groups = self._forward(index, states, partial(Depth.groups, linears=linears, streams=states))
+        groups = self.processes.broadcast(groups)
+        rest = {name: linear for name, linear in linears.items() if not any(name in group for group in groups)}
+        solved = self._on_full(index, rest, waiting, states, propagate=not groups)
+        deployed = depth.deployed(solved, self.model.device)
+        for number, group in enumerate(groups):
+            compare = partial(
+                Depth.compare,
+                linears=linears,
+                name=group[0],
+                deployed=deployed,
+                streams=states,
+                propagate=number == len(groups) - 1,
+            )
+            pair = self._forward(index, states, compare)
+            self.trim()
+            if self.processes.distributed:
+                with self.stages("share"):
+                    self.processes.reduce(pair)
+            reached = {name: waiting.pop(name) for name in group}
+            found = self._solve(reached, linears, dict.fromkeys(group, pair.gram), overwrite=False, pair=pair)
+            del pair
+            deployed |= depth.deployed(found, self.model.device)
+            solved += found
+        return solved
 
     def _refine(
         self,
@@ -257,9 +313,15 @@ class Loop:
         return refined, Depth.as_saved(deployed, targets), report
 
     def _solve(
-        self, targets: dict[str, Target | None], linears: dict[str, nn.Module], grams: dict[str, Gram], overwrite: bool
+        self,
+        targets: dict[str, Target | None],
+        linears: dict[str, nn.Module],
+        grams: dict[str, Gram],
+        overwrite: bool,
+        pair: InputPair | None = None,
     ) -> list[Solved]:
-        """What all ranks solved, on the main process; nothing elsewhere. Empties `grams`: each H is freed after use."""
+        """What all ranks solved, on the main process; nothing elsewhere. Empties `grams`: each H is freed after use.
+        pair: what makes targets of weights, for one group."""
         owners = self.processes.assign({name: linears[name].get_parameter("weight").numel() for name in targets})
         mine: list[Solved] = []
         while grams:
@@ -267,7 +329,12 @@ class Loop:
             names = [name for name, its in grams.items() if its is gram]
             own = {name: targets[name] for name in names if owners[name] == self.processes.rank}
             if own:
-                mine += self._solve_group(own, {name: linear_weight(linears[name]) for name in own}, gram, overwrite)
+                weights = {name: linear_weight(linears[name]) for name in own}
+                if pair is not None:
+                    with self.stages("solve"):
+                        weights = pair.targets(weights)
+                mine += self._solve_group(own, weights, gram, overwrite)
+                del weights
             for name in names:
                 del grams[name]
             del gram

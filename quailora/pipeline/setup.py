@@ -43,6 +43,7 @@ class Run:
         are refined.
     refinement: how blocks are refined; None does not.
     counted: what the plan counts with, if it is not `form`.
+    quantized_inputs: whether linears are fitted on their inputs behind quantized layers; it takes `unadapted`.
 
     Raises CalibrationError where there is too little data to hold some out.
     """
@@ -58,6 +59,7 @@ class Run:
     unadapted: Sequence[str] | None = None
     refinement: RefinementConfig | None = None
     counted: Base | None = None
+    quantized_inputs: bool = False
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -89,6 +91,7 @@ class Run:
             batch_size=batch_size,
             held=processes.maximum(meter.held()),
             refinement=self.refinement,
+            quantized_inputs=self.quantized_inputs,
             timed=timed and processes.is_main,
         )
         meter.expect(plan.peak)
@@ -112,8 +115,8 @@ class Run:
         with ExitStack() as stack:
             shown = progress and self.processes.is_main
             depth = None
-            if self.refinement is not None:
-                depth = Depth(self.refinement, self.solver.seed, self.processes, restore)
+            if self.refinement is not None or self.quantized_inputs:
+                depth = Depth(self.refinement, self.quantized_inputs, self.solver.seed, self.processes, restore)
             bar = stack.enter_context(Progress(enabled=shown, finished=finished, layers=known, estimate=plan.seconds))
             stack.enter_context(self.meter)
             loop = Loop(

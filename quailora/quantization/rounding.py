@@ -14,6 +14,9 @@ from quailora.quantization.verify import CALIBRATED, NEAREST
 # that training then uses.
 DEFAULT_DAMPING, DEFAULT_ALTERNATIONS = 0.1, 2
 
+FULL, QUANTIZED = "full", "quantized"
+DEFAULT_INPUTS = FULL  # of calibrated rounding
+
 
 @dataclass(frozen=True)
 class RoundingConfig:
@@ -23,14 +26,19 @@ class RoundingConfig:
     damping: λ: feedback works with H + λ · mean(diag H) · I. The larger, the nearer to nearest rounding.
     alternations: how often Q is found anew for W - A Bᵀ, and A, B for it.
     magr: the strength of `quantization.magr`, which makes the extremes of W smaller before it is rounded; 0 is without.
+    inputs: what Q and the factors are fitted on: "full", the inputs that a linear has in the full-precision model, or
+        "quantized", those that it has behind quantized layers, with a target that undoes part of what those left
+        (`calibration.inputs`).
 
-    Raises AdapterError for another rounding, or a value of another type or out of range.
+    Raises AdapterError for another rounding or other inputs, a value of another type or out of range, and for quantized
+    inputs without calibrated rounding.
     """
 
     rounding: str = CALIBRATED
     damping: float = DEFAULT_DAMPING
     alternations: int = DEFAULT_ALTERNATIONS
     magr: float = 0.0
+    inputs: str = FULL
 
     def __post_init__(self) -> None:
         if self.rounding not in (NEAREST, CALIBRATED):
@@ -44,6 +52,14 @@ class RoundingConfig:
             )
         if not isinstance(self.magr, Real) or not 0 <= self.magr < math.inf:
             raise AdapterError(f"magr (--magr) must be a number and at least 0, got {self.magr!r}")
+        if self.inputs not in (FULL, QUANTIZED):
+            raise AdapterError(f"inputs={self.inputs!r} (--inputs): it is {FULL!r} or {QUANTIZED!r}")
+        if self.inputs == QUANTIZED and self.rounding == NEAREST:
+            raise AdapterError(
+                "inputs='quantized' (--inputs quantized) takes codes that are chosen by calibration; those of nearest "
+                "rounding do not depend on the inputs, and the factors alone gain next to nothing by it: write the "
+                "base with rounding='calibrated' (--rounding calibrated), or leave it out"
+            )
 
     @classmethod
     def given(cls, rounding: str | None, *, written: bool, **settings: Any) -> Self:
@@ -56,7 +72,8 @@ class RoundingConfig:
         """
         rounding = rounding or (CALIBRATED if written else NEAREST)
         known = {name: value for name, value in settings.items() if value is not None}
-        found = cls(rounding, **known)
+        inputs = known.pop("inputs", DEFAULT_INPUTS if rounding == CALIBRATED else FULL)
+        found = cls(rounding, **known, inputs=inputs)
         if rounding == CALIBRATED and not written:
             raise AdapterError(
                 "calibrated codes do not follow from the weights, so that their base has to be written: give "
@@ -81,4 +98,5 @@ _ARGUMENTS = {
     "damping": "rounding_damping (--rounding-damping)",
     "alternations": "alternations (--alternations)",
     "magr": "magr (--magr)",
+    "inputs": "inputs (--inputs)",
 }
