@@ -98,7 +98,7 @@ class Depth:
         assert streams.quantized is not None
         linear = linears[name]
         pair = InputPair(linear_weight(linear).shape[1], run.device)
-        casts = {key: each.computing_in(run.dtype) for key, each in deployed.items()}
+        casts = _casts(run, deployed)
         seen: list[Tensor] = []
 
         def receive(full: Tensor) -> None:
@@ -180,8 +180,13 @@ class Depth:
     ) -> None:
         """Move the quantized stream on to the next block."""
         assert streams.quantized is not None
-        with in_place(linears, deployed):
+        with in_place(linears, _casts(run, deployed)):
             run.propagate(streams.quantized)
+
+
+def _casts(run: BlockRun, deployed: Mapping[str, DeployedLinear]) -> dict[str, DeployedLinear]:
+    """With A and B in the block's dtype, as refinement has them: fp32 products would take longer than those with Q."""
+    return {name: each.computing_in(run.dtype) for name, each in deployed.items()}
 
 
 def _deployed(solved: Sequence[Solved], device: torch.device) -> dict[str, DeployedLinear]:
