@@ -27,7 +27,7 @@ from quailora.ops.precision import exact_products
 # (benchmarks/end_to_end/inputs.py): what α = 1 gains in the first blocks is lost again further on.
 SHARE, DAMPING = 0.5, 0.1
 
-ROWS = 1024  # tokens at a time
+_ROWS = 1024  # tokens at a time
 
 
 class InputPair:
@@ -45,7 +45,7 @@ class InputPair:
             full, quantized = full[keep.flatten()], quantized[keep.flatten()]
         self.gram.update(quantized)
         with exact_products(quantized.device):
-            for of_full, x in zip(full.split(ROWS), quantized.split(ROWS), strict=True):
+            for of_full, x in zip(full.split(_ROWS), quantized.split(_ROWS), strict=True):
                 if x.dtype is not torch.bfloat16:  # which rounds D by 2⁻⁹ at most; fp16 would overflow
                     of_full, x = of_full.float(), x.float()
                 self.difference += (of_full - x).T @ x

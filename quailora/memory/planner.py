@@ -7,11 +7,14 @@ For each block, a run has in memory, one phase after the other:
                the pass; activations of one micro-batch
     solve      weights and the H not used yet; quantized weights, E and the solver's thin matrices for one group of
                linears that share an input
+               where linears are fitted behind quantized layers, one group's H and D (n x n, fp32) at a time, in two
+               models: what is quantized of the block is beside its weights, and targets are beside them while solving
     refine     where blocks are refined: weights, every Q of the block, the factors with their gradients, Adam's moments
                and the best so far, and what one micro-batch keeps for the backward pass
 
 and, before the first block, the embeddings. The hidden states of all tokens are kept too, on the device, in host memory
-or in a file, and those of the quantized model beside them where blocks are refined.
+or in a file, and those of the quantized model beside them where blocks are refined or inputs are those of quantized
+layers.
 On a CPU, device and host share one memory and everything counts; on a GPU only what torch allocates there does.
 
 All of it is arithmetic on shapes, rounded up where shapes do not determine the size. Nothing is read or run.
@@ -32,6 +35,7 @@ from quailora import ops
 from quailora.errors import BudgetError, QuailoraError
 from quailora.memory.allocator import overhead
 from quailora.memory.budget import about, describe_bytes, free_memory
+from quailora.memory.depth import comparing, deployed, retargeting, work
 from quailora.memory.sizes import Base, BlockSizes, Device, activations, block_sizes, called_with, outside, solving
 from quailora.memory.training import refining
 from quailora.modeling.prefetch import STAGING_BYTES
@@ -72,7 +76,7 @@ class Plan:
     passes: tuple[tuple[tuple[str, ...], ...], ...]  # by block: the linears whose H each pass accumulates
     parts: tuple[Part, ...]
     budget: int
-    flops: dict[str, int]  # "forward", "H", "solve", "refine"
+    flops: dict[str, int]  # "forward", "H", "solve"; "inputs", "refine"
     read: int  # bytes of weights
     seconds: float | None = None  # None: not estimated
 
@@ -100,9 +104,12 @@ class Plan:
     def text(self) -> str:
         """The plan as a table, for a terminal."""
         most = max(map(len, self.passes), default=1)
+        passes = f"{most} passes" if most > 1 else "one pass"
+        if "inputs" in self.flops:
+            passes = "a part of a pass for each input"
         lines = [
             f"on {self.device}, budget {describe_bytes(self.budget)}: micro-batches of {self.batch_size} sequences, "
-            f"{f'{most} passes' if most > 1 else 'one pass'} over each block, hidden states on {self.states}, "
+            f"{passes} over each block, hidden states on {self.states}, "
             f"{'the next block is' if self.prefetch else 'no block is'} read ahead",
             "",
         ]
@@ -150,11 +157,13 @@ def make_plan(
     device: where the run will be, if not the device of `stream`; it need not be present.
     timed: measure how fast this device multiplies, and estimate the time.
     refinement: how blocks are refined; the micro-batch is then at most a step of it, and half the data.
+    quantized_inputs: whether linears are fitted on their inputs behind quantized layers.
 
     Raises BudgetError if no plan fits, naming the smallest budget that would do and what needs it.
     """
     place = device or stream.device
     planner = _Planner(stream, dict(targets), base, solver, samples, sequence_length, place, held, refinement)
+    planner = replace(planner, quantized_inputs=quantized_inputs)
     if memory_budget is None and planner.device.type == "cuda" and not torch.cuda.is_available():
         raise QuailoraError(
             "there is no CUDA device here, so its free memory is not known: give memory_budget (--memory-budget)"
@@ -206,6 +215,7 @@ class _Planner:
     device: torch.device
     held: int
     refinement: RefinementConfig | None = None
+    quantized_inputs: bool = False
 
     @cached_property
     def blocks(self) -> list[BlockSizes]:
@@ -248,7 +258,7 @@ class _Planner:
     @property
     def streams(self) -> int:
         """How many sets of hidden states there are."""
-        return 1 if self.refinement is None else 2
+        return 1 if self.refinement is None and not self.quantized_inputs else 2
 
     def pinned_states(self, batch: int) -> int:
         """Bytes of all hidden states in pinned memory: torch rounds each batch up to a power of two."""
@@ -301,6 +311,16 @@ class _Planner:
                     codes, workspace = solving(group, self.base, self.solver, self.on, turn is turns[-1])
                     taken = [("quantized weights", codes), ("E and the solver", workspace)]
                     phase("solve", name, *resident, *grams[place:], *taken)
+            if self.quantized_inputs:
+                shapes = block, self.base
+                size = self.stream.dtype.itemsize
+                for group in block.groups:
+                    compared = comparing(group, *shapes, self.on, size, tokens)
+                    phase("forward", name, *resident, *inward, *compared, ("activations", active))
+                    gram = ("H of the quantized model's inputs", 4 * group[0].inputs ** 2)
+                    phase("solve", name, *resident, gram, *retargeting(group, *shapes, self.solver, self.on, size))
+                whole = ("deployed linears", deployed(block.linears, self.base, self.on, size))
+                phase("forward", name, *resident, *inward, whole, ("activations", active))
             if self.refinement is not None:
                 phase(
                     "refine",
@@ -359,11 +379,14 @@ class _Planner:
         pairs = 4 * self.length * self.stream.model.config.get_text_config(decoder=True).hidden_size
         forward = [2 * block.multiplied + pairs for block in self.blocks]
         depth = {}
+        if self.quantized_inputs:
+            through = 0 if self.refinement is not None else sum(forward)  # the quantized blocks
+            depth = {"inputs": tokens * (through + sum(work(block, pairs) for block in self.blocks))}
         if self.refinement is not None:
             # A step is a forward pass, one back to the inputs, and the factors' part of both. And each token passes
             # through the quantized block once.
             steps = 3 * self.refinement.steps * max(self.refinement.tokens, self.length)
-            depth = {"refine": (steps + tokens) * sum(forward)}
+            depth |= {"refine": (steps + tokens) * sum(forward)}
         return {
             "forward": tokens * sum(of * len(turns) for of, turns in zip(forward, planned, strict=True)),
             # One triangle: n² per token.
@@ -383,11 +406,14 @@ class _Planner:
         # Plain PyTorch multiplies in fp32 for H, the extension in the dtype of the inputs.
         h_rate = rate if self.on.extension else exact_rate
         computing = plan.flops["forward"] / rate + plan.flops["H"] / h_rate + plan.flops["solve"] / exact_rate
-        computing += plan.flops.get("refine", 0) / rate
+        computing += (plan.flops.get("inputs", 0) + plan.flops.get("refine", 0)) / rate
         reading = plan.read / _READ_RATE
         moved = 0.0
         if plan.states == "disk":
-            moved = 2 * self.streams * len(self.blocks) * self.samples * self.length * self.hidden / _READ_RATE
+            # Each is read and written once for each block, or read once more for each input.
+            times = 2 * self.streams * len(self.blocks)
+            times += sum(2 * len(block.groups) - 1 for block in self.blocks) if self.quantized_inputs else 0
+            moved = times * self.samples * self.length * self.hidden / _READ_RATE
         return (max(computing, reading) if plan.prefetch else computing + reading) + moved
 
 

@@ -289,6 +289,7 @@ def build_adapter(
                 *_capped(capped),
                 *_resumed(finished),
                 *_more_damped(workspace.layers),
+                *(_on_full_inputs(workspace.layers) if rounds.inputs == QUANTIZED else []),
                 *_not_mergeable(model, stream),
                 *notes,
                 digests=workspace.digests,
@@ -389,6 +390,16 @@ def _more_damped(layers: list[LayerReport]) -> list[str]:
     return [
         f"H of {len(dampings)} linears is too poor for error feedback with the rounding damping asked for: up to "
         f"{damping:g} was used ({name}); more calibration data would help"
+    ]
+
+
+def _on_full_inputs(layers: list[LayerReport]) -> list[str]:
+    names = [layer.name for layer in layers if not layer.quantized_inputs]
+    if not names:
+        return []
+    return [
+        f"{len(names)} linears ({names[0]} for one) are fitted on their inputs in the full-precision model: not every "
+        "token reaches them once, so there is no telling which of their inputs in the two models belong together"
     ]
 
 

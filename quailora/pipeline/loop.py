@@ -330,10 +330,7 @@ class Loop:
             own = {name: targets[name] for name in names if owners[name] == self.processes.rank}
             if own:
                 weights = {name: linear_weight(linears[name]) for name in own}
-                if pair is not None:
-                    with self.stages("solve"):
-                        weights = pair.targets(weights)
-                mine += self._solve_group(own, weights, gram, overwrite)
+                mine += self._solve_group(own, weights, gram, overwrite, pair)
                 del weights
             for name in names:
                 del grams[name]
@@ -343,10 +340,18 @@ class Loop:
         return [replace(found[name], target=targets[name]) for name in targets if name in found]
 
     def _solve_group(
-        self, targets: Mapping[str, Target | None], weights: dict[str, Tensor], gram: Gram, overwrite: bool
+        self,
+        targets: Mapping[str, Target | None],
+        weights: dict[str, Tensor],
+        gram: Gram,
+        overwrite: bool,
+        pair: InputPair | None,
     ) -> list[Solved]:
         """Linears that share an input. `overwrite`: the block will not run again, and weights may be overwritten."""
         start = perf_counter()
+        if pair is not None:
+            with self.stages("solve"):
+                weights = pair.targets(weights)
         ranks = {name: target.rank for name, target in targets.items() if target is not None}
         found = self.initialize(weights, ranks, gram, overwrite=overwrite)
         seconds = (perf_counter() - start) / sum(weight.numel() for weight in weights.values())
@@ -356,7 +361,8 @@ class Loop:
             factors, row = each.factors, None
             its_digest = digest(each.quantized)
             if factors is not None:
-                row = layer_report(name, each, gram.tokens, seconds * weights[name].numel(), its_digest)
+                time = seconds * weights[name].numel()
+                row = layer_report(name, each, gram.tokens, time, its_digest, quantized_inputs=pair is not None)
                 factors = replace(factors, A=factors.A.cpu(), B=factors.B.cpu())
             solved.append(Solved(name, its_digest, quantized, factors=factors, row=row))
         return solved

@@ -30,7 +30,9 @@ class Solved:
     row: LayerReport | None = None
 
 
-def layer_report(name: str, found: Initialized, tokens: int, seconds: float, digest: str) -> LayerReport:
+def layer_report(
+    name: str, found: Initialized, tokens: int, seconds: float, digest: str, quantized_inputs: bool
+) -> LayerReport:
     factors = found.factors
     assert factors is not None
 
@@ -55,6 +57,7 @@ def layer_report(name: str, found: Initialized, tokens: int, seconds: float, dig
         alternations=[
             [per_token(before), per_token(after)] for before, after in zip(found.before, found.after, strict=True)
         ],
+        quantized_inputs=quantized_inputs,
     )
 
 

@@ -44,7 +44,7 @@ This LoRA adapter has not been trained yet. It is initialized to reduce the erro
 linear layer, A and B minimize ‖(W - Q - A Bᵀ) X‖, where W is the full-precision weight, Q the quantized weight and X
 the layer's inputs on calibration data (QuAILoRA, [arXiv 2410.14713](https://arxiv.org/abs/2410.14713)).
 {len(report.layers)} linear layers were initialized, and {report.error_left:.1%} of their output error on that data is
-left (geometric mean). {_REFINED if report.blocks else ""}{_refined_model(record, report)}`report.md` lists every layer.
+left (geometric mean). {_depth(record, report)}`report.md` lists every layer.
 
 {settings_table(record)}
 
@@ -67,6 +67,14 @@ before or after training, use
 """
 
 
+def _depth(record: dict[str, Any], report: Report) -> str:
+    """What was done along the depth."""
+    behind = _QUANTIZED_INPUTS if any(layer.quantized_inputs for layer in report.layers) else ""
+    return behind + (_REFINED if report.blocks else "") + _refined_model(record, report)
+
+
+_QUANTIZED_INPUTS = """X are the inputs behind quantized layers with their factors, and W is changed to undo part of
+what those left (GPTAQ, [arXiv 2504.02692](https://arxiv.org/abs/2504.02692)). """
 _REFINED = """Then the factors of each block were trained together, on that data, for the output of the block in the
 quantized model. """
 

@@ -124,11 +124,12 @@ def settings_table(record: dict[str, Any]) -> str:
     base, solver, calibration, lora = (record[name] for name in ("base", "solver", "calibration", "lora"))
     revision = f", revision {base['revision']}" if base["revision"] else ""
     iterations = "" if solver["iterations"] is None else f", {markdown.count(solver['iterations'], 'iteration')}"
-    of_model = record.get("model_refinement")
+    of_model, rounding = record.get("model_refinement"), base.get("rounding_settings")
     sequences = markdown.count(calibration["samples"], "sequence")
     rows = {
         "base": f"{base['checkpoint']}{revision}, loaded in {base['dtype']}, fingerprint `{base['fingerprint']}`",
         "quantization": from_dict(base["quantization"]).describe(),
+        **({"rounding": f"calibrated, {markdown.pairs(rounding)}"} if rounding else {}),
         "LoRA": markdown.pairs(lora),
         "solver": f"{solver['name']}{iterations}, damping {solver['damping']:g}, seed {solver['seed']}",
         **({"refinement": markdown.pairs(record["refinement"])} if "refinement" in record else {}),

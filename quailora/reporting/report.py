@@ -40,6 +40,8 @@ class LayerReport:
     more_damping: float | None = None  # λ of error feedback, where H took more than was asked for
     # Where Q and the factors were found in turn: output_error and output_error_after of each alternation.
     alternations: list[list[float]] = field(default_factory=list)
+    # Whether x is what it receives behind quantized layers, and W the target that undoes part of what those left.
+    quantized_inputs: bool = False
 
     @property
     def kind(self) -> str:
@@ -161,7 +163,7 @@ class Report:
         parts = [
             "# QuAILoRA report",
             f"{self._headline()}. The output error of a layer is the root mean square of ‖(E - A Bᵀ) x‖ over the "
-            "calibration tokens x, where E = W - Q; before initialization A Bᵀ is 0.",
+            f"calibration tokens x, where E = W - Q; before initialization A Bᵀ is 0.{self._inputs()}",
             settings_table(self.record),
             "## By kind of layer",
             markdown.table(by_kind),
@@ -199,6 +201,9 @@ class Report:
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             lines.append(f"left at the LoRA default: {', '.join(names[:NAMES_SHOWN])}{more} ({why})")
         return Text("\n".join(lines + self.notes))
+
+    def _inputs(self) -> str:
+        return _QUANTIZED_INPUTS if any(layer.quantized_inputs for layer in self.layers) else ""
 
     def _headline(self) -> str:
         layers, left = markdown.count(len(self.layers), "linear layer"), _left(self.layers)
@@ -249,6 +254,10 @@ class Report:
             raise AdapterError(f"{path} is not a report that quailora wrote: {error!r}") from error
 
 
+_QUANTIZED_INPUTS = (
+    " Here x are inputs behind quantized layers with their factors, and W is the target that undoes part of what those "
+    "left."
+)
 _REFINED = (
     "Errors of a block's output are relative to that of the full-precision model, root mean squares over held-out "
     "tokens. The tables above have the factors as they were before."
