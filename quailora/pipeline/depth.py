@@ -102,14 +102,16 @@ class Depth:
         seen: list[Tensor] = []
 
         def receive(full: Tensor) -> None:
-            rows = [x.shape[:-1].numel() for x in (full, *seen)]
-            if rows != [batch.input_ids.numel()] * 2:
-                raise CalibrationError(
-                    f"{name} receives {rows} rows of a batch of {batch.input_ids.numel()} tokens, so what it receives "
-                    "in the full-precision model and in the quantized one cannot be paired; take inputs='full' "
-                    "(--inputs full)"
-                )
+            check(full, *seen)
             pair.update(full, seen.pop(), keep)
+
+        def check(*received: Tensor) -> None:
+            rows, tokens = [x.shape[:-1].numel() for x in received], batch.input_ids.numel()
+            if rows and rows != [tokens] * 2:
+                raise CalibrationError(
+                    f"{name} receives {rows} rows of a batch of {tokens} tokens, so what it receives in the "
+                    "full-precision model and in the quantized one cannot be paired; take inputs='full' (--inputs full)"
+                )
 
         with ops.half_products(run.device, [run.dtype]):
             for number, batch in enumerate(run.batches):
@@ -118,6 +120,7 @@ class Depth:
                     run.forward(number, streams.quantized[number])
                 with receiving(linear, receive, stop=not propagate):
                     hidden = run.forward(number, streams.full[number])
+                check(*seen)
                 if propagate:
                     streams.full[number] = hidden
                     del hidden

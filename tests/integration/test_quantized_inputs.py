@@ -1,7 +1,6 @@
 """Linears fitted on their inputs behind quantized layers, against whole models in plain torch; on one process or two,
 whole or resumed, and together with the refinement of blocks."""
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,10 +113,9 @@ def test_the_quantized_model_is_closer_to_the_full_one(folder: Path, tmp_path: P
                 of[name] @ each.get_parameter(f"{name}.weight").T for of, each in zip(both, (full, model), strict=True)
             )
             errors.setdefault(name, []).append(((given - wanted).norm() / wanted.norm()).item())
-    print({k: v for k, v in errors.items()})
-    ratios = {name: after / before for name, (before, after) in errors.items()}
-    assert math.prod(ratios.values()) < 0.97 ** len(ratios), ratios
-    assert ratios["model.layers.1.mlp.down_proj"] < 0.97
+    first = [f"model.layers.0.self_attn.{name}" for name in ATTENTION]
+    for name, (before, after) in errors.items():
+        assert after == before if name in first else after < 0.95 * before, name
 
 
 def test_all_records_say_so(folder: Path, tmp_path: Path) -> None:
@@ -168,22 +166,26 @@ def test_inputs_that_cannot_be_paired_are_those_of_the_full_model(folder: Path, 
     assert any(note.startswith(said) for note in report.notes)
 
 
-@pytest.mark.parametrize("only", [True, False])
-def test_a_batch_that_does_not_pair_up_is_an_error(only: bool, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reached", ["with fewer rows", "in the quantized model only", "twice"])
+def test_a_batch_that_does_not_pair_up_is_an_error(reached: str, folder: Path, tmp_path: Path) -> None:
     """An expert that got every token of the batch that was looked at, and not of another."""
+    calls = iter(range(1000))
+
+    def routed(mlp: Any, x: Tensor) -> Tensor:
+        inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        if reached == "with fewer rows":
+            mlp.down_proj(inner[:, :3])
+        elif next(calls) % 2 == 0 or reached == "twice":
+            mlp.down_proj(inner)
+        return x if reached != "twice" else x + mlp.down_proj(inner)
+
     with (
         mock.patch.object(Depth, "groups", lambda *args, **kwargs: [["model.layers.0.mlp.down_proj"]]),
-        mock.patch("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, x: _half(self, x, only)),
+        mock.patch("quailora.pipeline.loop.Loop._on_full", lambda *args, **kwargs: []),
+        mock.patch("transformers.models.llama.modeling_llama.LlamaMLP.forward", routed),
         pytest.raises(CalibrationError, match=r"down_proj receives .* take inputs='full' \(--inputs full\)"),
     ):
-        make(folder, tmp_path / "out", data=Calibration(DATA.sequences[:1], "one"), resume=False)
-
-
-def _half(mlp: Any, x: Tensor, only: bool) -> Tensor:
-    inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
-    if only:
-        mlp.down_proj(inner[:, :3])
-    return x
+        make(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
@@ -193,7 +195,7 @@ def test_experts_of_a_mixture(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "falcon"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "opt"])
 def test_nf4_of_other_families(family: str, tmp_path: Path) -> None:
     checkpoint = tiny.checkpoint(tmp_path / "model", family)
     report = make(checkpoint, tmp_path / "out", quantization=four_bits(), rounding="calibrated")
@@ -222,7 +224,7 @@ def test_a_resumed_run_ends_with_the_same_bits(refine: str | None, folder: Path,
 
     with mock.patch.object(Workspace, "save_block", save_block), pytest.raises(Stop):
         make(folder, tmp_path / "out", **options)
-    with pytest.raises(QuailoraError, match='rounding_settings.inputs was "quantized" and is "full"'):
+    with pytest.raises(QuailoraError, match=r'settings\.inputs was "quantized" and is "full"'):
         make(folder, tmp_path / "out", **options, inputs="full")
     make(folder, tmp_path / "out", **options)
     for one, other in (("whole/adapter_model", "out/adapter_model"), ("first base/model", "base/model")):
@@ -245,7 +247,7 @@ def test_two_processes_make_what_one_does(folder: Path, tmp_path: Path) -> None:
     for ours, layer in zip(reports[0].layers, alone.layers, strict=True):
         assert (ours.name, ours.tokens, ours.quantized_inputs) == (layer.name, layer.tokens, True)
         # A code that falls the other way moves what follows.
-        assert ours.output_error_after == pytest.approx(layer.output_error_after, rel=0.02)
+        assert ours.output_error_after == pytest.approx(layer.output_error_after, rel=0.1)
 
 
 def test_out_of_memory_halves_the_micro_batches(folder: Path, tmp_path: Path) -> None:
@@ -264,7 +266,7 @@ def test_out_of_memory_halves_the_micro_batches(folder: Path, tmp_path: Path) ->
     assert any("ran out of memory" in note for note in report.notes)
     for ours, layer in zip(report.layers, whole.layers, strict=True):
         assert ours.tokens == layer.tokens
-        assert ours.output_error_after == pytest.approx(layer.output_error_after, rel=0.02)
+        assert ours.output_error_after == pytest.approx(layer.output_error_after, rel=0.1)
 
 
 @pytest.fixture(autouse=True)

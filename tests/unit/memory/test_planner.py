@@ -26,6 +26,7 @@ from quailora.cli.app import app
 from quailora.errors import QuailoraError
 from quailora.memory import planner, sizes
 from quailora.memory.budget import parse_bytes
+from quailora.memory.depth import comparing, retargeting
 from quailora.memory.planner import BudgetError, Plan, make_plan
 from quailora.memory.sizes import Calibrated, Device, Weight, activations, block_sizes, solving
 from quailora.memory.training import refining
@@ -34,6 +35,7 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops import reference
 from quailora.pipeline.block import BlockRun, DeployedLinear
+from quailora.pipeline.depth import Depth, Streams
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.quantize import CalibratedQ
 from quailora.pipeline.stages import Stages
@@ -489,6 +491,85 @@ def test_with_refinement(device: torch.device, small: StreamedModel) -> None:
     assert planned(small, 80 * GIB, refinement=RefinementConfig(), batch_size=64, **options).batch_size == 32
     tight = planned(small, 300 * MIB, refinement=RefinementConfig(), **options)
     assert tight.batch_size < 4 and tight.peak <= 300 * MIB
+
+
+# ---- inputs behind quantized layers
+
+
+@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)], ids=["bf16", "bf16 in fp32"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_fitting_behind_quantized_layers(
+    family: str, slow: tuple[torch.dtype, ...], slow_halves: Callable[..., None], tmp_path: Path
+) -> None:
+    """All that is allocated for each group besides the block's weights and the hidden states: on the way to it in both
+    models, and for its targets, Q and factors."""
+    slow_halves(*slow)
+    wide = {"n_embd": 256} if family == "gpt2" else {"hidden_size": 256, "intermediate_size": 512}
+    stream = streamed(tiny.checkpoint(tmp_path, family, torch.bfloat16, **wide))
+    keep = torch.arange(64) < torch.tensor([64, 64, 50, 30])[:, None]
+    batches = [Batch(torch.randint(2, tiny.VOCABULARY, (4, 64)), keep) for _ in range(2)]
+    streams = Streams(HiddenStates(CPU), HiddenStates(CPU))
+    assert streams.quantized is not None
+    with torch.no_grad(), stream.resident(*stream.outside_blocks()):
+        calls = Calls(stream)
+        for number, batch in enumerate(batches):
+            streams.full[number], of_blocks = calls.record(batch)
+            streams.quantized[number] = streams.full[number] + 0.01
+    block = stream.blocks[0]
+    run = BlockRun(block.module, CPU, stream.dtype, batches, [of_blocks[0]] * 2)
+    found, on = block_sizes(stream, targets_of(stream, rank=16))[0], Device.of(CPU, stream.dtype)
+    tokens, size, base = 4 * 64, stream.dtype.itemsize, Calibrated(NF4)
+    active = activations(found, stream, 4, 64, on)
+    with stream.resident(f"{block.name}."), torch.no_grad():
+        linears = block.linears()
+        groups = Depth.groups(run, linears, streams)
+        peaks: dict[str, list[tuple[int, int]]] = {"forward": [], "solve": []}
+        for group in groups:
+            sizes_of = [w for w in found.linears if f"{block.name}.{w.name}" in group]
+            with Footprint() as footprint:
+                deployed = {}
+                for name in linears.keys() - set(group):
+                    q, (m, n) = NF4.quantize(linear_weight(linears[name])), linear_weight(linears[name]).shape
+                    deployed[name] = DeployedLinear(q.dequantize(), 0.1 * torch.randn(m, 16), 0.1 * torch.randn(n, 16))
+                    del q
+                pair = Depth.compare(run, linears, group[0], deployed, streams, propagate=group is groups[-1])
+            parts = dict(comparing(sizes_of, found, base, on, size, tokens))
+            peaks["forward"].append((footprint.peak, sum(parts.values()) + active))
+            del deployed
+            with Footprint() as footprint:
+                targets = pair.targets({name: linear_weight(linears[name]) for name in group})
+                step = CalibratedQ(NF4, RoundingConfig(alternations=1), KRYLOV, Stages())
+                step(targets, dict.fromkeys(group, 16), pair.gram, overwrite=False)
+            del targets
+            parts = dict(retargeting(sizes_of, found, base, KRYLOV, on, size))
+            del parts["deployed linears"]
+            gram = 4 * sizes_of[0].inputs ** 2  # it was there before, as D was, and is counted apart
+            peaks["solve"].append((footprint.peak, sum(parts.values()) + gram))
+    print(family, slow, peaks)
+    for of_groups in peaks.values():
+        assert all(peak <= planned for peak, planned in of_groups)
+        peak, planned = (max(each) for each in zip(*of_groups, strict=True))
+        assert planned <= 2.5 * peak
+
+
+@pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
+def test_with_inputs_behind_quantized_layers(device: torch.device, small: StreamedModel) -> None:
+    """A second stream of hidden states, D beside H, targets, and the parts of passes."""
+    options = SMALL | {"device": device}
+    plain, plan = (planned(small, 80 * GIB, quantized_inputs=each, **options) for each in (False, True))
+    assert size_of(plan, "hidden states") == 2 * size_of(plain, "hidden states")
+    assert size_of(plan, "H of the quantized model's inputs, and D") == 2 * 4 * 4096**2
+    assert size_of(plan, "targets", phase="solve") == 4 * 1024 * 4096
+    deployed = 2 * (2 * 1024**2 + 2 * 256 * 1024 + 2 * 4096 * 1024)  # all but down_proj
+    assert size_of(plan, "deployed linears", phase="forward") > deployed
+    # Both models up to o_proj, gate_proj and up_proj, and down_proj; the full one on, and then the quantized one again.
+    assert 2 * plan.flops["forward"] < plan.flops["inputs"] - 2 * plan.flops["H"] < 3 * plan.flops["forward"]
+    assert "inputs" not in plain.flops and "a part of a pass for each input" in plan.text()
+    both = planned(small, 80 * GIB, quantized_inputs=True, refinement=RefinementConfig(), **options)
+    assert size_of(both, "hidden states") == size_of(plan, "hidden states")
+    assert both.flops["inputs"] == plan.flops["inputs"] - plan.flops["forward"]  # that of the refined blocks
+    tight = planned(small, 430 * MIB, quantized_inputs=True, **options)
+    assert tight.batch_size < plan.batch_size and tight.peak <= 430 * MIB
 
 
 def test_an_error_is_in_memory_on_a_gpu_where_no_kernel_reads_the_codes() -> None:
