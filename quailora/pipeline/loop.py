@@ -17,30 +17,27 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quailora import ops
 from quailora.adapters.targets import Target
 from quailora.calibration.calls import Call, Calls
 from quailora.calibration.data import Batch
-from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
-from quailora.calibration.inputs import InputPair
 from quailora.errors import QuailoraError
 from quailora.memory.planner import Plan
-from quailora.modeling.blocks import Block, linear_weight
+from quailora.modeling.blocks import Block
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.block import BlockRun, DeployedLinear
 from quailora.pipeline.depth import Depth, Streams
 from quailora.pipeline.distributed import Processes
 from quailora.pipeline.quantize import QuantizeAndSolve
-from quailora.pipeline.solved import Solved, layer_report, unreached
+from quailora.pipeline.solved import Solved, unreached
+from quailora.pipeline.solving import Solving
 from quailora.pipeline.stages import Stages
-from quailora.quantization.verify import digest
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import BlockReport
 
@@ -81,6 +78,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._recorder = Calls(self.model)
+        self._solve = Solving(self.initialize, self.keep_q, self.processes, self.stages, self.trim)
         self._batches: list[Batch] = []
         self._calls: list[list[Call]] = []  # by batch and block
 
@@ -312,67 +310,11 @@ class Loop:
         refined = [replace(each, target=targets[each.name]) for each in found]
         return refined, Depth.as_saved(deployed, targets), report
 
-    def _solve(
-        self,
-        targets: dict[str, Target | None],
-        linears: dict[str, nn.Module],
-        grams: dict[str, Gram],
-        overwrite: bool,
-        pair: InputPair | None = None,
-    ) -> list[Solved]:
-        """What all ranks solved, on the main process; nothing elsewhere. Empties `grams`: each H is freed after use.
-        pair: what makes targets of weights, for one group."""
-        owners = self.processes.assign({name: linears[name].get_parameter("weight").numel() for name in targets})
-        mine: list[Solved] = []
-        while grams:
-            gram = next(iter(grams.values()))
-            names = [name for name, its in grams.items() if its is gram]
-            own = {name: targets[name] for name in names if owners[name] == self.processes.rank}
-            if own:
-                weights = {name: linear_weight(linears[name]) for name in own}
-                mine += self._solve_group(own, weights, gram, overwrite, pair)
-                del weights
-            for name in names:
-                del grams[name]
-            del gram
-            self.trim()
-        found = {each.name: each for of_one in self.processes.gather(mine) for each in of_one}
-        return [replace(found[name], target=targets[name]) for name in targets if name in found]
-
-    def _solve_group(
-        self,
-        targets: Mapping[str, Target | None],
-        weights: dict[str, Tensor],
-        gram: Gram,
-        overwrite: bool,
-        pair: InputPair | None,
-    ) -> list[Solved]:
-        """Linears that share an input. `overwrite`: the block will not run again, and weights may be overwritten."""
-        start = perf_counter()
-        if pair is not None:
-            with self.stages("solve"):
-                weights = pair.targets(weights)
-        ranks = {name: target.rank for name, target in targets.items() if target is not None}
-        found = self.initialize(weights, ranks, gram, overwrite=overwrite)
-        seconds = (perf_counter() - start) / sum(weight.numel() for weight in weights.values())
-        solved = []
-        for name, each in found.items():
-            quantized = each.quantized.to(_CPU) if self.keep_q else None
-            factors, row = each.factors, None
-            its_digest = digest(each.quantized)
-            if factors is not None:
-                time = seconds * weights[name].numel()
-                row = layer_report(name, each, gram.tokens, time, its_digest, quantized_inputs=pair is not None)
-                factors = replace(factors, A=factors.A.cpu(), B=factors.B.cpu())
-            solved.append(Solved(name, its_digest, quantized, factors=factors, row=row))
-        return solved
-
 
 def _prefix(block: Block) -> str:
     return f"{block.name}."
 
 
-_CPU = torch.device("cpu")
 _SMALLER = "lower memory_budget (--memory-budget), batch_size (--batch-size 1), or sequence_length (--sequence-length)"
 
 

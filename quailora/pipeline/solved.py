@@ -31,7 +31,7 @@ class Solved:
 
 
 def layer_report(
-    name: str, found: Initialized, tokens: int, seconds: float, digest: str, quantized_inputs: bool
+    name: str, found: Initialized, tokens: int, seconds: float, digest: str, *, quantized_inputs: bool
 ) -> LayerReport:
     factors = found.factors
     assert factors is not None
