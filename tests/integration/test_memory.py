@@ -69,3 +69,21 @@ def test_blocks_are_refined_within_the_budget_whatever_the_depth(model: Path, tm
     assert found["planned"] <= found["budget"]
     assert 0.5 * found["planned"] < found["measured"] < 1.1 * found["planned"]
     assert deeper["measured"] == pytest.approx(found["measured"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_linears_are_fitted_behind_quantized_ones_within_the_budget_whatever_the_depth(
+    model: Path, tmp_path: Path
+) -> None:
+    deep = tmp_path / "deep"
+    memory.write_model(deep, replace(SMALL, blocks=16))
+    budget = f"{_LIBRARIES['cpu'] // 2**20 + 350}MiB"
+    found, deeper = (
+        measure(
+            each, 128, budget, base_output=tmp_path / f"base {each.name}", rounding="calibrated", inputs="quantized"
+        )
+        for each in (model, deep)
+    )
+    assert found["planned"] <= found["budget"]
+    assert 0.5 * found["planned"] < found["measured"] < 1.1 * found["planned"]
+    assert deeper["measured"] == pytest.approx(found["measured"], rel=0.1)

@@ -27,6 +27,7 @@ from quailora.pipeline import build as pipeline
 from quailora.pipeline import refine as refinement
 from quailora.pipeline.resume import Workspace
 from quailora.quantization.registry import config_for
+from quailora.quantization.rounding import DEFAULT_INPUTS
 from quailora.refinement.config import RefinementConfig
 from quailora.solvers.config import DEFAULT_DAMPING
 from tests.helpers import tiny
@@ -148,6 +149,7 @@ def test_options_reach_build_adapter(
         "rounding_damping": None,
         "alternations": None,
         "magr": None,
+        "inputs": None,
         "alpha": None,
         "refine": None,
         "refine_steps": None,
@@ -197,6 +199,7 @@ def test_options_reach_build_adapter(
         "rounding_damping": None,
         "alternations": None,
         "magr": None,
+        "inputs": None,
         "alpha": None,
         "refine": "blocks",
         "refine_steps": 7,
@@ -234,9 +237,11 @@ def test_options_reach_build_adapter(
     )
     assert (quantization.bits, quantization.group_size, quantization.sym) == (3, 128, False)
     assert (keywords["base_output"], keywords["rounding"]) == (tmp_path / "base", "nearest")
-    _, quantization, keywords = call("--bits", "2", *base, "--rounding-damping", "0.5", "--alternations", "4")
+    _, quantization, keywords = call("--bits", "2", *base, "--rounding-damping", "0.5", "--inputs", "quantized")
     assert (quantization.bits, quantization.group_size, quantization.sym) == (2, 64, True)
-    assert (keywords["rounding_damping"], keywords["alternations"]) == (0.5, 4)
+    assert (keywords["rounding_damping"], keywords["inputs"]) == (0.5, "quantized")
+    _, _, keywords = call(*base, "--alternations", "4")
+    assert keywords["alternations"] == 4
 
 
 @pytest.mark.parametrize(
@@ -253,6 +258,7 @@ def test_options_reach_build_adapter(
         (("--refine-rate", "1"), "refine_rate (--refine-rate) goes with refine (--refine)"),
         (("--alternations", "2"), "(--alternations) is of calibrated rounding"),
         (("--rounding-damping", "0.1"), "(--rounding-damping) is of calibrated rounding"),
+        (("--inputs", "quantized"), "(--inputs quantized) takes codes that are chosen by calibration"),
     ],
 )
 def test_options_that_do_not_go_together(
@@ -629,3 +635,4 @@ def test_help_names_the_defaults() -> None:
     helps = {option.name: option.help for option in typer.main.get_command(cli.app).commands["init"].params}  # type: ignore[attr-defined]
     for name, default in named.items():
         assert float(helps[name].partition("Default: ")[2].split()[0].rstrip(".")) == default
+    assert f"Default: {DEFAULT_INPUTS}." in helps["inputs"]

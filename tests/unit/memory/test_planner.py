@@ -545,7 +545,6 @@ def test_fitting_behind_quantized_layers(
             del parts["deployed linears"]
             gram = 4 * sizes_of[0].inputs ** 2  # it was there before, as D was, and is counted apart
             peaks["solve"].append((footprint.peak, sum(parts.values()) + gram))
-    print(family, slow, peaks)
     for of_groups in peaks.values():
         assert all(peak <= planned for peak, planned in of_groups)
         peak, planned = (max(each) for each in zip(*of_groups, strict=True))
@@ -660,9 +659,13 @@ def test_command(tmp_path: Path) -> None:
     nearest, calibrated = solving_bytes(), solving_bytes("--rounding", "calibrated")
     assert calibrated > nearest + 4 * 4096**2
     assert solving_bytes("--bits", "3", "--group-size", "128") > nearest + 4 * 4096**2
+    # And of inputs behind quantized layers, targets in fp32 (of down_proj, the largest).
+    behind = solving_bytes("--rounding", "calibrated", "--inputs", "quantized")
+    assert behind > calibrated + 4 * 1024 * 4096
     for options, message in (
         (("--group-size", "64"), "--group-size goes with --bits"),
         (("--bits", "3", "--training"), "--bits is not for --training"),
         (("--rounding", "gptq"), "--rounding"),
+        (("--inputs", "quantized"), "takes codes that are chosen by calibration"),
     ):
         assert message in str(run(*options).exception)
