@@ -256,10 +256,11 @@ def sums() -> Iterator[Sums]:
         yield found
 
 
-def member(rank: int, place: Path, folder: Path, output: Path) -> tuple[Report, Sums]:
+def member(rank: int, place: Path, folder: Path, output: Path) -> tuple[Report, list[Any]]:
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
     with sums() as found:
-        return make(folder, output, batch_size=4, solver="eigh", distributed=True), found
+        report = make(folder, output, batch_size=4, solver="eigh", distributed=True)
+    return report, [[each.tolist() for each in pair] for pair in found]  # a tensor is gone with its process
 
 
 @pytest.mark.slow
@@ -270,10 +271,9 @@ def test_two_processes_make_what_one_does(folder: Path, tmp_path: Path) -> None:
     (report, of_both), (other, _) = (child.result() for child in children)
     assert report.layers == other.layers
     # Of o_proj. Further on, a code that falls the other way moves what follows.
-    own = next(pair for pair in of_both if pair[1].norm() > 0)
     assert of_one[0][1].norm() == 0
-    for sum_of_both, whole in zip(own, of_one[1], strict=True):
-        assert (sum_of_both - whole).norm() < 0.02 * whole.norm()
+    for of_ranks, whole in zip(of_both[1], of_one[1], strict=True):
+        assert (torch.tensor(of_ranks) - whole).norm() < 0.02 * whole.norm()
     for ours, layer in zip(report.layers, alone.layers, strict=True):
         assert (ours.name, ours.tokens, ours.quantized_inputs) == (layer.name, layer.tokens, True)
         assert ours.output_error_after == pytest.approx(layer.output_error_after, rel=0.1)
