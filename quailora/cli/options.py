@@ -77,8 +77,8 @@ LoadedOption = Annotated[
 InputsOption = Annotated[
     str | None,
     typer.Option(
-        help="Of calibrated rounding: full, fit on the inputs that a linear has in the full-precision model; or "
-        "quantized, on those that it has behind quantized layers, correcting half of what those left. Default: full."
+        help="Of calibrated rounding: quantized, fit on the inputs that a linear has behind quantized layers, correcting "
+        "half of what those left; or full, on those in the full-precision model, in less time. Default: quantized."
     ),
 ]
 RefineOption = Annotated[

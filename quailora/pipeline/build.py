@@ -103,9 +103,9 @@ def build_adapter(
             factors in turn, or "nearest". None is "calibrated" with a `base_output`.
         rounding_damping, alternations, magr: of calibrated rounding; see
             `quailora.quantization.rounding.RoundingConfig`. None takes its defaults.
-        inputs: of calibrated rounding: the inputs that Q and the factors are fitted on, those that a linear has in the
-            "full" precision model, or those that it has behind "quantized" layers, with a target that undoes half of
-            what those left. The latter takes a second set of hidden states, and several times as long.
+        inputs: of calibrated rounding: the inputs that Q and the factors are fitted on, those that a linear has behind
+            "quantized" layers, with a target that undoes half of what those left, or those in the "full" precision
+            model. The former takes a second set of hidden states, and several times as long. None is "quantized".
         refine: "blocks" trains the factors of each block together, after they were found layer by layer, for the
             output of the block on what the quantized blocks before it give; some of the data is held out, and what does
             best on it is kept. It takes a second set of hidden states and a second forward pass, and a few dozen steps

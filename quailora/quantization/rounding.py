@@ -15,7 +15,7 @@ from quailora.quantization.verify import CALIBRATED, NEAREST
 DEFAULT_DAMPING, DEFAULT_ALTERNATIONS = 0.1, 2
 
 FULL, QUANTIZED = "full", "quantized"
-DEFAULT_INPUTS = FULL  # of calibrated rounding
+DEFAULT_INPUTS = QUANTIZED  # of calibrated rounding
 
 
 @dataclass(frozen=True)
