@@ -351,7 +351,8 @@ def test_the_cards_say_how_a_gptq_base_is_loaded(model: Path, tmp_path: Path) ->
 
 def test_magr_is_recorded_and_shown(model: Path, tmp_path: Path) -> None:
     report = build(model, tmp_path, alternations=0, magr=0.01)
-    assert report.record["base"]["rounding_settings"] == {"damping": 0.1, "alternations": 0, "magr": 0.01}
+    settings = {"damping": 0.1, "alternations": 0, "magr": 0.01, "inputs": "quantized"}
+    assert report.record["base"]["rounding_settings"] == settings
     assert "MagR (arXiv 2406.00800, strength 0.01), then error feedback" in (tmp_path / "base/README.md").read_text()
     without = build(model, tmp_path / "without", alternations=0)
     assert "MagR" not in (tmp_path / "without/base/README.md").read_text()
