@@ -77,8 +77,9 @@ LoadedOption = Annotated[
 InputsOption = Annotated[
     str | None,
     typer.Option(
-        help="Of calibrated rounding: quantized, fit on the inputs that a linear has behind quantized layers, correcting "
-        "half of what those left; or full, on those in the full-precision model, in less time. Default: quantized."
+        help="Of calibrated rounding: quantized, fit on the inputs that a linear has behind quantized layers, which "
+        "corrects half of what those left; or full, on those in the full-precision model, which takes less time. "
+        "Default: quantized."
     ),
 ]
 RefineOption = Annotated[
