@@ -7,12 +7,11 @@ measure. W and H are gathered once, and every base is made from them, as `quailo
 are those of a dense model with Q, and with Q + A Bᵀ, in place of W. "left" is the geometric mean over the linears of
 the objective with the factors, relative to that of A Bᵀ = 0 and Q = 0. Alternations count from 0: the factors are
 found once, which with MagR is CLoQ (arXiv 2501.18475). The time of a row, quantizing and solving, is given in forward
-passes over the calibration tokens.
+passes over the calibration tokens. --json is written after each row, and other rows that it has already stay.
 """
 
 import argparse
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import quailora
 from benchmarks.common import tables
 from benchmarks.common.layers import gather
 from benchmarks.common.smollm2 import fetch
+from benchmarks.common.timing import keep
 from quailora import ops
 from quailora.calibration.data import Calibration, CalibrationConfig, read_calibration
 from quailora.calibration.gram import Gram
@@ -42,6 +42,8 @@ from quailora.quantization.rounding import DEFAULT_ALTERNATIONS, DEFAULT_DAMPING
 from quailora.quantization.verify import CALIBRATED, NEAREST
 from quailora.solvers.config import SolverConfig
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,11 +54,14 @@ class Row:
 
     @property
     def name(self) -> str:
+        name = self.base.name
+        if isinstance(self.base, GPTQ) and not self.base.symmetric:
+            name += " asymmetric"
         if self.rounding.rounding == NEAREST:
-            return f"{self.base.name} nearest"
-        magr = ", MagR" if self.rounding.magr else ""
+            return f"{name} nearest"
+        magr = f", MagR {self.rounding.magr:g}" if self.rounding.magr else ""
         chosen = f"λ {self.rounding.damping:g}, alternations {self.rounding.alternations}{magr}"
-        return f"{self.base.name} calibrated, {chosen}"
+        return f"{name} calibrated, {chosen}"
 
     def make(self, layers: Mapping[str, tuple[Tensor, Gram]], rank: int, stages: Stages) -> dict[str, Initialized]:
         """Q and the factors of every linear; those that share an H together, as in a run."""
@@ -93,10 +98,11 @@ def perplexity(model: Any, weights: Mapping[str, Tensor], text: Calibration) -> 
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """Of what --json has written, for docs/guides/bases.md."""
+    """Of what --json has written, for docs/guides/bases.md; the rows of a base stand together."""
+    bases = list(dict.fromkeys(name.split()[0] for name in record["rows"]))
     rows = [
         (name, f"{row['alone']:.1f}", f"{row['with factors']:.2f}", f"{100 * row['left']:.2f} %")
-        for name, row in record["rows"].items()
+        for name, row in sorted(record["rows"].items(), key=lambda item: bases.index(item[0].split()[0]))
     ]
     heads = ("base", "alone", "with factors", "left of ½ tr(W H Wᵀ)")
     return f"Full precision: {record['full precision']:.2f}.\n\n{tables.table(heads, rows)}"
@@ -123,7 +129,8 @@ def main() -> None:
     text = read_calibration(checkpoint, arguments.measure, CalibrationConfig(samples=16, sequence_length=512))
     layers = gather(checkpoint, calibration)
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=checkpoint.dtype)
-    results: dict[str, dict[str, float]] = {}
+    known = tables.read_json(arguments.json) if arguments.json else None
+    results: dict[str, dict[str, float]] = known["rows"] if known else {}
     full = quailora.evaluate.perplexity(model, text.batches(2))
     forward = forward_seconds(model, calibration)
     print(f"{'full precision':<44} {full:8.2f}   forward pass {forward:.1f} s", flush=True)
@@ -165,9 +172,7 @@ def main() -> None:
                 f"({', '.join(f'{name} {value:.0f}' for name, value in stages.seconds.items())})",
                 flush=True,
             )
-    if arguments.json:
-        record = {"full precision": full, "forward seconds": forward, "rows": results}
-        arguments.json.write_text(json.dumps(record, indent=2))
+            keep(arguments.json, CPU, {"full precision": full, "forward seconds": forward, "rows": results})
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -40,10 +41,13 @@ from benchmarks.end_to_end.low_bits import Row
 from benchmarks.paper.initializations import DTYPE, lora
 from benchmarks.paper.study import LORA_ALPHA, RANK, SCALES, Run, Scale, in_batches, read_texts, train
 from quailora.adapters.alpha import matched_alpha
+from quailora.adapters.saved_adapter import SavedAdapter
 from quailora.adapters.targets import Target
+from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
+from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.pipeline.quantize import Initialized
 from quailora.pipeline.stages import Stages
 from quailora.quantization.gptq import GPTQ
@@ -51,7 +55,9 @@ from quailora.quantization.protocol import QuantizedBase
 from quailora.quantization.registry import config_for, from_config
 from quailora.quantization.rounding import DEFAULT_ALTERNATIONS, DEFAULT_DAMPING, RoundingConfig
 from quailora.quantization.verify import CALIBRATED, NEAREST
+from quailora.reporting.record import read_record
 from quailora.reporting.report import LayerReport
+from quailora.solvers.solve import LoraFactors
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "bases"
 SETS = ("roleplay", "codegen")
@@ -66,6 +72,7 @@ class Choice:
 
     initialization: "zero"; "quailora"; "matched", with the alpha that is matched to zero's rate; or "frozen-R+T", a
         correction of rank R that stays as it is, and a trained adapter of rank T from zero.
+    inputs, refine: as `build_adapter` takes them; None is layer by layer, on inputs of the full-precision model.
     """
 
     base: str
@@ -73,21 +80,23 @@ class Choice:
     rounding: str = NEAREST
     damping: float = 0.0
     alternations: int = 0
+    inputs: str | None = None
+    refine: str | None = None
 
     @property
     def codes(self) -> str:
         if self.rounding == NEAREST:
             return "" if self.base == "bf16" else NEAREST
-        return f"{self.rounding}, λ {self.damping:g}, alternations {self.alternations}"
+        inputs = f", {self.inputs} inputs" if self.inputs else ""
+        return f"{self.rounding}, λ {self.damping:g}, alternations {self.alternations}{inputs}"
 
     @property
     def title(self) -> str:
+        ours = f"QuAILoRA, {self.refine} refined" if self.refine else "QuAILoRA"
         if self.initialization.startswith("frozen-"):
             found, trained = self.ranks
-            return f"QuAILoRA of rank {found} frozen, {trained} from zero"
-        return {"zero": "zero (QLoRA)", "quailora": "QuAILoRA", "matched": "QuAILoRA, alpha matched"}[
-            self.initialization
-        ]
+            return f"{ours} of rank {found} frozen, {trained} from zero"
+        return {"zero": "zero (QLoRA)", "quailora": ours, "matched": f"{ours}, alpha matched"}[self.initialization]
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -97,14 +106,42 @@ class Choice:
         found, _, trained = self.initialization.removeprefix("frozen-").partition("+")
         return int(found), int(trained)
 
+    @property
+    def by_layer(self) -> bool:
+        """Whether every linear is fitted alone, from its W and H."""
+        return self.inputs is None and self.refine is None
+
     def make(self, layers: Mapping[str, tuple[Tensor, Gram]]) -> dict[str, Initialized]:
-        """Q and the factors of every linear; empty for 16 bits."""
+        """Q and the factors of every linear, `by_layer`; empty for 16 bits."""
         if self.base == "bf16":
             return {}
         rounding = RoundingConfig(NEAREST)
         if self.rounding == CALIBRATED:
             rounding = RoundingConfig(CALIBRATED, self.damping, self.alternations)
         return Row(_base(self.base), rounding).make(layers, self.ranks[0], Stages())
+
+    def build(self, checkpoint: Checkpoint, calibration: Calibration) -> dict[str, Initialized]:
+        """The same with what goes along the depth: by `build_adapter`, from its files."""
+        form = _base(self.base)
+        options: dict[str, Any] = {"quantization": form.to_config(), "refine": self.refine}
+        with TemporaryDirectory() as work:
+            if self.rounding == CALIBRATED:
+                options |= {"base_output": f"{work}/base", "rounding_damping": self.damping}
+                options |= {"alternations": self.alternations} | ({"inputs": self.inputs} if self.inputs else {})
+            folder = Path(work) / "adapter"
+            quailora.build_adapter(checkpoint, lora(self.ranks[0], LORA_ALPHA), calibration, folder, **options)
+            record, saved = read_record(folder), SavedAdapter(folder)
+            assert record is not None
+            written = QuantizedCheckpoint.recorded(record["base"])
+            root = math.sqrt(LORA_ALPHA / self.ranks[0])  # PEFT's scaling is in both alike
+            made = {}
+            for module in saved.modules:
+                name = module.removeprefix("base_model.model.")
+                weight = checkpoint.tensor(f"{name}.weight")
+                quantized = form.quantize(weight) if written is None else written.stored(name, name)
+                b, a = (each.float() for each in saved.factors(module))
+                made[name] = Initialized(quantized, LoraFactors(a / root, b.T * root, 0, 0, (), 0, 0, len(b), 0))
+            return made
 
 
 def _base(name: str) -> QuantizedBase:
@@ -171,7 +208,8 @@ class Trained:
     @property
     def slug(self) -> str:
         codes = "nearest" if self.choice.rounding == NEAREST else f"{self.choice.damping:g}x{self.choice.alternations}"
-        parts = (self.train, self.choice.base, codes, self.choice.initialization, f"lr{self.learning_rate:g}")
+        depth = [each for each in (self.choice.inputs, self.choice.refine) if each]
+        parts = (self.train, self.choice.base, codes, *depth, self.choice.initialization, f"lr{self.learning_rate:g}")
         return "_".join((*parts, f"seed{self.seed}"))
 
 
@@ -224,9 +262,11 @@ class Bench:
         self._layers: tuple[str, dict[str, tuple[Tensor, Gram]]] = ("", {})
 
     def make(self, train_on: str, choice: Choice) -> dict[str, Initialized]:
+        calibration = self._texts[train_on].calibration(self.scale.calibration, 0, train_on)
+        if not choice.by_layer:
+            return choice.build(self.checkpoint, calibration)
         if choice.base != "bf16" and self._layers[0] != train_on:
             self._layers = ("", {})
-            calibration = self._texts[train_on].calibration(self.scale.calibration, 0, train_on)
             self._layers = (train_on, gather(self.checkpoint, calibration))
         return choice.make(self._layers[1])
 
@@ -293,10 +333,14 @@ def _records(results: Path, experiment: str) -> dict[tuple[str, Choice, float], 
     grouped: dict[tuple[str, Choice, float], list[tables.Record]] = {}
     for train_on in dict.fromkeys(record["run"]["train"] for record in every):
         for choice, rate in EXPERIMENTS[experiment]():
-            wanted = {"train": train_on, "choice": asdict(choice), "learning_rate": rate}
-            if found := [record for record in every if record["run"].items() >= wanted.items()]:
-                grouped[train_on, choice, rate] = found
+            wanted = (train_on, choice, rate)
+            if found := [record for record in every if _key(record["run"]) == wanted]:
+                grouped[wanted] = found
     return grouped
+
+
+def _key(run: tables.Record) -> tuple[str, Choice, float]:
+    return run["train"], Choice(**run["choice"]), run["learning_rate"]
 
 
 Grouped = Mapping[tuple[str, Choice, float], list[tables.Record]]

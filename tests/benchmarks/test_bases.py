@@ -62,6 +62,26 @@ def test_every_way_begins_with_the_same_product_and_trains_its_own_part(tmp_path
         assert {len(parameter) for parameter in trained} == {rank}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_rank")
+def test_what_build_adapter_makes_is_what_is_made_from_w_and_h(tmp_path: Path) -> None:
+    """The files hold the same Q and A Bᵀ, and balanced factors."""
+    checkpoint, data = (
+        Checkpoint(tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16)),
+        Calibration(tiny.sequences(), ""),
+    )
+    for choice in (Choice("nf4"), replace(bases.CALIBRATED_DEFAULT, base="int3")):
+        made, built = choice.make(gather(checkpoint, data)), choice.build(checkpoint, data)
+        assert made.keys() == built.keys()
+        for name, each in made.items():
+            other = built[name]
+            assert each.factors is not None and other.factors is not None
+            torch.testing.assert_close(other.quantized.dequantize(), each.quantized.dequantize())
+            found, expected = (factors.A @ factors.B.T for factors in (other.factors, each.factors))
+            assert (found - expected).norm() < 1e-2 * expected.norm()  # activations are bf16, in other batches
+            torch.testing.assert_close(other.factors.A.norm(), other.factors.B.norm(), rtol=1e-3, atol=0)
+
+
 def record(folder: Path, run: Trained, before: float, after: float) -> None:
     values = {"run": asdict(run), "before": before, "after": after, "losses": []}
     write_files(folder, {f"{run.slug}.json": to_json(values)})
