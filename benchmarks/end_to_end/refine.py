@@ -9,7 +9,8 @@ and 2 are bases in GPTQ's format with calibrated codes, merged with their adapte
 the whole model of those, gptqmodel must be installed.
 
 Costs are those of the whole run, in bare forward passes over the calibration text: of processor time on a CPU, where
-other programs may run, and of time on a GPU. Adapters are kept in FOLDER and not made again.
+other programs may run, and of time on a GPU. Adapters are kept in FOLDER and not made again. --json is written after
+each row, and rows of other bases that it has already stay.
 """
 
 import argparse
@@ -39,7 +40,17 @@ from quailora.modeling.devices import default_device
 from quailora.pipeline.setup import default_batch_size
 from quailora.quantization.registry import config_for
 
-LEVELS: dict[str, str | None] = {"layer by layer": None, "blocks": "blocks", "model": "model"}
+
+def levels(bits: int) -> dict[str, dict[str, Any]]:
+    """Name of a row -> options of `build_adapter`. With calibrated codes, refinement is from quantized inputs."""
+    if bits == 4:
+        return {"layer by layer": {}, "blocks": {"refine": "blocks"}, "model": {"refine": "model"}}
+    return {
+        "layer by layer": {"inputs": "full"},
+        "quantized inputs": {},
+        "blocks": {"refine": "blocks"},
+        "model": {"refine": "model"},
+    }
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -58,15 +69,15 @@ def forward(model: Any, data: Calibration) -> None:
             model.base_model(batch.input_ids.to(model.device), use_cache=False)
 
 
-def make(checkpoint: Checkpoint, data: Calibration, bits: int, refine: str | None, folder: Path) -> dict[str, Any]:
+def make(checkpoint: Checkpoint, data: Calibration, bits: int, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """An adapter, and its base where that has to be written, in `folder`. Returns what it cost."""
     costs = folder / "costs.json"
     if not costs.is_file():
-        options: dict[str, Any] = {}
+        base: dict[str, Any] = {}
         if bits != 4:
             quantization = GPTQConfig(bits=bits, group_size=64, sym=True, desc_act=False)
-            options = {"quantization": quantization, "base_output": folder / "base"}
-        run = partial(quailora.build_adapter, checkpoint, None, data, folder / "adapter", refine=refine, **options)
+            base = {"quantization": quantization, "base_output": folder / "base"}
+        run = partial(quailora.build_adapter, checkpoint, None, data, folder / "adapter", **base, **options)
         spent = seconds(run, default_device(None))
         report = json.loads((folder / "adapter" / "report.json").read_text())
         costs.write_text(json.dumps({"seconds": spent, "memory": report["memory"]}))
@@ -120,7 +131,10 @@ def main() -> None:
     full: Any = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=checkpoint.dtype, device_map=device)
     bare = min(seconds(partial(forward, full, data), device) for _ in range(2))
     found = {name: quailora.evaluate.perplexity(full, text.batches(2)) for name, text in texts.items()}
-    record: dict[str, Any] = {"tokens": data.tokens, "forward": bare, "texts": found, "rows": []}
+    names = {bits: "NF4" if bits == 4 else f"int{bits} g64" for bits in arguments.bits}
+    known = tables.read_json(arguments.json) if arguments.json else None
+    others = [row for row in (known or {"rows": []})["rows"] if row["base"] not in names.values()]
+    record: dict[str, Any] = {"tokens": data.tokens, "forward": bare, "texts": found, "rows": others}
 
     def score(base: str, factors: str, model: Any, costs: dict[str, Any] | None) -> None:
         row: dict[str, Any] = {"base": base, "factors": factors}
@@ -134,22 +148,21 @@ def main() -> None:
 
     with ExitStack() as stack:
         work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for bits in arguments.bits:
-            name = "NF4" if bits == 4 else f"int{bits} g64"
-            for level, refine in LEVELS.items():
-                if refine == "model" and bits != 4 and find_spec("gptqmodel") is None:
+        for bits, name in names.items():
+            for level, options in levels(bits).items():
+                if options.get("refine") == "model" and bits != 4 and find_spec("gptqmodel") is None:
                     print(f"{name}, model: gptqmodel is not installed")
                     continue
-                folder = work / f"{bits}-{refine or 'layers'}"
+                folder = work / f"{bits}-{level.replace(' ', '-')}"
                 folder.mkdir(parents=True, exist_ok=True)
-                costs = make(checkpoint, data, bits, refine, folder)
+                costs = make(checkpoint, data, bits, options, folder)
                 with deployed(checkpoint, bits, folder, device) as model:
-                    if bits == 4 and refine is None:
+                    if bits == 4 and not options:
                         with model.disable_adapter():
                             score(name, "none", model, None)
                     score(name, level, model, costs)
+                keep(arguments.json, device, record)
     print(f"\n{table(record)}")
-    keep(arguments.json, device, record)
 
 
 if __name__ == "__main__":
