@@ -53,7 +53,7 @@ from quailora.pipeline.stages import Stages
 from quailora.quantization.gptq import GPTQ
 from quailora.quantization.protocol import QuantizedBase
 from quailora.quantization.registry import config_for, from_config
-from quailora.quantization.rounding import DEFAULT_ALTERNATIONS, DEFAULT_DAMPING, RoundingConfig
+from quailora.quantization.rounding import DEFAULT_ALTERNATIONS, DEFAULT_DAMPING, FULL, QUANTIZED, RoundingConfig
 from quailora.quantization.verify import CALIBRATED, NEAREST
 from quailora.reporting.record import read_record
 from quailora.reporting.report import LayerReport
@@ -127,7 +127,7 @@ class Choice:
         with TemporaryDirectory() as work:
             if self.rounding == CALIBRATED:
                 options |= {"base_output": f"{work}/base", "rounding_damping": self.damping}
-                options |= {"alternations": self.alternations} | ({"inputs": self.inputs} if self.inputs else {})
+                options |= {"alternations": self.alternations, "inputs": self.inputs or FULL}
             folder = Path(work) / "adapter"
             quailora.build_adapter(checkpoint, lora(self.ranks[0], LORA_ALPHA), calibration, folder, **options)
             record, saved = read_record(folder), SavedAdapter(folder)
@@ -151,7 +151,9 @@ def _base(name: str) -> QuantizedBase:
     return GPTQ(int(bits), 64, grid != "asymmetric", DTYPE)
 
 
-CALIBRATED_DEFAULT = Choice("", rounding=CALIBRATED, damping=DEFAULT_DAMPING, alternations=DEFAULT_ALTERNATIONS)
+# What `quailora init --bits` does, and the same with `--inputs full`, where every linear is fitted alone.
+FULL_INPUTS = Choice("", rounding=CALIBRATED, damping=DEFAULT_DAMPING, alternations=DEFAULT_ALTERNATIONS)
+CALIBRATED_DEFAULT = replace(FULL_INPUTS, inputs=QUANTIZED)
 
 
 def initialization() -> Iterator[tuple[Choice, float]]:
@@ -159,13 +161,16 @@ def initialization() -> Iterator[tuple[Choice, float]]:
     for rate in RATES:
         for base in ("int3", "int2"):
             yield replace(CALIBRATED_DEFAULT, base=base), rate
+        yield replace(CALIBRATED_DEFAULT, base="int3", refine="blocks"), rate
         yield Choice("nf4"), rate
     for rate in ZERO_RATES:
         for base in ("nf4", "int3", "int2"):
             yield Choice(base, "zero"), rate
     for rate in RATES:
         yield replace(CALIBRATED_DEFAULT, base="nf4"), rate
-        yield replace(CALIBRATED_DEFAULT, base="nf4", alternations=0), rate
+        for base in ("nf4", "int3", "int2"):
+            yield replace(FULL_INPUTS, base=base), rate
+        yield replace(FULL_INPUTS, base="nf4", alternations=0), rate
     for rate in ZERO_RATES:
         yield Choice("bf16", "zero"), rate
     for rate in RATES:
@@ -181,13 +186,17 @@ def rounding() -> Iterator[tuple[Choice, float]]:
             for alternations in (2, 0, 5):
                 yield Choice(base, rounding=CALIBRATED, damping=damping, alternations=alternations), rate
         yield Choice(f"{base}-asymmetric"), rate
-        for alternations in (2, 5):
-            yield Choice(f"{base}-asymmetric", rounding=CALIBRATED, damping=0.1, alternations=alternations), rate
+        for inputs in (None, QUANTIZED):
+            for alternations in (2, 5):
+                choice = replace(FULL_INPUTS, alternations=alternations, inputs=inputs)
+                if inputs:
+                    yield replace(choice, base=base), rate
+                yield replace(choice, base=f"{base}-asymmetric"), rate
 
 
 def training() -> Iterator[tuple[Choice, float]]:
     """Ways to hand over the same factors, all at rates that suit zero."""
-    for base in (Choice("nf4"), replace(CALIBRATED_DEFAULT, base="int3")):
+    for base in (Choice("nf4"), replace(FULL_INPUTS, base="int3")):
         for way in ("frozen-64+64", "frozen-32+32", "matched"):
             for rate in ZERO_RATES:
                 yield replace(base, initialization=way), rate

@@ -70,7 +70,7 @@ def test_what_build_adapter_makes_is_what_is_made_from_w_and_h(tmp_path: Path) -
         Checkpoint(tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16)),
         Calibration(tiny.sequences(), ""),
     )
-    for choice in (Choice("nf4"), replace(bases.CALIBRATED_DEFAULT, base="int3")):
+    for choice in (Choice("nf4"), replace(bases.FULL_INPUTS, base="int3")):
         made, built = choice.make(gather(checkpoint, data)), choice.build(checkpoint, data)
         assert made.keys() == built.keys()
         for name, each in made.items():
@@ -109,9 +109,8 @@ def record_by_bits(folder: Path, ends: dict[str, tuple[float, float, float]]) ->
     for base, (zero, nearest, calibrated) in ends.items():
         record(folder, Trained("roleplay", Choice(base, "zero"), 4e-3, 0), 30.0, zero)
         record(folder, Trained("roleplay", Choice(base), 1e-3, 0), 22.0, nearest)
-        for alternations in (0, 2):
-            choice = replace(bases.CALIBRATED_DEFAULT, base=base, alternations=alternations)
-            record(folder, Trained("roleplay", choice, 1e-3, 0), 22.0, calibrated)
+        for choice in (replace(bases.FULL_INPUTS, alternations=0), bases.CALIBRATED_DEFAULT):
+            record(folder, Trained("roleplay", replace(choice, base=base), 1e-3, 0), 22.0, calibrated)
 
 
 def test_claims_and_plot_by_bits_compare_with_16_bits(tmp_path: Path) -> None:
