@@ -65,7 +65,7 @@ _STAGES = 3  # of a product: two steps are loading while one is multiplied
 
 
 @triton.jit
-def _factor_tile(tile, least, refused, start, first_refused, BLOCK: tl.constexpr):
+def _factor_tile(tile, least, parts, refused, start, first_refused, BLOCK: tl.constexpr):
     """The inverse factor of a symmetric (BLOCK, BLOCK) tile; which pivots were accepted; the first that was not."""
     i = tl.arange(0, BLOCK)
     rows, columns = i[:, None], i[None, :]
@@ -76,7 +76,7 @@ def _factor_tile(tile, least, refused, start, first_refused, BLOCK: tl.constexpr
         row = tl.sum(tl.where(rows == j, tile, 0.0), axis=0)  # the same numbers, in the other layout
         inverse_row = tl.sum(tl.where(rows == j, inverse, 0.0), axis=0)
         pivot = tl.sum(tl.where(i == j, column, 0.0))
-        good = (pivot > tl.sum(tl.where(i == j, least, 0.0))) & (pivot < float("inf"))  # false for NaN
+        good = (pivot > least) & (pivot > tl.sum(tl.where(i == j, parts, 0.0)))  # false for NaN, as 0 · inf is
         # IEEE rounding: the fast forms are less accurate, and differ between targets.
         scale = tl.where(good, tl.div_rn(1.0, tl.sqrt_rn(tl.where(good, pivot, 1.0))), 0.0)
         below = tl.where(i > j, column * scale, 0.0)
@@ -91,11 +91,13 @@ def _factor_tile(tile, least, refused, start, first_refused, BLOCK: tl.constexpr
 @triton.jit(do_not_specialize=["r", "system_stride", "row_stride"])
 def factor_kernel(
     systems,  # (batch, r, r) fp32, of which the lower triangle is read
-    least,  # (batch, r) fp32: a pivot must be above it
     lower,  # (batch, R, R) fp32: scratch
-    inverse,  # (batch, R, R) fp32: zeros; gets V
+    inverse,  # (batch, R, R) fp32: gets V
     info,  # (batch,) int32
-    refused,  # what stands for 1 / √pivot, in V only, where a pivot is not above its least
+    least,  # a pivot must be above it
+    part,  # and above so much of its diagonal element
+    shift,  # each diagonal element grows by so much of itself
+    refused,  # what stands for 1 / √pivot, in V only, where a pivot is refused
     r,
     padded,  # R
     system_stride,
@@ -106,7 +108,6 @@ def factor_kernel(
 ):
     system = tl.program_id(0).to(tl.int64)
     systems += system * system_stride
-    least += system * r
     lower += system * padded * padded
     inverse += system * padded * padded
     i = tl.arange(0, BLOCK)
@@ -117,11 +118,12 @@ def factor_kernel(
         low = tl.minimum(rows[:, None], rows[None, :])
         tile = tl.load(systems + high * row_stride + low * column_stride, mask=high < r, other=0.0)
         tile = tl.where((high == low) & (high >= r), 1.0, tile)
+        parts = part * tl.sum(tl.where(high == low, tile, 0.0), axis=1)
+        tile = tl.where(high == low, tile + shift * tile, tile)
         for t in range(0, start, BLOCK):
             left = tl.load(lower + rows[:, None] * padded + (t + i)[None, :])
             tile -= tl.dot(left, tl.trans(left), input_precision="ieee")
-        floor = tl.load(least + rows, mask=rows < r, other=0.0)
-        tile_inverse, accepted, first_refused = _factor_tile(tile, floor, refused, start, first_refused, BLOCK)
+        tile_inverse, accepted, first_refused = _factor_tile(tile, least, parts, refused, start, first_refused, BLOCK)
         tl.store(inverse + rows[:, None] * padded + rows[None, :], tile_inverse)
 
         for top in range(start + BLOCK, padded, TALL):
@@ -139,7 +141,7 @@ def factor_kernel(
             panel = tl.where(accepted[None, :], panel, 0.0)
             tl.store(lower + below * padded + rows[None, :], panel, mask=below < padded)
 
-        for edge in range(0, start, TALL):
+        for edge in range(0, padded, TALL):
             columns = (edge + tl.arange(0, TALL))[None, :]
             strip = tl.zeros((BLOCK, TALL), dtype=tl.float32)
             for t in range(edge, start, BLOCK):  # V is lower triangular: its rows above `edge` are zero here
@@ -147,7 +149,8 @@ def factor_kernel(
                 right = tl.load(inverse + (t + i)[:, None] * padded + columns, mask=columns < start, other=0.0)
                 strip += tl.dot(left, right, input_precision="ieee")
             strip = -tl.dot(tile_inverse, strip, input_precision="ieee")
-            tl.store(inverse + rows[:, None] * padded + columns, strip, mask=columns < start)
+            others = (columns < start) | ((columns >= start + BLOCK) & (columns < padded))  # the latter get zeros
+            tl.store(inverse + rows[:, None] * padded + columns, strip, mask=others)
         tl.debug_barrier()
     tl.store(info + system, first_refused)
 
@@ -196,21 +199,24 @@ def product_kernel(
     tl.store(out + (piece.to(tl.int64) * m) * n + rows * n + columns, total, mask=inside)
 
 
-def factor(systems: Tensor, least: Tensor, refused: float) -> tuple[Tensor, Tensor]:
-    """V = L⁻¹ (batch, r, r) and `info` (batch,) int32 of systems (batch, r, r) fp32.
+def factor(
+    systems: Tensor, *, least: float = 0.0, part: float = 0.0, shift: float = 0.0, refused: float
+) -> tuple[Tensor, Tensor]:
+    """V = L⁻¹ (batch, r, r) and `info` (batch,) int32 of systems (batch, r, r) fp32, whose diagonals first grow by
+    `shift` of themselves.
 
-    A pivot that is not above its `least` (batch, r) is refused; `info` is the first one (1-based, 0 if there is none).
-    Its column is left out of the factorization: no later one is reduced by it. Its row of V is computed with
-    1 / √pivot = `refused`: 1.0 gives what remains of the column after those before it, at its own length; 0.0 gives
-    zeros; NaN gives no solution.
+    A pivot that is not above `least`, or not above `part` of its diagonal element as given, is refused; `info` is the
+    first one (1-based, 0 if there is none). Its column is left out of the factorization: no later one is reduced by it.
+    Its row of V is computed with 1 / √pivot = `refused`: 1.0 gives what remains of the column after those before it, at
+    its own length; 0.0 gives zeros; NaN gives no solution.
     """
     batch, r, _ = systems.shape
     size = round_up(r, _BLOCK)
     lower = systems.new_empty(batch, size, size)
-    inverse = systems.new_zeros(batch, size, size)
+    inverse = systems.new_empty(batch, size, size)
     info = torch.empty(batch, dtype=torch.int32, device=systems.device)
     factor_kernel[(batch,)](
-        systems, least, lower, inverse, info, refused, r, size, *systems.stride(),
+        systems, lower, inverse, info, least, part, shift, refused, r, size, *systems.stride(),
         **_factor_settings(r), enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return inverse[:, :r, :r], info
@@ -254,7 +260,7 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
     """
     r, k = right_hand_sides.shape[-2:]
     c = systems.reshape(-1, r, r)
-    inverse, info = factor(c, c.new_zeros(c.shape[:2]), refused=float("nan"))
+    inverse, info = factor(c, refused=float("nan"))
     # What is zero here stays zero in the solution.
     c, inverse = (padded(each, round_up(r), round_up(r)) for each in (c, inverse))
     y = padded(right_hand_sides.reshape(-1, r, k), round_up(r), round_up(k))
@@ -271,12 +277,13 @@ def variants(target: str) -> Iterator[Variant]:
     """The same for every target: everything is fp32 and small."""
     for r in (16, 64):  # the two settings; r itself is not a compile-time constant
         settings = _factor_settings(r)
-        pointers = ("systems", "least", "lower", "inverse")
+        pointers = ("systems", "lower", "inverse")
         yield Variant(
             name=f"factor-r{r}",
             kernel=factor_kernel,
             signature=dict.fromkeys(pointers, "*fp32")
-            | {"info": "*i32", "refused": "fp32"}
+            | {"info": "*i32"}
+            | dict.fromkeys(("least", "part", "shift", "refused"), "fp32")
             | dict.fromkeys(("r", "padded", "system_stride", "row_stride"), "i32"),
             constexprs={"column_stride": 1, "BLOCK": settings["BLOCK"], "TALL": settings["TALL"]},
             attrs=(*pointers, "info", "padded"),

@@ -1,23 +1,23 @@
 """Orthonormal columns by CholeskyQR, with reorthogonalization and truncation, and without host synchronization.
 
-It computes what `reference.orthonormalize` computes, except for the shape: a column that adds nothing to the span is
-set to zero, not removed, because only the device knows how many there are.
+It computes what `reference.orthonormalize` computes, for a batch of blocks, and puts a zero column in the place of each
+that adds nothing to the span.
 
 Why not plain CholeskyQR (Q = Y L⁻ᵀ, L Lᵀ = Yᵀ Y): in fp32, Yᵀ Y forgets what is shorter than √(r ε) of its column,
 about 4e-3. Shifted CholeskyQR3 (Fukaya et al., SIAM J. Sci. Comput. 42(1), 2020) adds s·I, so that the factorization
 goes through and each pass lengthens the shortest directions by 1 / √s. But it also lengthens rounding, until a column
 that was zero is a direction like any other, and later columns have lost what they had along it. So a column too short
-for this pass is *put off*: earlier columns are taken out of it, it is taken out of none, and the next pass begins by
-making it a unit column again. What remains of it at each pass multiplies up to its distance from the span of the
-columns before it, which tells one that is only rounding. That one is dropped, before any other has lost anything to it.
+for this pass is *put off*: earlier columns are taken out of it, it is taken out of none, and it stays as long as what
+remains of it. (Cholesky rounds alike whatever the lengths.) Columns begin with length 1, so that this is the distance
+from the span of the columns before it, and tells one that is only rounding: such a column is put off until the last
+pass drops it, and no other has lost anything to it.
 
 One pass over Y (m, r), with B (m, b) the basis:
 
-    Y = Y - B (Bᵀ Y)                          two products
-    G = Yᵀ Y                                  one product, split along m
-    D = 1 / √diag G, zero for what is dropped
-    V = inverse of the factor of D G D + s·I  `factor`, columns with a short pivot put off
-    Y = Y (V D)ᵀ                              one product
+    Y = Y - B (Bᵀ Y)                            two products
+    G = Yᵀ Y                                    one product, split along m
+    V = inverse of the factor of G + s·diag G   `factor`, columns with a short pivot put off
+    Y = Y Vᵀ                                    one product
 
 FLOPs: 4 m r (r + b) a pass. Bytes: about 24 m r + 8 m b a pass, most of it from L2.
 
@@ -55,40 +55,30 @@ _LEAST_LAST_PIVOT = 0.25
 
 
 def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
-    """Orthonormal columns that span what `y` (m, k) adds to the span of `basis` (m, b), fp32, k <= 256.
+    """Orthonormal columns that span what each `y` (batch, m, k) adds to the span of its `basis` (batch, m, b), fp32,
+    k <= 256.
 
     The columns of `basis` are orthonormal or zero.
-    Returns q (m, k) fp32. A column of `y` that the basis and the columns before it span up to rounding (1.9e-6 of its
-    length) gives a zero column, in its place; so at most m - b are nonzero. Where the columns before are so nearly
-    dependent that rounding is more than that (up to 6e-5), and there is room, it may become a random direction
+    Returns q (batch, m, k) fp32. A column of `y` that the basis and the columns before it span up to rounding (1.9e-6
+    of its length) gives a zero column, in its place; so at most m - b are nonzero. Where the columns before are so
+    nearly dependent that rounding is more than that (up to 6e-5), and there is room, it may become a random direction
     instead, which does not harm a Rayleigh-Ritz step. If the input is not finite, the output is NaN.
     """
-
-    def times(left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:
-        return product(left[None], right[None], None if base is None else base[None])[0]
-
-    m, k = y.shape
+    m, k = y.shape[1:]
     y = padded(y, round_up(m), round_up(k))
-    basis = None if basis is None else padded(basis, round_up(m), round_up(basis.shape[1]))
-    largest = y.abs().amax(dim=0)  # first, for the squares of 1e-25 are zero
-    q = y / torch.where(largest == 0, 1.0, largest)
-    lengths = q.square().sum(dim=0).sqrt()
-    q = q / torch.where(lengths == 0, 1.0, lengths)
-
-    remaining = torch.ones_like(lengths)
+    basis = None if basis is None else padded(basis, round_up(m), round_up(basis.shape[2]))
+    lengths = torch.linalg.vector_norm(y, dim=1, keepdim=True, dtype=torch.float64)  # for squares of 1e-25 are zero
+    q = y / lengths.float().clamp_min(torch.finfo(torch.float32).tiny)
     for step in range(_PASSES):
         last = step == _PASSES - 1
         if basis is not None:
-            q = times(basis, times(basis.T, q), base=q)
-        gram = times(q.T, q)
-        lengths = gram.diagonal().sqrt()
-        remaining = remaining * lengths
-        scale = torch.where(remaining < _SHORTEST, 0.0, 1 / lengths)
-        least = (_SHORTEST / remaining).square().clamp(min=_LEAST_LAST_PIVOT if last else _LEAST_PIVOT)
-        unit_gram = scale[:, None] * gram * scale
-        unit_gram.diagonal().add_(0.0 if last else _SHIFT)
-        inverse = factor(unit_gram[None], least[None], refused=0.0 if last else 1.0)[0][0]
-        q = times(q, (inverse * scale).T)
-        # An accepted column has been taken out of others: from now on it must stay.
-        remaining = torch.where(inverse.diagonal() == 1.0, remaining, float("inf"))
-    return q[:m, :k].contiguous()
+            q = product(basis, product(basis.mT, q), base=q)
+        inverse, _ = factor(
+            product(q.mT, q),
+            least=_SHORTEST**2,
+            part=_LEAST_LAST_PIVOT if last else _LEAST_PIVOT,
+            shift=0.0 if last else _SHIFT,
+            refused=0.0 if last else 1.0,
+        )
+        q = product(q, inverse.mT)
+    return q[:, :m, :k].contiguous()

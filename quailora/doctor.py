@@ -286,18 +286,23 @@ def _cholesky_case(rank: int, width: int) -> _Case:
 
 
 def _orthonormalize_case(rank: int, rows: int) -> _Case:
-    y = _random(rows, rank, seed=2)
-    y[:, -1] = y[:, 0] - y[:, 1]  # linearly dependent
+    ys = [_random(rows, rank, seed=2), _random(rows + 5, rank, seed=3)]
+    for y in ys:
+        y[:, -1] = y[:, 0] - y[:, 1]  # linearly dependent
 
-    def error(q: Tensor) -> float:
+    def error(*qs: Tensor) -> float:
+        return max(map(of_one, qs, ys))
+
+    def of_one(q: Tensor, y: Tensor) -> float:
         q = q.double()[:, q.any(dim=0)]
         if q.shape[1] != rank - 1:
             return math.inf
         off = (q.T @ q - torch.eye(rank - 1, dtype=q.dtype)).abs().max().item()
         return max(off, _distance(q @ (q.T @ y.double()), y.double()))
 
-    name = f"{rows} x {rank}, of rank {rank - 1}"
-    return _Case("orthonormalize", name, _ORTHONORMAL, [y], lambda y: [ops.orthonormalize(y)], error)
+    name = f"{rows} and {rows + 5} x {rank}, of rank {rank - 1}"
+    run = lambda *ys: ops.grouped_orthonormalize(ys)  # noqa: E731
+    return _Case("grouped_orthonormalize", name, _ORTHONORMAL, ys, run, error)
 
 
 def _columns_case(rows: int, columns: int, grid: str) -> _Case:

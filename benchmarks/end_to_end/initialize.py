@@ -56,7 +56,7 @@ STAGES = ("load", "forward", "H", "quantize", "solve", "write")
 # What is timed within a stage. No part calls another.
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "H": [(Gram, "update")],
-    "orthonormalization": [(ops, "orthonormalize")],
+    "orthonormalization": [(ops, "grouped_orthonormalize")],
     "initial objective": [(ops, "gram_energy")],
     "eigenproblems of Rayleigh and Ritz": [(krylov, "_find_ritz")],
     "products with E": [(ops, "grouped_error_product"), (ops, "grouped_error_product_t")],

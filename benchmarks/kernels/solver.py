@@ -151,10 +151,10 @@ def krylov_flops(m: int, n: int, r: int, depth: int, coarse: bool = False) -> fl
     initial = m * n * n
     # Twice over: the basis taken out of each block but the first, then the block by its own Gram matrix.
     blocks = 2 * (4 * m * r * r * depth * (depth + 1) / 2 + (depth + 1) * (4 * m * r * r + 9 * r**3))
-    restricted = n * r * k * (depth + 2)
+    restricted = 2 * n * k * k
     factors = 2 * (m if coarse else m + 2 * n) * k * r
-    objectives = 2 * (m + 2 * n + coarse * (m + n)) * r * r
-    balancing = 2 * n * r * r + 9 * r**3
+    objectives = 2 * (m + 2 * n) * r * r
+    balancing = 9 * r**3
     balanced = 2 * (m + n) * r * r
     return products + initial + restricted + factors + balanced + 2 * (blocks + 9 * k**3 + objectives + balancing)
 

@@ -19,8 +19,9 @@ from quailora.ops.cpu_matmul import NAMES
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.registry import SOLVERS
 
-_PANEL = 256  # features of H at a time in the reference operations
-_ROWS = 1024  # rows of E at a time if it is never in memory as a whole; tokens at a time in the extension
+_PANEL, _WIDEST = 256, 1024  # features of H at a time in the reference operations: the least, and the most
+_ELEMENTS = 2**26  # of E at a time if it is never in memory as a whole
+_TOKENS = 1024  # at a time in the extension
 
 
 class Base(Protocol):
@@ -240,7 +241,7 @@ def adding_up(tokens: int, n: int, size: int, extension: bool) -> int:
     """Scratch bytes for accumulating an H. The extension packs 1024 tokens at a time, and on a GPU its partial sums
     take about as much; plain PyTorch needs the tokens without padding in fp32, and a panel of H."""
     if extension:
-        return 4 * min(_ROWS, tokens) * n
+        return 4 * min(_TOKENS, tokens) * n
     masked, widened = size * tokens * n, (0 if size == 4 else 4 * tokens * n)
     return max(masked + widened, (widened or masked) + 4 * _PANEL * n)
 
@@ -262,15 +263,15 @@ def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Devic
     copies = sum(w.outputs * n * w.dtype.itemsize for w in group if w.transposed)
     tallest = max(w.outputs for w in group)
     largest, fused = tallest * n, on.fused and base.fused
-    if fused:
-        errors, making = 0, 4 * _ROWS * n
+    if fused:  # some rows of E, their products with two panels of H, and sums of H
+        rows, width = min(tallest, _ELEMENTS // n + 1), max(_PANEL, min(n // 8 + 1, _WIDEST))
+        errors, making = 0, 4 * rows * (n + 2 * width) + 96 * n
     else:
         in_place = overwrite and group[0].dtype == torch.float32
         errors, making = (
             (0 if in_place else sum(4 * w.outputs * n for w in group)),
             8 * largest + largest // 8 + 12 * n * min(_PANEL, tallest),
         )
-    energy = 12 * _PANEL * tallest  # the initial objective
     thin = _thin(group, solver)
     curvature = known = 0
     if isinstance(base, Calibrated):
@@ -278,11 +279,12 @@ def solving(group: Sequence[Weight], base: Base, solver: SolverConfig, on: Devic
         known = sum(4 * w.rank * (w.outputs + n) for w in group)  # the factors found before
     if SOLVERS[solver.name].dense and fused:
         thin += 4 * largest
-    return sum(codes), copies + curvature + known + max(curvature, max(work), errors + max(making, energy, thin))
+    return sum(codes), copies + curvature + known + max(curvature, max(work), errors + max(making, thin))
 
 
 def _thin(group: Sequence[Weight], solver: SolverConfig) -> int:
-    """Bytes of a solver's matrices besides E and H. Intermediate results of a linear are in fp64."""
+    """Bytes of a solver's matrices besides E and H. Intermediate results of a linear are in fp64. Kernels
+    orthonormalize for all linears at once, in fp32, with zeros up to the height of the tallest."""
     method, n = SOLVERS[solver.name], group[0].inputs
     m, rank = max(w.outputs for w in group), max(w.rank for w in group)
     if method.dense:
@@ -291,7 +293,7 @@ def _thin(group: Sequence[Weight], solver: SolverConfig) -> int:
     blocks = method.blocks(solver.steps)
     width = rank * blocks
     spans = sum(4 * w.rank * blocks * (w.outputs + 2 * n) for w in group)
-    orthonormalizing = 8 * (m * width + 5 * m * rank)
+    orthonormalizing = max(8 * m * (width + 6 * rank), 4 * len(group) * m * (2 * width + 6 * rank))
     ritz = 8 * (2 * n * width + 6 * width * width)
     results = sum(8 * w.rank * (w.outputs + 4 * n) for w in group)
     return spans + results + max(orthonormalizing, ritz)

@@ -13,9 +13,9 @@ from quailora.ops.dispatch import (
     grouped_error_product,
     grouped_error_product_t,
     grouped_gram_product,
+    grouped_orthonormalize,
     half_products,
     mirror_,
-    orthonormalize,
     packed,
     quantize_columns,
 )
@@ -30,9 +30,9 @@ __all__ = [
     "grouped_error_product",
     "grouped_error_product_t",
     "grouped_gram_product",
+    "grouped_orthonormalize",
     "half_products",
     "mirror_",
-    "orthonormalize",
     "packed",
     "quantize_columns",
 ]

@@ -1,5 +1,7 @@
 """Operations on thin matrices on CPUs: the same results as the reference's by faster ways."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,10 @@ _NO_LONGER_UNIT = 3e-4
 def obstacle(device: torch.device) -> str | None:
     """Why they cannot serve tensors on `device`; None if they can."""
     return None if device.type == "cpu" else f"for CPUs only, not for {device.type}"
+
+
+def grouped_orthonormalize(ys: Sequence[Tensor], bases: Sequence[Tensor] | None = None) -> list[Tensor]:
+    return [orthonormalize(*each) for each in (zip(ys) if bases is None else zip(ys, bases, strict=True))]
 
 
 def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:

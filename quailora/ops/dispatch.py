@@ -47,10 +47,10 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
     "gram_": (Backend("extension", extension.gram_, extension.obstacle), _reference("gram_")),
     "mirror_": (_reference("mirror_"),),
     "gram_energy": (_reference("gram_energy"),),
-    "orthonormalize": (
-        *_triton("orthonormalize")[:1],
-        Backend("lapack", cpu.orthonormalize, cpu.obstacle),
-        _reference("orthonormalize"),
+    "grouped_orthonormalize": (
+        *_triton("grouped_orthonormalize")[:1],
+        Backend("lapack", cpu.grouped_orthonormalize, cpu.obstacle),
+        _reference("grouped_orthonormalize"),
     ),
     "quantize_columns": (
         Backend("extension", extension.quantize_columns, extension.columns_obstacle),
@@ -132,9 +132,9 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
     return _call("cholesky_solve", systems.device, systems, right_hand_sides)
 
 
-def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
-    """An orthonormal basis of what the columns of y add to the span of `basis`."""
-    return _call("orthonormalize", y.device, y, basis)
+def grouped_orthonormalize(ys: Sequence[Tensor], bases: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Orthonormal bases of what the columns of each y add to the span of its basis."""
+    return _call("grouped_orthonormalize", ys[0].device, ys, bases)
 
 
 def quantize_columns(

@@ -4,7 +4,7 @@ Letters as in the paper (QuAILoRA, arXiv 2410.14713): W, Q and E = W - Q are (m,
 rank. `dispatch.py` offers the same operations with the same signatures, each served by the fastest backend.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from quailora.ops.precision import exact_products
 
 # A triangle is processed in panels of this many features: wide enough for matrix products to run at full speed, narrow
-# enough that little of the other triangle is computed.
-_PANEL = 256
+# enough that little of the other triangle is computed. Each takes launches, so that large ones have up to `_WIDEST`.
+_PANEL, _WIDEST = 256, 1024
 
 # `orthonormalize` drops unit columns of which less than the first is left, which is rounding, and then less than the
 # second: such a column was in the span of the basis all along ("twice is enough", Kahan).
@@ -63,11 +63,16 @@ def gram_(h: Tensor, x: Tensor, keep: Tensor | None = None) -> None:
 
 def mirror_(h: Tensor) -> None:
     """Copy the lower triangle of `h` (n, n) to the upper one, in place, a panel at a time to save memory."""
-    for start in range(0, h.shape[0], _PANEL):
-        stop = start + _PANEL
+    for start, stop in _panels(len(h)):
         h[:start, start:stop] = h[start:stop, :start].T
         diagonal = h[start:stop, start:stop]
-        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
+        diagonal.tril_()
+        diagonal += diagonal.tril(-1).T
+
+
+def _panels(features: int) -> Iterator[tuple[int, int]]:
+    width = min(max(_PANEL, -(-features // 8)), _WIDEST)
+    return ((start, min(start + width, features)) for start in range(0, features, width))
 
 
 def grouped_gram_product(h: Tensor, rights: Sequence[Tensor], *, precision: str = "ieee") -> list[Tensor]:
@@ -82,14 +87,14 @@ def gram_energy(h: Tensor, rows: Tensor) -> Tensor:
 
     Products are in the dtype of `rows`, the sum is in fp64. Only one triangle of `h` is read.
     """
-    energy = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for start in range(0, h.shape[0], _PANEL):
-        stop = start + _PANEL
-        panel = rows[:, start:stop]
-        triangle = h[start:stop, :stop].to(rows.dtype)
-        product = 2 * (rows[:, :start] @ triangle[:, :start].T) + panel @ triangle[:, start:]
-        energy += (product * panel).sum(dtype=torch.float64)
-    return energy
+    energies = []
+    for start, stop in _panels(len(h)):
+        panel, triangle = rows[:, start:stop], h[start:stop, :stop].to(rows.dtype)
+        product = panel @ triangle[:, start:]
+        if start:
+            product.addmm_(rows[:, :start], triangle[:, :start].T, alpha=2)
+        energies.append(product.mul_(panel).sum(dtype=torch.float64))
+    return torch.stack(energies).sum()
 
 
 def packed(quantized: Packed) -> Packed:
@@ -149,6 +154,12 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
     """
     factors, info = torch.linalg.cholesky_ex(systems)
     return torch.cholesky_solve(right_hand_sides, factors), info
+
+
+def grouped_orthonormalize(ys: Sequence[Tensor], bases: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """[orthonormalize(y₀, basis₀), ...], or without bases [orthonormalize(y₀), ...]: each (m, k), with an m and k of
+    its own."""
+    return [orthonormalize(*each) for each in (zip(ys) if bases is None else zip(ys, bases, strict=True))]
 
 
 def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:

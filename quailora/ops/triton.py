@@ -100,13 +100,20 @@ def cholesky_solve(systems: Tensor, right_hand_sides: Tensor) -> tuple[Tensor, T
     return solutions.to(systems.dtype), info
 
 
-def orthonormalize(y: Tensor, basis: Tensor | None = None) -> Tensor:
+def grouped_orthonormalize(ys: Sequence[Tensor], bases: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """As one batch, with rows and columns of zeros where they are not of one size: these change nothing."""
     kernel = _kernels("orthonormalize").orthonormalize
-    done: list[Tensor] = [] if basis is None else [basis]
-    for chunk in y.split(_MAX_COLUMNS, dim=1):
-        done.append(kernel(chunk, torch.cat(done, dim=1) if done else None))
-    new = done if basis is None else done[1:]
-    return torch.cat(new, dim=1) if len(new) > 1 else new[0]
+    done = [] if bases is None else [_stacked(bases)]
+    for chunk in _stacked(ys).split(_MAX_COLUMNS, dim=2):
+        done.append(kernel(chunk, torch.cat(done, dim=2) if done else None))
+    new = done if bases is None else done[1:]
+    batch = torch.cat(new, dim=2) if len(new) > 1 else new[0]
+    return [q[: y.shape[0], : y.shape[1]] for q, y in zip(batch, ys, strict=True)]
+
+
+def _stacked(thins: Sequence[Tensor]) -> Tensor:
+    rows, columns = (max(sizes) for sizes in zip(*(thin.shape for thin in thins), strict=True))
+    return torch.stack([_kernels("padding").padded(thin, rows, columns) for thin in thins])
 
 
 def quantize_columns(

@@ -37,7 +37,6 @@ def als(problem: Problem) -> list[Solution]:
     gram_rights, traces = _alternate(problem, levels, lefts, rights, projected, jitters)
     if errors.coarse:
         projected = errors.transposed_times(lefts, FINE)
-        traces[-1] = list(map(objective, problem.initial, lefts, projected, rights, gram_rights))
     parts = zip(lefts, rights, projected, gram_rights, zip(*traces, strict=True), jitters, strict=True)
     return [Solution(a, b, ea, hb, list(trace), jitter, orthonormal=False) for a, b, ea, hb, trace, jitter in parts]
 
@@ -59,13 +58,19 @@ def _alternate(
     traces = []
     for _ in range(problem.iterations):
         if problem.traced:
-            traces.append(list(map(objective, problem.initial, lefts, projected, rights, gram_rights)))
+            traces.append(_objectives(problem, lefts, rights, projected, gram_rights))
         lefts[:] = _solve_systems(errors.times(gram_rights), rights, gram_rights, levels, jitters)
         projected[:] = errors.transposed_times(lefts)
         rights[:] = _solve_systems(projected, lefts, lefts, levels, jitters)
         gram_rights = problem.apply_gram(rights)
-    traces.append(list(map(objective, problem.initial, lefts, projected, rights, gram_rights)))
+    traces.append(_objectives(problem, lefts, rights, projected, gram_rights))
     return gram_rights, traces
+
+
+def _objectives(problem: Problem, *parts: Sequence[Tensor]) -> list[Tensor]:
+    solutions = [Solution(a, b, ea, hb, []) for a, b, ea, hb in zip(*parts, strict=True)]
+    starts = zip(problem.initial, solutions, strict=True)
+    return [objective(start, *solution.products()[:3]) for start, solution in starts]
 
 
 def _solve_systems(

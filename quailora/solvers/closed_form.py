@@ -1,5 +1,7 @@
 """The optimum in closed form, in fp64: for checks, because it takes all of E and a full eigendecomposition."""
 
+from dataclasses import replace
+
 import torch
 
 from quailora.solvers.problem import Problem, Solution, leading, objective
@@ -21,6 +23,6 @@ def eigh(problem: Problem) -> list[Solution]:
         left = vectors if span is None else span @ vectors
         right = core.T @ vectors
         gram_right = h @ right + problem.shift * right
-        trace = [objective(problem.initial[i], left, right, right, gram_right)]
-        solutions.append(Solution(left, right, right, gram_right, trace))
+        solution = Solution(left, right, right, gram_right, trace=[])
+        solutions.append(replace(solution, trace=[objective(problem.initial[i], *solution.products()[:3])]))
     return solutions

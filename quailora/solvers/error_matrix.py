@@ -19,8 +19,8 @@ from quailora import ops
 from quailora.ops import reference
 from quailora.ops.reference import Dequantizable, Error
 
-# Rows of E in memory at a time, in forms that do not hold all of it in fp32.
-_PANEL_ROWS = 1024
+# How much of E is in fp32 at a time, in forms that do not hold all of it so: 256 MiB.
+_PANEL_ELEMENTS = 2**26
 
 _HALVES = (torch.bfloat16, torch.float16)
 _KERNEL_DTYPES = (*_HALVES, torch.float32)  # of W
@@ -132,8 +132,9 @@ class ErrorMatrices:
         if whole and packed is None and weight.dtype == torch.float32:
             yield slice(0, rows), weight
             return
-        for start in range(0, rows, _PANEL_ROWS):
-            stop = min(start + _PANEL_ROWS, rows)
+        height = max(1, _PANEL_ELEMENTS // weight.shape[1])
+        for start in range(0, rows, height):
+            stop = min(start + height, rows)
             panel = weight[start:stop].float() if packed is None else ops.error(weight, packed, start=start, stop=stop)
             yield slice(start, stop), panel
 

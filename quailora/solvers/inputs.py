@@ -80,26 +80,16 @@ def measure(linears: Sequence[Linear], errors: ErrorMatrices, h: Tensor) -> Stat
     lengths = diagonal.clamp_min(0).sqrt()
     # Row and column sums are far cheaper to compare than H and its transpose. |h_ij| <= √(h_ii h_jj) bounds both.
     asymmetric = ((sums[0] - sums[1]).abs() > _ASYMMETRY * lengths * lengths.sum()).any()
-    of_gram = [
-        torch.stack(sums).isfinite().all(),
-        diagonal.min(),
-        asymmetric,
-        diagonal.mean(),
-        diagonal.sum(),
-        diagonal.max(),
+    of_gram = [torch.stack(sums).sum(dtype=torch.float64), diagonal.min(), asymmetric, diagonal.sum(), diagonal.max()]
+    # Of each panel of each E.
+    parts = [
+        [(torch.linalg.vector_norm(e, dtype=torch.float64), ops.gram_energy(h, e)) for _, e in errors.panels(i)]
+        for i in range(len(linears))
     ]
-    squares, energies = [], []
-    for i in range(len(linears)):
-        square, energy = (torch.zeros((), dtype=torch.float64, device=errors.device) for _ in range(2))
-        for _, panel in errors.panels(i):
-            square += torch.linalg.vector_norm(panel, dtype=torch.float64) ** 2
-            energy += ops.gram_energy(h, panel)
-        squares.append(square)
-        energies.append(energy)
-    values = to_floats([*of_gram, *squares, *energies])
+    values = iter(to_floats([*of_gram, *(value for of_one in parts for pair in of_one for value in pair)]))
 
-    finite, smallest, skewed, mean, trace, largest = values[: len(of_gram)]
-    if not finite:
+    total, smallest, skewed, trace, largest = (next(values) for _ in of_gram)
+    if not math.isfinite(total):
         raise error_of(
             "gram holds values that are not finite: inputs overflow in their dtype, or are too large to add up in fp32",
             *linears,
@@ -109,8 +99,11 @@ def measure(linears: Sequence[Linear], errors: ErrorMatrices, h: Tensor) -> Stat
         raise error_of(f"gram is not a sum of x xᵀ: its diagonal goes down to {smallest:.3g}", *linears)
     if skewed:
         raise error_of("gram is not symmetric; if only one triangle is filled, copy it to the other", *linears)
-    norms = [math.sqrt(square) for square in values[len(of_gram) : -len(linears)]]
-    initial = [energy / 2 for energy in values[-len(linears) :]]
+    norms, initial = [], []
+    for of_one in parts:
+        of_panels = [(next(values), next(values)) for _ in of_one]
+        norms.append(math.hypot(*(norm for norm, _ in of_panels)))
+        initial.append(sum(energy for _, energy in of_panels) / 2)
     for linear, norm, start in zip(linears, norms, initial, strict=True):
         if not math.isfinite(norm):
             q = linear.quantized  # not W: E may have been written over it
@@ -122,7 +115,7 @@ def measure(linears: Sequence[Linear], errors: ErrorMatrices, h: Tensor) -> Stat
             raise error_of(
                 f"gram is not positive semi-definite: the objective to minimize starts at {start:.3g}", linear
             )
-    return Statistics(norms, initial, mean)
+    return Statistics(norms, initial, trace / len(diagonal))
 
 
 def error_of(message: str, *linears: Linear, kind: type[SolverError] = SolverError) -> SolverError:

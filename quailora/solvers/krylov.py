@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quailora import ops
-from quailora.solvers.problem import FINE, Problem, Solution, leading, objective, small_eigh, to_floats
+from quailora.solvers.problem import FINE, Problem, Solution, leading, to_floats, to_host
 
 # The narrowest block that CPUs multiply at full speed.
 _NARROW = 16
@@ -48,8 +48,6 @@ def krylov(problem: Problem) -> list[Solution]:
     if problem.errors.coarse:
         rights = problem.errors.transposed_times(lefts, FINE)
         gram_rights = problem.apply_gram(rights)
-        for trace, *products in zip(traces, problem.initial, lefts, rights, rights, gram_rights, strict=True):
-            trace[-1] = objective(*products)
     else:
         rights = [basis.leading(basis.projected) for basis in bases]
         gram_rights = [basis.leading(basis.gram_projected) for basis in bases]
@@ -81,12 +79,13 @@ class _Basis:
             width, self.most = min(width, _NARROW), min(self.most, rows)
         self.look = self.rank + _USUAL * width  # at what size to look whether it is enough
         self.size, self.last = 0, 0  # columns of the basis, and of the last block
-        # Y, its columns orthonormal or zero; Eᵀ Y; H Eᵀ Y, damped; and Yᵀ S Y, its lower triangle.
+        # Y, its columns orthonormal or zero; Eᵀ Y; H Eᵀ Y, damped; and Yᵀ S Y, the first rows of its lower triangle.
         self.vectors, self.projected, self.gram_projected = (
             torch.empty(length, self.most, dtype=torch.float32, device=device) for length in (rows, inputs, inputs)
         )
         self.restricted = torch.zeros(self.most, self.most, dtype=torch.float64, device=device)
-        self.ritz: tuple[Tensor, Tensor] | None = None  # its eigenvalues and -vectors
+        self.rows = 0  # how many
+        self.ritz: tuple[Tensor, Tensor] | None = None  # its eigenvalues and -vectors, on the host
         self.start: Tensor | None = None  # Y₀, if it is not from Ω
         self.omega, self.spare = (  # the latter as wide as a block may be
             torch.empty(length, k, dtype=torch.float32, device=device).copy_(gaussian(length, k, seed))
@@ -94,26 +93,13 @@ class _Basis:
         )
         self.earlier: list[Tensor] = []  # of the trace
 
-    def first(self, product: Tensor) -> Tensor:
-        """Y₀. One outlier channel can make it numerically rank-deficient: columns that come out zero become random."""
-        return self._filled(ops.orthonormalize(product))
-
-    def next(self, product: Tensor) -> Tensor:
-        """The block that S Y adds to the basis."""
-        known = self.vectors[:, : self.size]
-        block = ops.orthonormalize(product[:, : self.most - self.size], known)
-        return self._filled(block, known) if self.narrow else block
-
-    def _filled(self, block: Tensor, known: Tensor | None = None) -> Tensor:
-        """With random columns for those that are zero. A narrow block may find fewer copies of an eigenvalue than there
-        are; all blocks after it would lack them too."""
+    def filled(self, block: Tensor) -> Tensor:
+        """A narrow block with random columns for those that are zero."""
         zero = block.square().sum(dim=0) == 0
-        spare = self.spare[:, : block.shape[1]].roll(self.size, dims=0)
-        known = block if known is None else torch.cat([known, block], dim=1)
-        if not self.narrow:  # a GPU's host would have to wait for what is zero
-            return torch.where(zero, ops.orthonormalize(spare, known), block)
         if zero.any():  # no more columns than are wanted: few may be left that are new, and they come first
-            block[:, zero] = ops.orthonormalize(spare[:, : int(zero.sum())], known)
+            spare = self.spare[:, : int(zero.sum())].roll(self.size, dims=0)
+            known = torch.cat([self.vectors[:, : self.size], block], dim=1)
+            [block[:, zero]] = ops.grouped_orthonormalize([spare], [known])
         return block
 
     def add(self, block: Tensor, projected: Tensor, gram_projected: Tensor) -> None:
@@ -122,8 +108,6 @@ class _Basis:
         self.vectors[:, start : self.size] = block
         self.projected[:, start : self.size] = projected
         self.gram_projected[:, start : self.size] = gram_projected
-        # In fp32 like its factors: what that loses is relative to the lengths of both.
-        self.restricted[start : self.size, : self.size] = gram_projected.T @ self.projected[:, : self.size]
         self.ritz = None
 
     def done(self) -> bool:
@@ -132,6 +116,13 @@ class _Basis:
         self.look = self.size * 9 // 8
         _find_ritz([self])
         return float(self.gain()) <= self.problem.enough
+
+    def restrict(self) -> Tensor:
+        """Yᵀ S Y, its lower triangle. In fp32 like its factors: what that loses is relative to the lengths of both."""
+        new = self.gram_projected[:, self.rows : self.size]
+        self.restricted[self.rows : self.size, : self.size] = new.T @ self.projected[:, : self.size]
+        self.rows = self.size
+        return self.restricted[: self.size, : self.size]
 
     def gain(self) -> Tensor:
         """What the last block took off the objective, at most, as a part of what is left. (Ritz vectors without their
@@ -145,20 +136,20 @@ class _Basis:
     def leading(self, columns: Tensor) -> Tensor:
         """The top Ritz vectors, if of `vectors`, or the products with them."""
         assert self.ritz is not None
-        return columns[:, : self.size] @ leading(*self.ritz, self.rank).float()
+        return columns[:, : self.size] @ leading(*self.ritz, self.rank).to(columns)
 
     def trace(self) -> list[Tensor]:
         """The objective that the basis leaves, if `traced` preceded by those of its first r, 2 r, ... columns."""
         assert self.ritz is not None
         widths = range(self.rank, self.size, self.rank) if self.problem.traced else ()
-        values = [*(torch.linalg.eigvalsh(self.restricted[:width, :width]) for width in widths), self.ritz[0]]
+        values = [*(torch.linalg.eigvalsh(self.restricted[:width, :width]).cpu() for width in widths), self.ritz[0]]
         return self.earlier + [self.initial - each[-self.rank :].clamp_min(0).sum() / 2 for each in values]
 
     def begin_anew(self) -> None:
         """From the Ritz vectors, in blocks as wide as they are."""
         if self.problem.traced:
             self.earlier = self.trace()
-        self.start, self.size = self.leading(self.vectors), 0
+        self.start, self.size, self.rows = self.leading(self.vectors), 0, 0
 
 
 def _span(problem: Problem, bases: Sequence[_Basis], which: Iterable[int]) -> None:
@@ -168,7 +159,7 @@ def _span(problem: Problem, bases: Sequence[_Basis], which: Iterable[int]) -> No
     blocks = [start for start in starts if start is not None]
     if not blocks:
         products = errors.times(problem.apply_gram([bases[i].omega for i in growing]), of=growing)
-        blocks = [bases[i].first(product) for i, product in zip(growing, products, strict=True)]
+        blocks = _blocks([bases[i] for i in growing], products)
     while growing:
         projected = errors.transposed_times(blocks, of=growing)
         gram_projected = problem.apply_gram(projected)
@@ -177,14 +168,33 @@ def _span(problem: Problem, bases: Sequence[_Basis], which: Iterable[int]) -> No
         rest = [(i, part) for i, part in zip(growing, gram_projected, strict=True) if not bases[i].done()]
         growing = [i for i, _ in rest]
         products = errors.times([part for _, part in rest], of=growing)
-        blocks = [bases[i].next(product) for i, product in zip(growing, products, strict=True)]
+        if growing:
+            blocks = _blocks([bases[i] for i in growing], products)
+
+
+def _blocks(bases: Sequence[_Basis], products: Sequence[Tensor]) -> list[Tensor]:
+    """The orthonormal blocks that products with S add to their bases.
+
+    One outlier channel can make the first numerically rank-deficient: columns that come out zero become random. So do
+    those of narrow blocks, which may find fewer copies of an eigenvalue than there are; all after would lack them too.
+    """
+    products = [product[:, : basis.most - basis.size] for basis, product in zip(bases, products, strict=True)]
+    known = [basis.vectors[:, : basis.size] for basis in bases]
+    if bases[0].narrow:
+        blocks = ops.grouped_orthonormalize(products, known if bases[0].size else None)
+        return [basis.filled(block) for basis, block in zip(bases, blocks, strict=True)]
+    if bases[0].size:
+        return ops.grouped_orthonormalize(products, known)
+    # A GPU's host would have to wait to know how many columns are zero: there are random ones for all.
+    both = [torch.cat([product, basis.spare], dim=1) for product, basis in zip(products, bases, strict=True)]
+    halves = [found.chunk(2, dim=1) for found in ops.grouped_orthonormalize(both)]
+    return [torch.where((block == 0).all(dim=0), spare, block) for block, spare in halves]
 
 
 def _find_ritz(bases: Sequence[_Basis]) -> None:
-    missing = [basis for basis in bases if basis.ritz is None]
-    found = small_eigh([basis.restricted[: basis.size, : basis.size] for basis in missing])
-    for basis, ritz in zip(missing, found, strict=True):
-        basis.ritz = ritz
+    if missing := [basis for basis in bases if basis.ritz is None]:
+        for basis, restricted in zip(missing, to_host([basis.restrict() for basis in missing]), strict=True):
+            basis.ritz = tuple(torch.linalg.eigh(restricted))
 
 
 def _unsettled(bases: Sequence[_Basis]) -> list[int]:

@@ -45,7 +45,7 @@ class Problem:
         products = ops.grouped_gram_product(self.gram, rights, precision=precision)
         if not self.shift:
             return products
-        return [p.add(right, alpha=self.shift) for p, right in zip(products, rights, strict=True)]
+        return list(torch._foreach_add(products, list(rights), alpha=self.shift))
 
     def uncalibrated(self) -> "Problem":
         """The same with H = I: minimize 1/2 ‖E - A Bᵀ‖²_F."""
@@ -64,15 +64,22 @@ class Solution:
     jitter: Tensor | None = None  # what `als` added to its systems; NaN if nothing it tried was enough
     orthonormal: bool = True  # the columns of A, but for those that are zero
 
+    def products(self) -> list[Tensor]:
+        """What the objective and the balance are computed from, (r, r) fp64: Aᵀ A, Pᵀ H B, Bᵀ H B, Pᵀ B, Bᵀ B with
+        P = Eᵀ A."""
+        a, b, gram_right = self.left.double(), self.right.double(), self.gram_right.double()
+        damped_square, square = b.T @ gram_right, b.T @ b
+        damped_linear, linear = damped_square, square
+        if self.projected is not self.right:
+            p = self.projected.double()
+            damped_linear, linear = p.T @ gram_right, p.T @ b
+        return [a.T @ a, damped_linear, damped_square, linear, square]
 
-def objective(
-    initial: float, a: Tensor, projected: Tensor, b: Tensor, gram_right: Tensor, gram_left: Tensor | None = None
-) -> Tensor:
-    """1/2 tr(R H Rᵀ) for R = E - A Bᵀ, from its value `initial` for R = E and the products Eᵀ A, H B and Aᵀ A."""
-    gram_left = inner(a, a) if gram_left is None else gram_left
-    between = inner(b, gram_right)
-    linear = between.trace() if projected is b else (projected.double() * gram_right.double()).sum()
-    return initial - linear + (gram_left * between).sum() / 2
+
+def objective(initial: float, gram_left: Tensor, linear: Tensor, square: Tensor) -> Tensor:
+    """1/2 tr(R H Rᵀ) for R = E - A Bᵀ, from its value `initial` for R = E and the products Aᵀ A, (Eᵀ A)ᵀ H B and Bᵀ H B
+    (r, r)."""
+    return initial - linear.trace() + (gram_left * square).sum() / 2
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
@@ -89,22 +96,14 @@ def leading(values: Tensor, vectors: Tensor, rank: int) -> Tensor:
     return torch.where(values > _ZERO_EIGENVALUE * values[-1].clamp_min(0), vectors, 0.0)
 
 
-def small_eigh(systems: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Eigenvalues (k,) and -vectors (k, k) of symmetric fp64 matrices (k, k), of which the lower triangle is read.
-
-    By the host's LAPACK: for a few hundred rows, a GPU takes several times as long. One transfer there and one back.
-    """
-    if not systems or systems[0].device.type == "cpu":
-        return [tuple(torch.linalg.eigh(system)) for system in systems]
-    sizes = [len(system) for system in systems]
-    flat = torch.cat([system.flatten() for system in systems]).cpu().split([size**2 for size in sizes])
-    solved = [torch.linalg.eigh(part.view(size, size)) for part, size in zip(flat, sizes, strict=True)]
-    back = torch.cat([torch.cat([values[None], vectors]).flatten() for values, vectors in solved])
-    parts = back.to(systems[0].device).split([(size + 1) * size for size in sizes])
-    found = [part.view(size + 1, size) for part, size in zip(parts, sizes, strict=True)]
-    return [(each[0], each[1:]) for each in found]
+def to_host(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Small matrices on the host, by one transfer, for which it waits: what is done with a few hundred rows, it does
+    several times as fast as a GPU."""
+    flat = torch.cat([matrix.flatten() for matrix in matrices]).cpu()
+    parts = flat.split([matrix.numel() for matrix in matrices])
+    return [part.view(matrix.shape) for part, matrix in zip(parts, matrices, strict=True)]
 
 
 def to_floats(scalars: Sequence[Tensor]) -> list[float]:
-    """The values of scalar tensors. This is where the host waits for the device, and the only place."""
+    """The values of scalar tensors on one device. Here the host waits for it, and in `to_host`, and nowhere else."""
     return torch.stack([scalar.double() for scalar in scalars]).tolist()

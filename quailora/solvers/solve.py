@@ -17,8 +17,8 @@ from quailora.solvers.als import JITTER
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.error_matrix import ErrorMatrices, choose_form
 from quailora.solvers.inputs import Linear, check_shapes, check_types, error_of, measure
-from quailora.solvers.problem import Problem, Solution, inner, objective, small_eigh, to_floats
-from quailora.solvers.registry import SOLVERS
+from quailora.solvers.problem import Problem, Solution, inner, objective, to_floats, to_host
+from quailora.solvers.registry import SOLVERS, Solver
 
 # The objective is a difference of sums that fp32 products give to about 1e-7. Where less than this fraction of the
 # initial objective is left, that is an error of more than 1e-5, so the objective is computed from the residual in fp64.
@@ -149,7 +149,7 @@ def solve_group(
             )
             solutions = solver.run(problem)
             jitter = _check_jitter([linears[i] for i in active], solutions)
-            found = dict(zip(active, _finish(problem, solutions, initial, jitter), strict=True))
+            found = dict(zip(active, _finish(problem, solver, solutions, initial, jitter), strict=True))
         return [found.get(i) or _zeros(linear, statistics.error_norm[i]) for i, linear in enumerate(linears)]
 
 
@@ -178,22 +178,28 @@ def _check_jitter(linears: Sequence[Linear], solutions: Sequence[Solution]) -> l
 
 
 def _finish(
-    problem: Problem, solutions: Sequence[Solution], initial: Sequence[float], jitter: Sequence[float]
+    problem: Problem,
+    solver: Solver,
+    solutions: Sequence[Solution],
+    initial: Sequence[float],
+    jitter: Sequence[float],
 ) -> list[LoraFactors]:
     """Balance the factors and measure what they leave, with the undamped H."""
     assert problem.gram is not None
-    balanced = _balance(solutions)
-    scalars: list[list[Tensor]] = []
-    for i, (solution, (_, _, columns)) in enumerate(zip(solutions, balanced, strict=True)):
-        a, b, projected = solution.left, solution.right, solution.projected
-        gram_left, gram_right = inner(a, a), solution.gram_right - problem.shift * b
-        of_outputs = objective(initial[i], a, projected, b, gram_right, gram_left)
-        of_weights = objective(problem.error_norm[i] ** 2 / 2, a, projected, b, b, gram_left)  # with H = I
-        scalars.append([of_outputs, of_weights, columns, *solution.trace])
-    values = iter(to_floats([scalar for of_one in scalars for scalar in of_one]))
+    products = to_host([product for solution in solutions for product in solution.products()])
+    traces = iter(to_floats([value for solution in solutions for value in solution.trace]))
     found = []
-    for i, (left, right, _) in enumerate(balanced):
-        left_over, half_square, width, *trace = [next(values) for _ in scalars[i]]
+    for i, solution in enumerate(solutions):
+        gram_left, damped_linear, damped_square, linear, square = products[5 * i : 5 * i + 5]
+        of_outputs = objective(
+            initial[i], gram_left, damped_linear - problem.shift * linear, damped_square - problem.shift * square
+        )
+        of_weights = objective(problem.error_norm[i] ** 2 / 2, gram_left, linear, square)  # with H = I
+        left, right, columns = _balance(solution, square)
+        left_over, half_square, width = to_floats([of_outputs, of_weights, columns])
+        trace = [next(traces) for _ in solution.trace]
+        if problem.errors.coarse:  # what the iteration knew is not accurate
+            trace[-1] = left_over + problem.shift * half_square if solver.uses_gram else half_square
         residual_square = 2 * half_square
         start = problem.initial[i]  # damped, as the sums are
         if left_over < _CANCELLATION * start or residual_square < _CANCELLATION * problem.error_norm[i] ** 2:
@@ -229,28 +235,24 @@ def _measure_residual(errors: ErrorMatrices, index: int, h: Tensor, left: Tensor
     return left_over, residual_square
 
 
-def _balance(solutions: Sequence[Solution]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(U √S, V √S, number of nonzero S), fp32, for each a bᵀ = U S Vᵀ.
+def _balance(solution: Solution, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U √S, V √S, number of nonzero S), fp32, for a bᵀ = U S Vᵀ, from `square` = bᵀ b on the host.
 
     With orthonormal columns in a, and bᵀ b = C S² Cᵀ, U = a C and V S = b C. S is as exact as the entries of b where
     b is of fp32: what squaring loses is below 1e-7 of the largest.
     """
-    factors = []
-    for solution in solutions:
-        a, b = solution.left, solution.right
-        if not solution.orthonormal:
-            a, core = torch.linalg.qr(a.double())
-            b = b.double() @ core.T
-        factors.append((a, b))
-    balanced = []
-    for (a, b), (squares, turn) in zip(factors, small_eigh([inner(b, b) for _, b in factors]), strict=True):
-        squares, turn = squares.flip(0), turn.flip(1)
-        squares = torch.where(squares > len(squares) * torch.finfo(squares.dtype).eps * squares[0], squares, 0.0)
-        root = squares.sqrt().sqrt()
-        of_right = torch.where(root > 0, 1 / root, 0.0)
-        left, right = a @ (turn * root).to(a.dtype), b @ (turn * of_right).to(b.dtype)
-        balanced.append((left.float(), right.float(), (squares > 0).sum()))
-    return balanced
+    a, b = solution.left, solution.right
+    if not solution.orthonormal:
+        a, core = torch.linalg.qr(a.double())
+        b = b.double() @ core.T
+        [square] = to_host([inner(b, b)])
+    squares, turn = torch.linalg.eigh(square)
+    squares, turn = squares.flip(0), turn.flip(1)
+    squares = torch.where(squares > len(squares) * torch.finfo(squares.dtype).eps * squares[0], squares, 0.0)
+    root = squares.sqrt().sqrt()
+    of_right = torch.where(root > 0, 1 / root, 0.0)
+    left, right = a @ (turn * root).to(a), b @ (turn * of_right).to(b)
+    return left.float(), right.float(), (squares > 0).sum()
 
 
 def _zeros(linear: Linear, error_norm: float) -> LoraFactors:

@@ -16,7 +16,7 @@ from benchmarks.common.fake_cuda import CUDA, fake_cuda
 from benchmarks.common.tables import read_json
 from benchmarks.kernels import launches
 
-MOST = 11_400  # of a block of Llama-2-7B
+MOST = 1_450  # of a block of Llama-2-7B
 
 
 @triton.jit

@@ -249,17 +249,17 @@ def positive_definite(batch: int, r: int) -> Tensor:
     return ((systems + systems.mT) / 2).float()
 
 
-def factor(systems: Tensor) -> tuple[Tensor, Tensor, ptx.Counters]:
+def factor(systems: Tensor, rewrite: Callable[[str], str] = lambda text: text) -> tuple[Tensor, Tensor, ptx.Counters]:
     """V = L⁻¹, info, and what it took."""
     batch, r, _ = systems.shape
     padded = -(-r // 16) * 16
-    inverse, info = torch.zeros(batch, padded, padded), torch.full((batch,), -1, dtype=torch.int32)
+    inverse, lower = torch.full((2, batch, padded, padded), torch.nan)
+    info = torch.full((batch,), -1, dtype=torch.int32)
     arguments = {
-        "systems": systems, "least": torch.zeros(batch, r), "lower": torch.full((batch, padded, padded), torch.nan),
-        "inverse": inverse, "info": info, "refused": torch.nan, "r": r, "padded": padded,
-        "system_stride": r * r, "row_stride": r,
+        "systems": systems, "lower": lower, "inverse": inverse, "info": info, "least": 0.0, "part": 0.0, "shift": 0.0,
+        "refused": torch.nan, "r": r, "padded": padded, "system_stride": r * r, "row_stride": r,
     }  # fmt: skip
-    counters = ptx.run(shipped(cholesky, "factor-r16" if r <= 32 else "factor-r64"), arguments)
+    counters = ptx.run(shipped(cholesky, "factor-r16" if r <= 32 else "factor-r64"), arguments, rewrite=rewrite)
     return inverse[:, :r, :r], info, counters
 
 

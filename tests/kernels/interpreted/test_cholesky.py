@@ -27,7 +27,7 @@ def positive_definite(batch: int, r: int, condition: float, seed: int = 0) -> Te
 
 
 def plain_factor(systems: Tensor) -> tuple[Tensor, Tensor]:
-    return factor(systems, torch.zeros(systems.shape[:2]), refused=float("nan"))
+    return factor(systems, refused=float("nan"))
 
 
 def residual(systems: Tensor, solutions: Tensor, right: Tensor) -> float:
@@ -134,9 +134,9 @@ def test_refused_columns_leave_the_factorization() -> None:
         y[:, column] = torch.linalg.qr(y[:, :column]).Q.sum(dim=1) / column**0.5 * 300**0.5 + 0.3 * y[:, column]
     y /= torch.linalg.vector_norm(y, dim=0)
     others = [column for column in range(70) if column not in short]
-    gram, least = (y.T @ y).float()[None], torch.full((1, 70), 0.2)
+    gram = (y.T @ y).float()[None]
     for refused in (1.0, 0.0):
-        inverse, info = factor(gram, least, refused)
+        inverse, info = factor(gram, least=0.2, refused=refused)
         q = y @ inverse[0].double().T
         assert info.item() == short[0] + 1
         # The Gram matrix is rounded to ε, times its condition of some 10.
@@ -147,10 +147,25 @@ def test_refused_columns_leave_the_factorization() -> None:
             torch.testing.assert_close(q[:, column], refused * rest, rtol=0, atol=100 * EPS)
 
 
-def test_each_system_has_its_own_least_pivots() -> None:
-    least = torch.zeros(2, 20)
-    least[1, 17] = 2.0
-    assert factor(torch.eye(20).repeat(2, 1, 1), least, 1.0)[1].tolist() == [0, 18]
+def test_a_pivot_is_above_a_part_of_its_diagonal_element() -> None:
+    """Wherever it stands, and whatever its scale. Here each is 1 - 0.9² = 0.19 of it, but for the first of a pair."""
+    scales = 2.0 ** torch.arange(-20, 20)
+    system = torch.block_diag(*[torch.tensor([[1.0, 0.9], [0.9, 1.0]])] * 20) * scales.outer(scales)
+    _, info = factor(system.expand(2, 40, 40), part=0.18, refused=1.0)
+    assert info.tolist() == [0, 0]
+    inverse, info = factor(system.expand(2, 40, 40), part=0.2, refused=0.0)
+    assert info.tolist() == [2, 2]
+    assert (inverse != 0).any(dim=2).tolist() == [[True, False] * 20] * 2
+    for option in ("least", "part"):
+        assert factor(torch.eye(20)[None], **{option: 1.0}, refused=0.0)[1].item() == 1
+
+
+def test_the_diagonal_grows_by_a_part_of_itself() -> None:
+    systems = positive_definite(2, 40, 10)
+    inverse, _ = factor(systems, shift=0.5, refused=float("nan"))
+    expected, _ = plain_factor(systems + 0.5 * systems.diagonal(dim1=1, dim2=2).diag_embed())
+    assert torch.equal(inverse, expected)
+    assert factor(torch.eye(20)[None], part=1.4, shift=0.5, refused=0.0)[1].item() == 0  # the part is of it as given
 
 
 @pytest.mark.parametrize("m, k, n", [(1, 1, 1), (5, 1000, 7), (16, 128, 33), (100, 70, 65), (33, 4000, 16)])

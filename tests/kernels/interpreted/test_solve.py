@@ -94,7 +94,8 @@ def test_kernels_reach_what_the_reference_reaches(
         else:
             assert found.objective == pytest.approx(expected.objective, rel=1e-4, abs=1e-6 * expected.initial)
         assert found.initial == pytest.approx(expected.initial, rel=1e-6)
-        assert found.residual_norm == pytest.approx(expected.residual_norm, rel=1e-3)
+        # Which no solver but svd minimizes; als amplifies rounding in it by the condition of its systems, up to 1.3e-3.
+        assert found.residual_norm == pytest.approx(expected.residual_norm, rel=3e-3 if solver == "als" else 1e-3)
         # With so many products E is worth its while in memory.
         assert torch.equal(copy.weight, linear.weight) == (steps < 20)
 

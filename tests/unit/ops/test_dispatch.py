@@ -19,6 +19,7 @@ from quailora.ops.dispatch import Backend
 from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.quantization.feedback import Curvature
 from quailora.quantization.gptq import GPTQ
+from quailora.solvers import error_matrix
 from quailora.solvers.error_matrix import ErrorMatrices, choose_form
 
 # What fp32 products of these sizes lose to rounding, relative to their largest value, in whatever order they sum.
@@ -37,7 +38,7 @@ def assert_orthonormal(q: Tensor, rank: int) -> None:
     torch.testing.assert_close(new.T @ new, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("features", [1, 7, 256, 300])  # below, at and above one panel of the triangle
+@pytest.mark.parametrize("features", [1, 7, 256, 300, 2200])  # below, at and above one panel of the triangle; 8 of 275
 def test_gram_and_mirror_make_the_full_product(features: int) -> None:
     x, h = random(2, 5, features), random(features, features)
     expected = (h + h.T).tril() + x.reshape(-1, features).T @ x.reshape(-1, features)
@@ -57,7 +58,7 @@ def test_gram_never_reads_masked_rows() -> None:
     torch.testing.assert_close(h.tril(), (kept.T @ kept).tril(), rtol=FP32, atol=FP32)
 
 
-@pytest.mark.parametrize("features", [5, 256, 520])
+@pytest.mark.parametrize("features", [5, 256, 520, 2200])
 def test_gram_energy_is_the_trace(features: int) -> None:
     x, rows = random(40, features), random(9, features, seed=1)
     h = x.T @ x
@@ -171,7 +172,8 @@ def test_e_takes_the_place_of_an_fp32_w_whatever_q_is(method: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["dense", "cached", "fused"])
-def test_error_matrices_are_the_same_in_every_form(form: str) -> None:
+def test_error_matrices_are_the_same_in_every_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(error_matrix, "_PANEL_ELEMENTS", 500 * 7)
     weights = [random(1100, 7), random(5, 7, seed=1)]  # more rows than a panel has, and fewer
     packed = [Packed(random(1100, 7, seed=2)), Packed(random(5, 7, seed=3))]
     dense = [weight - q.values for weight, q in zip(weights, packed, strict=True)]
@@ -271,6 +273,16 @@ def test_orthonormalize_fills_the_space_and_no_more(orthonormalize: Any) -> None
     assert not orthonormalize(torch.zeros(10, 2)).any()
 
 
+def test_a_group_is_orthonormalized_as_its_blocks_alone(orthonormalize: Any) -> None:
+    grouped = {reference.orthonormalize: reference, cpu.orthonormalize: cpu}[orthonormalize].grouped_orthonormalize
+    ys = [random(50, 5), random(40, 3, seed=1)]
+    bases = [orthonormalize(random(50, 6, seed=2)), orthonormalize(random(40, 2, seed=3))]
+    for found, y, basis in zip(grouped(ys, bases), ys, bases, strict=True):
+        assert torch.equal(found, orthonormalize(y, basis))
+    for found, y in zip(grouped(ys), ys, strict=True):
+        assert torch.equal(found, orthonormalize(y))
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-15, 1e15])
 def test_reflections_leave_to_the_reference_what_is_nearly_dependent(
     scale: float, monkeypatch: pytest.MonkeyPatch
@@ -304,13 +316,13 @@ def chosen_anew(*caches: Any) -> Iterator[None]:
 def test_backends_name_the_one_that_serves_and_why_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     services = backends("cpu")
     compiled = {"gram_", "quantize_columns"}
-    others = services.keys() - compiled - {"orthonormalize", "bf16_products", "fp16_products"}
+    others = services.keys() - compiled - {"grouped_orthonormalize", "bf16_products", "fp16_products"}
     assert {services[name].backend for name in others} == {"reference"}
     expected = "reference" if extension.obstacle(torch.device("cpu")) else "extension"
     assert {services[name].backend for name in compiled} == {expected}
     assert "for CPUs only, not for cuda" in str(extension.columns_obstacle(torch.device("cuda")))
-    assert services["orthonormalize"].backend == "lapack"
-    assert "not for cpu" in services["orthonormalize"].others["triton"]
+    assert services["grouped_orthonormalize"].backend == "lapack"
+    assert "not for cpu" in services["grouped_orthonormalize"].others["triton"]
     assert "for CPUs only, not for cuda" in str(cpu.obstacle(torch.device("cuda")))
     calls = []
     fast = Backend("fast", lambda h, rights, precision: calls.append("fast"))
@@ -391,6 +403,6 @@ def test_amd_gpus_that_nobody_compiled_for_take_the_plain_path(
 def test_without_triton_the_reference_serves_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)  # what an import then raises is ImportError
     with chosen_anew():
-        service = backends("cuda:0")["orthonormalize"]
+        service = backends("cuda:0")["grouped_orthonormalize"]
     assert service.backend == "reference"
     assert "Triton cannot be imported" in service.others["triton"]
