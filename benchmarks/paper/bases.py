@@ -385,12 +385,12 @@ def excess(results: Path, choices: Sequence[Choice], train_on: str) -> list[floa
 
 
 def best_table(results: Path, experiment: str) -> str:
-    """Each choice at its best rate, by the first seed; marked with * if no rate beyond it was tried."""
+    """Each choice at its best rate, by the first seed; marked with * if no rate beyond it was tried. By bits."""
     grouped = _records(results, experiment)
     best = best_rates(grouped, seed=0)
     sets = list(dict.fromkeys(name for name, _ in best))
     rows = []
-    for choice in dict.fromkeys(choice for _, choice in best):
+    for choice in sorted(dict.fromkeys(choice for _, choice in best), key=lambda choice: list(BITS).index(choice.base)):
         row = [BITS[choice.base], choice.codes, choice.title]
         for name in sets:
             if (name, choice) not in best:
