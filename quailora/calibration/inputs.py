@@ -58,13 +58,14 @@ class InputPair:
     def targets(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W' (m, n) fp32 in the place of each W (m, n). It gives D up.
 
-        Raises NotFiniteError where inputs are not finite.
+        Raises NotFiniteError where inputs are not finite, naming a linear.
         """
         h = self.gram.matrix()
         mean = h.diagonal().mean()
         if not (mean.isfinite() and self.difference.isfinite().all()):
             raise NotFiniteError(
-                "inputs overflow in their dtype, in the full-precision model or behind quantized layers"
+                f"{next(iter(weights))}: inputs overflow in their dtype, in the full-precision model or behind "
+                "quantized layers"
             )
         if mean <= 0:
             return {name: weight.float() for name, weight in weights.items()}
@@ -74,7 +75,7 @@ class InputPair:
             lower, info = torch.linalg.cholesky_ex(damped)
             del damped
             if int(info) != 0:
-                raise SolverError("gram is not positive semi-definite")
+                raise SolverError(f"{next(iter(weights))}: gram is not positive semi-definite")
             change = torch.cholesky_solve(self.difference.T, lower).T
             del lower, self.difference
             return {

@@ -19,7 +19,14 @@ from quailora.adapters.save_and_load import check_can_be_saved, factors_of, rest
 from quailora.adapters.skeleton import targeted_skeleton
 from quailora.adapters.targets import check_config, find_targets
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
-from quailora.errors import AdapterError, CheckpointError, NotFiniteError, QuailoraError, SolverError
+from quailora.errors import (
+    AdapterError,
+    CalibrationError,
+    CheckpointError,
+    NotFiniteError,
+    QuailoraError,
+    SolverError,
+)
 from quailora.files import check_new_folder, write_files
 from quailora.memory.budget import MemoryConfig, Meter
 from quailora.memory.sizes import Calibrated
@@ -319,7 +326,7 @@ def build_adapter(
         if isinstance(error, NotFiniteError) and dtype == torch.float16:
             anew = " with resume=False (--no-resume)" if kept else ""
             kept = f"; run it with dtype=torch.bfloat16 (--dtype bfloat16){anew}; in float16 it would fail again"
-        elif kept and isinstance(error, CheckpointError | SolverError):
+        elif kept and isinstance(error, CalibrationError | CheckpointError | SolverError):
             kept += ", but the same command would fail again until this is mended"
         elif kept:
             kept += _CONTINUES

@@ -75,10 +75,10 @@ class Depth:
     @staticmethod
     def groups(run: BlockRun, linears: Mapping[str, nn.Module], streams: Streams) -> list[list[str]]:
         """Linears that share an input, in the order in which they run; see `groups_by_input`."""
-        number = len(run.batches) - 1  # of the shortest sequences
+        # In the first batch, which has the longest sequences: of a few tokens, all may be sent to one expert.
         with ops.half_products(run.device, [run.dtype]):
-            forward = partial(run.forward, number, streams.full[number])
-            return groups_by_input(linears, run.batches[number].input_ids.numel(), forward)
+            forward = partial(run.forward, 0, streams.full[0])
+            return groups_by_input(linears, run.batches[0].input_ids.numel(), forward)
 
     @staticmethod
     def compare(

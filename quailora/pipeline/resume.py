@@ -157,8 +157,8 @@ class Workspace:
         """Remove the folder where nothing in it is worth keeping. Returns what is kept, in words; "" for nothing."""
         with self._lock:
             if self.folder.exists() and self.finished:
-                kept = "1 block is" if len(self.finished) == 1 else f"{len(self.finished)} blocks are"
-                return f"the factors of {kept} kept in {self.folder}"
+                blocks = "1 block" if len(self.finished) == 1 else f"{len(self.finished)} blocks"
+                return f"the factors of {blocks} are kept in {self.folder}"
             shutil.rmtree(self.folder, ignore_errors=True)
             return ""
 

@@ -261,7 +261,7 @@ def fails(case: Case, folder: Path) -> str:
         )
     assert caught.type is case.error, caught.value
     left = list((folder / "out").iterdir()) if (folder / "out").exists() else []
-    assert all("1 block is kept" in str(caught.value) and path.name == ".adapter.quailora" for path in left)
+    assert all("1 block are kept" in str(caught.value) and path.name == ".adapter.quailora" for path in left)
     return str(caught.value)
 
 

@@ -311,7 +311,7 @@ def test_a_weight_that_is_not_finite_would_stop_the_same_run_again(model: Path, 
     tensors = load_file(spoiled / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, spoiled / "model.safetensors", metadata={"format": "pt"})
-    kept = r"the factors of 1 block is kept in .*, but the same command would fail again until this is mended$"
+    kept = r"the factors of 1 block are kept in .*, but the same command would fail again until this is mended$"
     with pytest.raises(CheckpointError, match=kept):
         build(spoiled, tmp_path)
 

@@ -192,6 +192,19 @@ def test_a_batch_that_does_not_pair_up_is_an_error(reached: str, folder: Path, t
         make(folder, tmp_path / "out")
 
 
+def test_the_same_command_would_not_pair_up_either(folder: Path, tmp_path: Path) -> None:
+    compare = Depth.compare
+
+    def fails(run: Any, linears: Any, name: str, *args: Any, **kwargs: Any) -> InputPair:
+        if name.startswith("model.layers.1."):
+            raise CalibrationError("planted")
+        return compare(run, linears, name, *args, **kwargs)
+
+    kept = r"^planted; the factors of 1 block are kept in .*, but the same command would fail again"
+    with mock.patch.object(Depth, "compare", fails), pytest.raises(CalibrationError, match=kept):
+        make(folder, tmp_path / "kept" / "out", data=Calibration(DATA.sequences[:8], "random tokens"), alternations=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
 def test_experts_of_a_mixture(family: str, tmp_path: Path) -> None:

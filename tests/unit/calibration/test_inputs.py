@@ -59,7 +59,7 @@ def test_equal_inputs_and_no_inputs_change_nothing() -> None:
 def test_inputs_that_overflow_are_an_error(of: str) -> None:
     full, quantized, _ = some()
     {"full": full, "quantized": quantized}[of][0, 0, 0] = float("inf")
-    with pytest.raises(NotFiniteError, match="inputs overflow in their dtype"):
+    with pytest.raises(NotFiniteError, match=r"^w: inputs overflow in their dtype"):
         pair_of(full, quantized).targets({"w": torch.randn(5, 12)})
 
 

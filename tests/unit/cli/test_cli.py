@@ -376,7 +376,7 @@ def test_ctrl_c_is_one_line_that_says_what_is_kept(
     kept = tmp_path / ".out.quailora"
     assert (
         beside_progress(err)
-        == f"interrupted; the factors of 1 block is kept in {kept}, and the same command continues from there\n"
+        == f"interrupted; the factors of 1 block are kept in {kept}, and the same command continues from there\n"
     )
     code, out, _ = run("init", checkpoint, *options)
     assert code == 0 and "1 block was solved by an earlier run" in out
