@@ -424,6 +424,7 @@ def test_every_experiment_and_baseline(
         assert "–" not in tables.draw(name, tmp_path / "results")
 
 
+@pytest.mark.slow
 def test_served_on_full_precision_the_initialization_is_subtracted(
     small_study: study.Study, capsys: pytest.CaptureFixture[str]
 ) -> None:

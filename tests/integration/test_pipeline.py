@@ -435,6 +435,7 @@ with freed_at_once():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(heap._glibc() is None, reason="malloc is not that of glibc")
 @pytest.mark.parametrize("malloc", ["glibc's", "without mapped pages", "another"])
 def test_whatever_malloc_is_there_is_borne(malloc: str, tmp_path: Path) -> None:

@@ -208,6 +208,7 @@ def test_out_of_memory_in_a_step_halves_the_micro_batches(folder: Path, tmp_path
         assert ours.error_after == pytest.approx(block.error_after, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_hidden_states_of_both_streams_may_be_on_disk(folder: Path, tmp_path: Path) -> None:
     opened: list[Path | None] = []
     init = HiddenStates.__init__

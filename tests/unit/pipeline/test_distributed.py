@@ -175,6 +175,7 @@ def alone_again(model: Path, output: Path) -> None:
             build(model, output)
 
 
+@pytest.mark.slow
 def test_torchrun_runs_the_command(model: Path, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("".join(f'{{"input_ids": {s.tolist()}}}\n' for s in DATA.sequences))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
