@@ -57,8 +57,9 @@ class RoundingConfig:
         if self.inputs == QUANTIZED and self.rounding == NEAREST:
             raise AdapterError(
                 "inputs='quantized' (--inputs quantized) takes codes that are chosen by calibration; those of nearest "
-                "rounding do not depend on the inputs, and the factors alone gain next to nothing by it: write the "
-                "base with rounding='calibrated' (--rounding calibrated), or leave it out"
+                "rounding do not depend on the inputs, and the factors alone gain little by it: write the base with "
+                "rounding='calibrated' (--rounding calibrated), or leave it out and take refine='blocks' "
+                "(--refine blocks)"
             )
 
     @classmethod

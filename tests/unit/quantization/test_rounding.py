@@ -58,7 +58,7 @@ def test_what_is_left_out_depends_on_whether_the_base_is_written() -> None:
             {"inputs": QUANTIZED},
             r"inputs='quantized' \(--inputs quantized\) takes codes that are chosen",
         ),
-        (None, False, {"inputs": QUANTIZED}, r"factors alone gain next to nothing .* rounding='calibrated'"),
+        (None, False, {"inputs": QUANTIZED}, r"factors alone gain little .* rounding='calibrated'"),
         (NEAREST, True, {"alternations": 3}, r"take rounding='calibrated' \(--rounding calibrated\), or leave it"),
     ],
 )
