@@ -389,6 +389,7 @@ def test_corda_does_not_take_a_quantized_base(small_study: study.Study) -> None:
 # ---- The scripts
 
 
+@pytest.mark.slow
 def test_an_experiment_of_the_paper(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,6 +104,7 @@ def initialize(model: PeftModel, folder: Path) -> Report:
     return quailora.initialize(model, DATA, checkpoint=folder, progress=False, **options)
 
 
+@pytest.mark.slow
 def test_linears_without_an_adapter_are_run_quantized(folder: Path, tmp_path: Path) -> None:
     """The second block meets what comes out of all the first one's quantized linears."""
     refined = build(folder, tmp_path / "out", lora(target_modules=["q_proj", "down_proj"]), **REFINE)

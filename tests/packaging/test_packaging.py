@@ -60,6 +60,7 @@ def test_the_tests_do_not_answer_to_import_kernels() -> None:
     assert str(ROOT / "kernels") not in str(importlib.util.find_spec("kernels"))
 
 
+@pytest.mark.slow
 def test_transformers_imports_with_the_root_on_the_path() -> None:
     code = "import kernels, quailora; from transformers import LlamaForCausalLM; print(kernels.__file__, dir(kernels))"
     where, public = python("-c", code).split(maxsplit=1)

@@ -97,6 +97,7 @@ def test_every_command_exists(command: list[str]) -> None:
             pytest.fail(f"{program} is not a command that the workflows are known to need")
 
 
+@pytest.mark.slow
 def test_the_gpu_marker_has_tests() -> None:
     collect = [
         sys.executable,

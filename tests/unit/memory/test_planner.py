@@ -593,7 +593,7 @@ except pytest.skip.Exception:
     ("heights", "n", "method"),
     [
         ((4096, 1024, 1024), 4096, "nested"),
-        ((4096,), 14336, "nested"),
+        pytest.param((4096,), 14336, "nested", marks=pytest.mark.slow),
         pytest.param((4096, 1024, 1024), 4096, "gptq", marks=pytest.mark.slow),
     ],
     ids=str,

@@ -430,6 +430,7 @@ def test_the_peak_of_loading_is_the_planned_one(ahead: bool, tmp_path: Path) -> 
     assert model.nbytes(FIRST) / 2 < resident_bytes("VmHWM") - before < planned
 
 
+@pytest.mark.slow
 def test_nothing_grows_with_the_number_of_blocks_that_were_loaded(tmp_path: Path) -> None:
     model = streamed(tmp_path, "mixtral")
 
