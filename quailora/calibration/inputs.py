@@ -23,8 +23,8 @@ from quailora.calibration.gram import Gram
 from quailora.errors import NotFiniteError, SolverError
 from quailora.ops.precision import exact_products
 
-# α and λ, by the output error after 2 and 6 blocks with 3 bits, on text of the calibration's kind and of another
-# (benchmarks/end_to_end/inputs.py): what α = 1 gains in the first blocks is lost again further on.
+# α and λ, by the output error after 6 blocks with 3 bits, on text of the calibration's kind and of another: α = 1 fits
+# the calibration text (benchmarks/end_to_end/inputs.py).
 SHARE, DAMPING = 0.5, 0.1
 
 _ROWS = 1024  # tokens at a time

@@ -14,7 +14,7 @@ from quailora.memory.sizes import Base, BlockSizes, Device, Weight, solving
 from quailora.solvers.config import SolverConfig
 
 _FP32 = 4
-_ROWS = 1024  # tokens at a time for D
+_ROWS = 1024  # tokens at a time for D, as `calibration.inputs` takes them
 
 
 def deployed(linears: Sequence[Weight], base: Base, on: Device, size: int) -> int:
