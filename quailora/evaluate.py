@@ -28,6 +28,7 @@ from quailora import ops
 from quailora.adapters.base_record import as_recorded, base_of, check_base, for_full_precision, loading
 from quailora.adapters.correction import Correction, saved_adapter
 from quailora.adapters.new_tokens import resize_to, vocabulary
+from quailora.adapters.quantized_checkpoint import QuantizedCheckpoint
 from quailora.adapters.saved_adapter import check_weights
 from quailora.calibration.data import Batch, Calibration, load_calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
@@ -35,7 +36,6 @@ from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.loading import load_model
-from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.loop import memory_errors
 from quailora.quantization.registry import evaluating, from_config

@@ -36,13 +36,13 @@ from benchmarks.common import tables
 from benchmarks.common.smollm2 import fetch
 from benchmarks.common.timing import keep
 from quailora import ops
+from quailora.calibration.block import BlockRun, DeployedLinear, in_place
 from quailora.calibration.calls import Call
 from quailora.calibration.data import Batch, CalibrationConfig, read_calibration
+from quailora.calibration.distributed import Processes
 from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.pipeline.block import BlockRun, DeployedLinear, in_place
-from quailora.pipeline.distributed import Processes
 from quailora.pipeline.quantize import CalibratedQ, solve
 from quailora.pipeline.stages import Stages
 from quailora.quantization.protocol import QuantizedBase

@@ -41,13 +41,13 @@ from benchmarks.end_to_end.low_bits import Row
 from benchmarks.paper.initializations import DTYPE, lora
 from benchmarks.paper.study import LORA_ALPHA, RANK, SCALES, Run, Scale, in_batches, read_texts, train
 from quailora.adapters.alpha import matched_alpha
+from quailora.adapters.quantized_checkpoint import QuantizedCheckpoint
 from quailora.adapters.saved_adapter import SavedAdapter
 from quailora.adapters.targets import Target
 from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
 from quailora.files import to_json, write_files
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.pipeline.quantize import Initialized
 from quailora.pipeline.stages import Stages
 from quailora.quantization.gptq import GPTQ

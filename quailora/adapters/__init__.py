@@ -1,4 +1,5 @@
-"""The factors as an ordinary PEFT adapter, the record of its base, and what to do after training (merge, convert).
+"""The factors as an ordinary PEFT adapter, the record of its base, the base on disk, and what to do after training
+(merge, convert, export).
 
-It knows PEFT. It must not know solvers, calibration data or the pipeline.
+It knows PEFT and the factors that solvers return. It must not know how they are found, nor the pipeline.
 """

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from quailora.adapters.quantized_checkpoint import QuantizedCheckpoint
 from quailora.errors import AdapterError, CheckpointError
 from quailora.files import LazyTensor, check_new_folder, new_folder, to_json, write_files, write_tensors
 from quailora.modeling.checkpoint import INDEX, Checkpoint, index_of
 from quailora.modeling.devices import without_torch_modes
 from quailora.modeling.model_class import CAUSAL_LM
-from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import skeleton
 from quailora.quantization.compressed_tensors import METHOD, checkpoint_config, packed
 from quailora.quantization.gptq import GPTQ, TENSORS

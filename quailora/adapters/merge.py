@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quailora.adapters.base_record import as_recorded, base_of, for_full_precision, loading
 from quailora.adapters.correction import saved_adapter
 from quailora.adapters.new_tokens import resize_to
+from quailora.adapters.quantized_checkpoint import QuantizedCheckpoint
 from quailora.adapters.save_and_load import put, unfilled
 from quailora.adapters.skeleton import adapted_skeleton, quantized_skeleton
 from quailora.calibration.tokenizer import load_tokenizer
@@ -26,7 +27,6 @@ from quailora.errors import AdapterError
 from quailora.files import check_new_folder, new_folder
 from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
-from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import base_for, from_config, is_quantized
 from quailora.quantization.verify import NEAREST, verify

@@ -1,4 +1,5 @@
-"""From data to H: token batches, the calls of a block, the inputs of its linears, one Gram matrix per distinct input.
+"""From data to H: token batches, blocks that run on them, the inputs of their linears, one Gram matrix per distinct
+input; alone or shared by several processes.
 
-Knows models as streamed blocks. Must not know quantization, solvers or adapters.
+It knows models as streamed blocks. It must not know quantization, solvers or adapters.
 """

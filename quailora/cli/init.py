@@ -139,11 +139,11 @@ def init(
     """
     from peft import LoraConfig
 
+    from quailora.calibration import distributed
     from quailora.files import check_new_folder
     from quailora.memory.budget import MemoryConfig
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import build as pipeline
-    from quailora.pipeline import distributed
     from quailora.quantization.rounding import RoundingConfig
     from quailora.refinement.config import refinement_config
     from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig

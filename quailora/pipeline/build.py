@@ -19,6 +19,7 @@ from quailora.adapters.save_and_load import check_can_be_saved, factors_of, rest
 from quailora.adapters.skeleton import targeted_skeleton
 from quailora.adapters.targets import check_config, find_targets
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
+from quailora.calibration.distributed import Processes
 from quailora.errors import (
     AdapterError,
     CalibrationError,
@@ -36,7 +37,6 @@ from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.base_output import BaseOutput, check_apart, discard_unfinished, partly, quantized_linears
 from quailora.pipeline.depth import Restored
-from quailora.pipeline.distributed import Processes
 from quailora.pipeline.quantize import CalibratedQ, GivenQ, QuantizeAndSolve
 from quailora.pipeline.refine import refine_in_place
 from quailora.pipeline.resume import Workspace

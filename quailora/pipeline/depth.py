@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from quailora import ops
 from quailora.adapters.targets import Target
+from quailora.calibration.block import BlockRun, DeployedLinear, in_place, to_device
+from quailora.calibration.distributed import Processes
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.calibration.inputs import InputPair, groups_by_input, receiving
 from quailora.errors import CalibrationError
 from quailora.modeling.blocks import linear_weight
-from quailora.pipeline.block import BlockRun, DeployedLinear, in_place, to_device
-from quailora.pipeline.distributed import Processes
 from quailora.pipeline.solved import Solved
 from quailora.quantization.protocol import QuantizedWeight
 from quailora.refinement.blocks import refine_block

@@ -17,6 +17,7 @@ from quailora.adapters.base_record import device_of, recorded_base
 from quailora.adapters.new_tokens import add_rows
 from quailora.adapters.targets import Target, check_config, find_targets
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
+from quailora.calibration.distributed import Processes
 from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.blocks import linear_weight
@@ -25,7 +26,6 @@ from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.model_class import auto_class_of
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.base_output import base_layer, quantized_linears
-from quailora.pipeline.distributed import Processes
 from quailora.pipeline.quantize import GivenQ
 from quailora.pipeline.setup import Run, enumerate_reasons
 from quailora.pipeline.solved import Solved

@@ -24,16 +24,16 @@ from torch import nn
 
 from quailora import ops
 from quailora.adapters.targets import Target
+from quailora.calibration.block import BlockRun, DeployedLinear
 from quailora.calibration.calls import Call, Calls
 from quailora.calibration.data import Batch
+from quailora.calibration.distributed import Processes
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.errors import QuailoraError
 from quailora.memory.planner import Plan
 from quailora.modeling.blocks import Block
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.block import BlockRun, DeployedLinear
 from quailora.pipeline.depth import Depth, Streams
-from quailora.pipeline.distributed import Processes
 from quailora.pipeline.quantize import QuantizeAndSolve
 from quailora.pipeline.solved import Solved, unreached
 from quailora.pipeline.solving import Solving

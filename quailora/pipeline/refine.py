@@ -21,9 +21,11 @@ from quailora import ops
 from quailora.adapters.base_record import as_recorded, check_base, for_full_precision, loading
 from quailora.adapters.correction import Correction
 from quailora.adapters.new_tokens import resize_to
+from quailora.adapters.quantized_checkpoint import QuantizedCheckpoint
 from quailora.adapters.saved_adapter import SavedAdapter
 from quailora.adapters.skeleton import targeted_skeleton
 from quailora.adapters.targets import Target, find_targets
+from quailora.calibration.block import BlockRun
 from quailora.calibration.calls import Calls
 from quailora.calibration.data import SAMPLES, Calibration, CalibrationConfig, read_calibration
 from quailora.calibration.hidden_states import HiddenStates
@@ -33,10 +35,8 @@ from quailora.memory.budget import MemoryConfig, Meter
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.loading import load_model
-from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.base_output import quantized_linears
-from quailora.pipeline.block import BlockRun
 from quailora.pipeline.loop import memory_errors
 from quailora.pipeline.stages import Stages
 from quailora.pipeline.trainable import check_fits, check_trainable

@@ -14,13 +14,13 @@ from torch import nn
 from quailora import ops
 from quailora.adapters.targets import Target
 from quailora.calibration.data import Calibration
+from quailora.calibration.distributed import Processes
 from quailora.errors import AdapterError, CalibrationError
 from quailora.memory.budget import Meter
 from quailora.memory.planner import TOKENS_PER_BATCH, Plan, make_plan
 from quailora.memory.sizes import Base
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.depth import Depth, Restored
-from quailora.pipeline.distributed import Processes
 from quailora.pipeline.loop import Loop
 from quailora.pipeline.quantize import QuantizeAndSolve
 from quailora.pipeline.solved import Solved

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from quailora.adapters.targets import Target
+from quailora.calibration.distributed import Processes
 from quailora.calibration.gram import Gram
 from quailora.calibration.inputs import InputPair
 from quailora.modeling.blocks import linear_weight
-from quailora.pipeline.distributed import Processes
 from quailora.pipeline.quantize import QuantizeAndSolve
 from quailora.pipeline.solved import Solved, layer_report
 from quailora.pipeline.stages import Stages

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from quailora.adapters.targets import find_targets
+from quailora.calibration.distributed import launched_by_torchrun
 from quailora.errors import AdapterError, BudgetError, QuailoraError
 from quailora.memory.allocator import overhead
 from quailora.memory.budget import describe_bytes
@@ -17,7 +18,6 @@ from quailora.memory.sizes import block_sizes
 from quailora.memory.training import Training, training_memory
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.modeling.transformers_internals import check_libraries
-from quailora.pipeline.distributed import launched_by_torchrun
 from quailora.quantization.protocol import QuantizedBase
 from quailora.quantization.registry import is_quantized
 from quailora.refinement.config import BLOCKS_INSTEAD, RefinementConfig

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from quailora import ops
+from quailora.calibration.block import BlockRun, DeployedLinear, in_place
 from quailora.calibration.data import Batch
+from quailora.calibration.distributed import Processes
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.errors import NotFiniteError
-from quailora.pipeline.block import BlockRun, DeployedLinear, in_place
-from quailora.pipeline.distributed import Processes
 from quailora.refinement.config import RefinementConfig
 from quailora.reporting.report import BlockReport
 

@@ -12,12 +12,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
+from quailora.calibration.block import BlockRun, DeployedLinear
 from quailora.calibration.calls import Call, Calls
 from quailora.calibration.data import Batch
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.block import BlockRun, DeployedLinear
 from quailora.quantization.registry import read
 from tests.helpers import tiny
 from tests.integration.test_pipeline import build, four_bits, load_base

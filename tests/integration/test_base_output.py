@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
 
 import quailora
+from quailora.adapters.quantized_checkpoint import QuantizedCheckpoint
 from quailora.calibration.data import load_calibration
 from quailora.errors import AdapterError, CheckpointError, MismatchError, QuailoraError
 from quailora.evaluate import compare
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline import base_output
 from quailora.quantization.registry import is_quantized, read

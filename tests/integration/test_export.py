@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
 from typer.testing import CliRunner
 
 import quailora
+from quailora.adapters.quantized_checkpoint import QuantizedCheckpoint
 from quailora.cli.app import app
 from quailora.errors import AdapterError, CheckpointError, MismatchError, QuailoraError
-from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.quantization.gptq import unpack
 from quailora.reporting.record import read_record
 from tests.helpers import tiny

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 from trl import SFTConfig, SFTTrainer
 
 import quailora
+from quailora.adapters.quantized_checkpoint import QuantizedCheckpoint
 from quailora.errors import MismatchError
 from quailora.modeling.checkpoint import Checkpoint
-from quailora.modeling.quantized_checkpoint import QuantizedCheckpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import is_quantized, read
 from quailora.quantization.verify import digest

@@ -23,12 +23,12 @@ from transformers import BitsAndBytesConfig
 import quailora
 from quailora import files
 from quailora.adapters import save_and_load
-from quailora.calibration import calls, hooks
+from quailora.calibration import block, calls, hooks
 from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
 from quailora.errors import QuailoraError
-from quailora.pipeline import block, quantize, resume
 from quailora.pipeline import build as pipeline
+from quailora.pipeline import quantize, resume
 from quailora.reporting.report import Report
 from tests.helpers import tiny
 from tests.helpers.children import Child

@@ -10,7 +10,6 @@ import pytest
 from tests.helpers import ROOT
 
 # From the top: each may import from the lines below it and from its own package, and from nothing above or beside it.
-# A module that stands on a line of its own is not meant by the line of its package.
 ORDER = [
     ("cli",),
     ("evaluate", "doctor"),
@@ -18,7 +17,6 @@ ORDER = [
     ("refinement",),
     ("adapters",),
     ("reporting",),
-    ("pipeline.block", "pipeline.distributed"),
     ("calibration", "memory"),
     ("modeling",),
     ("quantization", "solvers", "refinement.config"),

@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from quailora import ops
+from quailora.calibration.block import BlockRun, DeployedLinear
 from quailora.calibration.calls import Calls
 from quailora.calibration.data import Batch
+from quailora.calibration.distributed import Processes
 from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.calibration.hooks import collect
@@ -34,9 +36,7 @@ from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops import reference
-from quailora.pipeline.block import BlockRun, DeployedLinear
 from quailora.pipeline.depth import Depth, Streams
-from quailora.pipeline.distributed import Processes
 from quailora.pipeline.quantize import CalibratedQ
 from quailora.pipeline.stages import Stages
 from quailora.quantization.bitsandbytes import BitsAndBytes

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from quailora.calibration.block import BlockRun
 from quailora.calibration.calls import Call
 from quailora.calibration.data import Batch
 from quailora.calibration.hidden_states import HiddenStates
-from quailora.pipeline.block import BlockRun
 from quailora.pipeline.depth import Depth, Streams
 
 

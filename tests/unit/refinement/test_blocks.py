@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from quailora.calibration.block import BlockRun, DeployedLinear, in_place
 from quailora.calibration.calls import Call
 from quailora.calibration.data import Batch
+from quailora.calibration.distributed import Processes
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.errors import NotFiniteError, QuailoraError
-from quailora.pipeline.block import BlockRun, DeployedLinear, in_place
-from quailora.pipeline.distributed import Processes
 from quailora.refinement.blocks import _Block, _steps, refine_block
 from quailora.refinement.config import RefinementConfig, refinement_config
 from quailora.reporting.report import BlockReport

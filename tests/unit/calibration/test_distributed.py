@@ -19,12 +19,13 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 import quailora
+from quailora.calibration import distributed
 from quailora.calibration.calls import Call
 from quailora.calibration.data import Calibration
+from quailora.calibration.distributed import Processes, _united
 from quailora.calibration.gram import Gram
 from quailora.errors import QuailoraError
-from quailora.pipeline import distributed, quantize
-from quailora.pipeline.distributed import Processes, _united
+from quailora.pipeline import quantize
 from quailora.pipeline.resume import Workspace
 from quailora.reporting.report import Report
 from tests.helpers import tiny

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quailora.calibration.block import in_place
 from quailora.calibration.gram import Gram
-from quailora.pipeline.block import in_place
 from tests.helpers.blocks import KINDS, Case, open_case
 
 
