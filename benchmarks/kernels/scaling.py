@@ -1,10 +1,11 @@
 """How the cost grows with size: exponents of measured times, next to those of the counted FLOPs.
 
-    python benchmarks/kernels/scaling.py [--scale small|tiny] [--json PATH]
+    python benchmarks/kernels/scaling.py [--scale small|large|tiny] [--json PATH]
 
 Each sweep varies one size and keeps the others at the middle of their range. The sweeps are: H (`Gram.update`, in
 bf16) over tokens t and features n; a krylov solve of one linear (m, n) from NF4 with double quantization over m, n and
-the rank r; and `build_adapter` on Llamas of random weights over blocks and tokens.
+the rank r; calibrated rounding of one linear to 3 bits over m and n; and `build_adapter` on Llamas of random weights
+over blocks and tokens. "large" varies n alone, as it is in models of 7 to 8 billion parameters, and has no whole job.
 
 Results are first compared with fp64. All sizes of a sweep run in turn; shown are medians, ± half the range of the
 middle half of the rounds. The exponent is the slope of log time on log size, by least squares. The expected one is the
@@ -13,6 +14,7 @@ same slope of the FLOPs at the same sizes, lower-order terms included:
     H                t n (n + 1)
     solve            m n² for the initial objective, 2 m n r for each product with E, 2 n² r for each with H, and for
                      what is thin and small, in fp64, which counts twice, as `solver.krylov_flops` says
+    rounding         n³ / 3 for the Cholesky factor of H, m n² to feed back errors
     build_adapter    2 t m n for the forward pass through each linear, 2 t l d for causal attention over l tokens of d
                      features, an H for each of a block's four inputs, a solve for each linear
 
@@ -30,10 +32,11 @@ from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from statistics import linear_regression
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import quailora
@@ -45,7 +48,10 @@ from quailora.calibration.data import Calibration
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device
 from quailora.pipeline.build import ALPHA
+from quailora.quantization.feedback import Curvature, Rounded, round_with_feedback
 from quailora.solvers.registry import SOLVERS
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,12 @@ class Scale:
     rows: tuple[int, ...]  # of a linear
     columns: tuple[int, ...]
     ranks: tuple[int, ...]
-    job_rounds: int
-    hidden: int  # of the Llamas
-    inner: int
-    length: int  # of each sequence
-    blocks: tuple[int, ...]
-    samples: tuple[int, ...]
+    job_rounds: int = 0
+    hidden: int = 0  # of the Llamas
+    inner: int = 0
+    length: int = 0  # of each sequence
+    blocks: tuple[int, ...] = ()
+    samples: tuple[int, ...] = ()
 
 
 SCALES = {
@@ -82,6 +88,15 @@ SCALES = {
         length=128,
         blocks=(1, 2, 4, 8),
         samples=(8, 16, 32, 64),
+    ),
+    "large": Scale(
+        square=4096,
+        rounds=3,
+        tokens=(2048,),
+        features=(4096, 11008, 14336),
+        rows=(2048,),
+        columns=(4096, 11008, 14336),
+        ranks=(64,),
     ),
     "tiny": Scale(
         square=128,
@@ -105,6 +120,11 @@ def middle(sizes: Sequence[int]) -> int:
     return sizes[len(sizes) // 2]
 
 
+def several(*sweeps: tuple[str, str, dict[int, T]]) -> list[tuple[str, str, dict[int, T]]]:
+    """Of what, over which size, and shapes by it: those with more than one size."""
+    return [each for each in sweeps if len(each[2]) > 1]
+
+
 @dataclass(frozen=True)
 class Sweep:
     """One computation at several sizes. The results of `runs` have been checked."""
@@ -125,7 +145,7 @@ def gram_flops(t: int, n: int) -> float:
 
 def gram_sweeps(scale: Scale, device: torch.device) -> Iterator[Sweep]:
     t, n = middle(scale.tokens), middle(scale.features)
-    for what, over, shapes in (
+    for what, over, shapes in several(
         (f"H, n = {n}", "t", {size: (size, n) for size in scale.tokens}),
         (f"H, t = {t}", "n", {size: (t, size) for size in scale.features}),
     ):
@@ -151,7 +171,7 @@ def solve_sweeps(scale: Scale, device: torch.device) -> Iterator[Sweep]:
     depth = SOLVERS["krylov"].iterations or 0
     coarse = quailora.backends(device)["grouped_error_product"].backend != "reference"
     m, n, r = middle(scale.rows), middle(scale.columns), middle(scale.ranks)
-    for what, over, shapes in (
+    for what, over, shapes in several(
         (f"solve, n = {n}, r = {r}", "m", {size: (size, n, r) for size in scale.rows}),
         (f"solve, m = {m}, r = {r}", "n", {size: (m, size, r) for size in scale.columns}),
         (f"solve, m = {m}, n = {n}", "r", {size: (m, n, size) for size in scale.ranks}),
@@ -171,6 +191,50 @@ def _solve(m: int, n: int, r: int, device: torch.device) -> Callable[[], object]
     require(found.objective / left - 1, AGREEMENT, f"the objective that a solve of {(m, n, r)} states")
     require(left / best - 1, AGREEMENT, f"the objective of a solve of {(m, n, r)}, against the least,")
     return solve
+
+
+# ---- Calibrated rounding
+
+BITS, GROUP, DAMPING = 3, 32, 0.1
+
+
+def rounding_flops(m: int, n: int) -> float:
+    return n**3 / 3 + m * n * n
+
+
+def rounding_sweeps(scale: Scale, device: torch.device) -> Iterator[Sweep]:
+    m, n = middle(scale.rows), middle(scale.columns)
+    for what, over, shapes in several(
+        (f"rounding, n = {n}", "m", {size: (size, n) for size in scale.rows}),
+        (f"rounding, m = {m}", "n", {size: (m, size) for size in scale.columns}),
+    ):
+        runs = {size: _round(*shape, device) for size, shape in shapes.items()}
+        yield Sweep(what, over, runs, {size: rounding_flops(*shape) for size, shape in shapes.items()}, scale.rounds)
+
+
+def _round(m: int, n: int, device: torch.device) -> Callable[[], object]:
+    case = Case.draw(Group("one", (m,), n), 1, device)
+    weight = case.originals[0]
+
+    def run(feedback: bool = True) -> Rounded:
+        curvature = Curvature.of(case.gram, DAMPING)
+        curvature = curvature if feedback else curvature.without_feedback()
+        return round_with_feedback(weight, curvature, bits=BITS, symmetric=True, group=GROUP)
+
+    def damped(errors: Tensor) -> float:
+        shift = DAMPING * case.gram.diagonal().mean()
+        return float((errors @ case.gram * errors).sum() + shift * errors.square().sum())
+
+    found = run()
+    levels = found.codes.float() - found.zeros.float().repeat_interleave(GROUP, dim=1)
+    q = levels * found.scales.repeat_interleave(GROUP, dim=1)
+    require(float((weight.float() - found.errors - q).norm() / q.norm()), AGREEMENT, f"Q of {(m, n)} from its codes")
+    require(
+        damped(found.errors) / damped(run(feedback=False).errors),
+        1.0,
+        f"the error of {(m, n)}, against nearest rounding's,",
+    )
+    return run
 
 
 # ---- The whole job
@@ -200,7 +264,7 @@ def adapter_sweeps(scale: Scale, device: torch.device, folder: Path) -> Iterator
         loaded = AutoModelForCausalLM.from_pretrained(model, device_map=device)
         check(Checkpoint(model), loaded, config, random_tokens(scale, 1))
     whole = f"build_adapter, d = {scale.hidden}, r = {rank}"
-    for what, over, shapes in (
+    for what, over, shapes in several(
         (f"{whole}, t = {samples * scale.length}", "blocks", {size: (size, samples) for size in scale.blocks}),
         (f"{whole}, {blocks} blocks", "t", {size * scale.length: (blocks, size) for size in scale.samples}),
     ):
@@ -287,11 +351,14 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for sweep in chain(
-            gram_sweeps(scale, device), solve_sweeps(scale, device), adapter_sweeps(scale, device, Path(folder))
+            gram_sweeps(scale, device),
+            solve_sweeps(scale, device),
+            rounding_sweeps(scale, device),
+            adapter_sweeps(scale, device, Path(folder)) if scale.blocks else (),
         ):
             rows.append(figures(sweep, rate))
             print(line(rows[-1]), flush=True)
-    keep(arguments.json, device, {"scale": arguments.scale, "product_rate": rate, "rows": rows})
+            keep(arguments.json, device, {"scale": arguments.scale, "product_rate": rate, "rows": rows})
 
 
 if __name__ == "__main__":

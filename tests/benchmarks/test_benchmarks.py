@@ -311,6 +311,8 @@ def test_expected_exponents() -> None:
     assert expected(lambda m: solver.krylov_flops(m, 64, 4, 3)) == pytest.approx(1, abs=1e-2)
     assert expected(lambda n: solver.krylov_flops(64, n, 4, 3)) == pytest.approx(2, abs=1e-2)
     assert expected(lambda r: solver.krylov_flops(64, 64, r, 3)) == pytest.approx(3, abs=1e-2)
+    assert expected(lambda m: scaling.rounding_flops(m, 64)) == pytest.approx(1, abs=1e-2)
+    assert expected(lambda n: scaling.rounding_flops(64, n)) == pytest.approx(3, abs=1e-2)
     assert expected(lambda blocks: scaling.adapter_flops(scale, 4, blocks, 64)) == pytest.approx(1)
     assert expected(lambda t: scaling.adapter_flops(scale, 4, 2, t)) == pytest.approx(1, abs=1e-2)
 
@@ -367,25 +369,36 @@ def test_scaling_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     output = tmp_path / "found.json"
     run(scaling.main, monkeypatch, "--scale", "tiny", "--json", output)
     found, shown = json.loads(output.read_text()), capsys.readouterr().out
-    assert [row["over"] for row in found["rows"]] == ["t", "n", "m", "n", "r", "blocks", "t"]
+    assert [row["over"] for row in found["rows"]] == ["t", "n", "m", "n", "r", "m", "n", "blocks", "t"]
     for row in found["rows"]:
         assert scaling.line(row) in shown
         assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in row["seconds"])
         assert min(row["floors"]) > 0
     assert [round(row["expected"], 2) for row in found["rows"][:2]] == [1.0, 1.99]
-    assert found["rows"][5]["expected"] == pytest.approx(1)
+    assert found["rows"][7]["expected"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("part", ["H", "solve"])
-def test_scaling_times_only_what_is_right(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("part", "refused"), [("H", "H of"), ("solve", "the objective of a solve"), ("rounding", "the error of")]
+)
+def test_scaling_times_only_what_is_right(part: str, refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if part == "H":
         monkeypatch.setattr(ops, "gram_", lambda h, x, keep=None: h.add_(1.01 * (x.float().T @ x.float())))
         sweeps = scaling.gram_sweeps
+    elif part == "rounding":  # what is fed back has the wrong sign
+        of = scaling.Curvature.of
+
+        def wrong(h: Tensor, damping: float) -> Any:
+            found = of(h, damping)
+            return replace(found, factor=2 * torch.eye(len(h)) - found.factor)
+
+        monkeypatch.setattr(scaling.Curvature, "of", wrong)
+        sweeps = scaling.rounding_sweeps
     else:
         solve = quailora.solve
         monkeypatch.setattr(quailora, "solve", lambda *a, **k: solve(*a, **({"solver": "svd"} | k)))
         sweeps = scaling.solve_sweeps
-    with pytest.raises(SystemExit, match=f"{'H of' if part == 'H' else 'the objective of a solve'}.* nothing is timed"):
+    with pytest.raises(SystemExit, match=f"{refused}.* nothing is timed"):
         next(sweeps(scaling.SCALES["tiny"], CPU))
 
 
