@@ -63,6 +63,8 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "bases"
 SETS = ("roleplay", "codegen")
 ZERO_RATES = (2e-3, 4e-3, 8e-3)
 RATES = (5e-4, 1e-3, 2e-3)
+# Rank of the frozen correction, and of what is trained: at equal total rank, and at equal memory for training.
+SPLITS = ("32+32", "16+48", "56+8", "64+64", "16+64", "32+64", "128+64", "64+16")
 BITS = {"bf16": "16", "nf4": "4 (NF4)", "int3": "3", "int2": "2", "int3-asymmetric": "3", "int2-asymmetric": "2"}
 
 
@@ -197,7 +199,7 @@ def rounding() -> Iterator[tuple[Choice, float]]:
 def training() -> Iterator[tuple[Choice, float]]:
     """Ways to hand over the same factors, all at rates that suit zero."""
     for base in (Choice("nf4"), replace(FULL_INPUTS, base="int3")):
-        for way in ("frozen-64+64", "frozen-32+32", "matched"):
+        for way in ("matched", *(f"frozen-{split}" for split in SPLITS)):
             for rate in ZERO_RATES:
                 yield replace(base, initialization=way), rate
 
