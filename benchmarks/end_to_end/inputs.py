@@ -40,8 +40,8 @@ from quailora.calibration.block import BlockRun, DeployedLinear, in_place
 from quailora.calibration.calls import Call
 from quailora.calibration.data import Batch, CalibrationConfig, read_calibration
 from quailora.calibration.distributed import Processes
-from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
+from quailora.calibration.inputs import InputPair
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.pipeline.quantize import CalibratedQ, solve
 from quailora.pipeline.stages import Stages
@@ -104,15 +104,12 @@ class Fit:
 
     def __call__(self, weights: dict[str, Tensor], inputs: Hidden, full: Hidden, arm: Arm) -> dict[str, DeployedLinear]:
         """Of linears that share an input X̂ (`inputs`), which is X (`full`) in the full-precision model."""
-        gram = Gram(inputs[0].shape[-1])
-        for x in inputs:
-            gram.update(x)
-        targets = weights
+        pair = InputPair(inputs[0].shape[-1])
+        for x, of_full in zip(inputs, full, strict=True):
+            pair.update(of_full, x)
+        gram, targets = pair.gram, weights
         if arm.correction:
-            change = _correction(gram.matrix(), inputs, full, arm.damping)
-            targets = {
-                name: torch.addmm(w.float(), w.float(), change, alpha=arm.correction) for name, w in weights.items()
-            }
+            targets = pair.targets(weights, arm.correction, arm.damping)
         ranks = dict.fromkeys(weights, self.rank)
         if self.base.nearest:
             quantized = {name: self.base.quantize(weight) for name, weight in weights.items()}
@@ -124,17 +121,6 @@ class Fit:
             quantized = {name: each.quantized for name, each in found.items()}
             factors = {name: each.factors for name, each in found.items() if each.factors is not None}
         return {name: DeployedLinear(q.dequantize(), factors[name].A, factors[name].B) for name, q in quantized.items()}
-
-
-def _correction(h: Tensor, inputs: Hidden, full: Hidden, damping: float) -> Tensor:
-    """(C - H) (H + λ · mean(diag H) · I)⁻¹; C - H is computed as (X - X̂) X̂ᵀ, which cancels nothing."""
-    cross = torch.zeros_like(h)
-    for x, of_full in zip(inputs, full, strict=True):
-        x, of_full = x.flatten(0, 1).float(), of_full.flatten(0, 1).float()
-        cross.addmm_((of_full - x).T, x)
-    damped = h.clone()
-    damped.diagonal().add_(damping * h.diagonal().mean())
-    return torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped)).T
 
 
 @dataclass(frozen=True, eq=False)

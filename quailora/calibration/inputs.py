@@ -55,8 +55,10 @@ class InputPair:
         self.gram.reduce(all_reduce)
         all_reduce(self.difference)
 
-    def targets(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """W' (m, n) fp32 in the place of each W (m, n). It gives D up.
+    def targets(
+        self, weights: Mapping[str, Tensor], share: float = SHARE, damping: float = DAMPING
+    ) -> dict[str, Tensor]:
+        """W' (m, n) fp32 in the place of each W (m, n), with α and λ. It gives D up.
 
         Raises NotFiniteError where inputs are not finite, naming a linear.
         """
@@ -71,7 +73,7 @@ class InputPair:
             return {name: weight.float() for name, weight in weights.items()}
         with exact_products(h.device):
             damped = h.clone()
-            damped.diagonal().add_(DAMPING * mean)
+            damped.diagonal().add_(damping * mean)
             lower, info = torch.linalg.cholesky_ex(damped)
             del damped
             if int(info) != 0:
@@ -79,7 +81,7 @@ class InputPair:
             change = torch.cholesky_solve(self.difference.T, lower).T
             del lower, self.difference
             return {
-                name: torch.addmm(weight.float(), weight.float(), change, alpha=SHARE)
+                name: torch.addmm(weight.float(), weight.float(), change, alpha=share)
                 for name, weight in weights.items()
             }
 

@@ -38,12 +38,10 @@ def test_the_target_by_its_formula(dtype: torch.dtype, monkeypatch: pytest.Monke
     assert (pair.gram.matrix() - h).norm() < 1e-5 * h.norm()
 
 
-def test_all_of_the_correction_is_the_least_squares_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "SHARE", 1.0)
-    monkeypatch.setattr(inputs, "DAMPING", 0.0)
+def test_all_of_the_correction_is_the_least_squares_fit() -> None:
     full, quantized, _ = some()
     w = torch.randn(5, 12)
-    found = pair_of(full, quantized).targets({"w": w})["w"]
+    found = pair_of(full, quantized).targets({"w": w}, 1.0, 0.0)["w"]
     fit = torch.linalg.lstsq(quantized.flatten(0, 1), full.flatten(0, 1) @ w.T).solution.T
     torch.testing.assert_close(found, fit, rtol=1e-4, atol=1e-4)
 
