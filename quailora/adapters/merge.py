@@ -62,8 +62,8 @@ def merge(
             it must agree.
         base: the folder of the quantized base, if it is not where the record says, or Q does not follow from the
             checkpoint, as of a GPTQ base that was found.
-        dtype: of the weights written; None is the checkpoint's. Rounding Q + scaling B A to bf16 changes each weight by
-            up to 2⁻⁹ of it.
+        dtype: of all weights written; None is the checkpoint's for those that change, and what is copied stays as it
+            is stored. Rounding Q + scaling B A to bf16 changes each weight by up to 2⁻⁹ of it.
 
     Raises:
         MismatchError, AdapterError, CheckpointError: as for `base_record.loading`; or weights that cannot be merged.
@@ -79,7 +79,7 @@ def merge(
         )
     source = as_recorded(source, made_for)
     config, load_dtype = loading(made_for, source, quantization, folder)
-    form, dtype = from_config(config), dtype or source.dtype
+    form, written_in = from_config(config), dtype or source.dtype
     skeleton = quantized_skeleton(source, config, load_dtype)
     written = QuantizedCheckpoint.recorded(made_for or {}, base)
     trained = saved_adapter(folder, Path(initial) if initial else None)
@@ -113,10 +113,11 @@ def merge(
         for shard, keys in shards.items():
             tensors = {}
             for key in keys:
-                tensor = source.tensor(key)
+                tensor = stored = source.tensor(key)
                 if key in parameters:
-                    tensor = _merged(merged, parameters[key], tensor, dequantized, load_dtype, place)
-                tensors[key] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+                    tensor = _merged(merged, parameters[key], stored, dequantized, load_dtype, place)
+                cast = tensor.is_floating_point() and (tensor is not stored or dtype is not None)
+                tensors[key] = tensor.to("cpu", written_in if cast else tensor.dtype).contiguous()
             save_file(tensors, partial / (shard.name if len(shards) > 1 else SINGLE), metadata={"format": "pt"})
         if len(shards) > 1:
             total = sum(file.stat().st_size for file in partial.iterdir())
@@ -126,7 +127,7 @@ def merge(
             }
             (partial / INDEX).write_text(json.dumps(index, indent=2))
         config_written, generation = copy.deepcopy(source.config), generation_config(source)
-        config_written.dtype = dtype
+        config_written.dtype = written_in
         if rows is not None:
             config_written.get_text_config(decoder=True).vocab_size = rows
             if hasattr(config_written, "vocab_size"):  # of some models with a text configuration, too

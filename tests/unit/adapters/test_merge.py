@@ -75,6 +75,22 @@ def test_merge_keeps_shards_names_dtype_and_saved_modules(tmp_path: Path) -> Non
     assert torch.equal(loaded.model.norm.weight, original.model.norm.weight)
 
 
+def test_what_is_copied_keeps_its_dtype(tmp_path: Path) -> None:
+    """Routers' biases, for example, are in fp32 in checkpoints of bf16 weights."""
+    folder = tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.full((64,), 1 + 2.0**-20)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    pipeline.build(folder, tmp_path / "adapter")
+    for dtype in (None, torch.float16):
+        quailora.merge(folder, tmp_path / "adapter", tmp_path / str(dtype), dtype=dtype)
+        merged = load_file(tmp_path / str(dtype) / "model.safetensors")
+        norm = merged.pop("model.norm.weight")
+        assert torch.equal(norm, weights["model.norm.weight"].to(dtype or torch.float32))
+        assert norm.dtype == (dtype or torch.float32)
+        assert {value.dtype for value in merged.values()} == {dtype or torch.bfloat16}
+
+
 def test_the_tokenizer_that_was_trained_with_is_the_one_to_serve_with(tmp_path: Path) -> None:
     folder = tiny.checkpoint(tmp_path / "model")
     words = {"<s>": 0, "<pad>": 1, "<end>": 2, "a": 3}
