@@ -21,7 +21,7 @@ STEPS = 30
 
 
 def reduce_magnitude(weight: Tensor, gram: Tensor, *, group: int, strength: float) -> Tensor:
-    """W (m, n) of any floating dtype, with smaller extremes: (m, n) fp32.
+    """W (m, n) of any floating dtype, with smaller extremes: (m, n) fp32. It is W where H is 0.
 
     gram: H (n, n) fp32. group: the columns that share a scale; it divides n.
     strength: α / λ in mean magnitudes of W: how much one step cuts off the extremes of a group.
@@ -29,7 +29,9 @@ def reduce_magnitude(weight: Tensor, gram: Tensor, *, group: int, strength: floa
     start = weight.float()
     cut = strength * float(start.abs().mean())
     with exact_products(gram.device):
-        pull = gram / _largest_eigenvalue(gram)
+        if (largest := _largest_eigenvalue(gram)) <= 0:  # no inputs
+            return start
+        pull = gram / largest
         found, ahead, momentum = start, start, 1.0
         for _ in range(STEPS):
             moved = torch.addmm(ahead, ahead - start, pull, alpha=-1)

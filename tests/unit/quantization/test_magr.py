@@ -50,6 +50,11 @@ def test_it_is_the_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
     assert at_extremes > 20  # several to a group
 
 
+def test_without_inputs_weights_stay() -> None:
+    weight = random(3, 8)
+    assert torch.equal(reduce_magnitude(weight, torch.zeros(8, 8), group=GROUP, strength=0.1), weight)
+
+
 def test_a_strength_of_zero_or_weights_of_zero_change_nothing() -> None:
     x = random(8, 40, seed=1)
     weight = random(3, 8).bfloat16()
