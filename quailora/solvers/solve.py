@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quailora import ops
-from quailora.errors import SolverError
+from quailora.errors import NotFiniteError, SolverError
 from quailora.ops.precision import PRECISIONS, exact_products
 from quailora.ops.reference import Dequantizable
 from quailora.solvers.als import JITTER
@@ -148,8 +148,9 @@ def solve_group(
                 traced=traced,
             )
             solutions = solver.run(problem)
-            jitter = _check_jitter([linears[i] for i in active], solutions)
-            found = dict(zip(active, _finish(problem, solver, solutions, initial, jitter), strict=True))
+            solved = [linears[i] for i in active]
+            jitter = _check_jitter(solved, solutions)
+            found = dict(zip(active, _finish(solved, problem, solver, solutions, initial, jitter), strict=True))
         return [found.get(i) or _zeros(linear, statistics.error_norm[i]) for i, linear in enumerate(linears)]
 
 
@@ -178,13 +179,14 @@ def _check_jitter(linears: Sequence[Linear], solutions: Sequence[Solution]) -> l
 
 
 def _finish(
+    linears: Sequence[Linear],
     problem: Problem,
     solver: Solver,
     solutions: Sequence[Solution],
     initial: Sequence[float],
     jitter: Sequence[float],
 ) -> list[LoraFactors]:
-    """Balance the factors and measure what they leave, with the undamped H."""
+    """Balance the factors and measure what they leave, with the undamped H. Raises NotFiniteError if that is not."""
     assert problem.gram is not None
     products = to_host([product for solution in solutions for product in solution.products()])
     traces = iter(to_floats([value for solution in solutions for value in solution.trace]))
@@ -204,6 +206,8 @@ def _finish(
         start = problem.initial[i]  # damped, as the sums are
         if left_over < _CANCELLATION * start or residual_square < _CANCELLATION * problem.error_norm[i] ** 2:
             left_over, residual_square = _measure_residual(problem.errors, i, problem.gram, left, right)
+        if not math.isfinite(left_over):
+            raise error_of("what the factors leave of the error is not finite", linears[i], kind=NotFiniteError)
         found.append(
             LoraFactors(
                 A=left,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quailora.calibration.gram import Gram
-from quailora.errors import CalibrationError, QuailoraError, SolverError
+from quailora.errors import CalibrationError, NotFiniteError, QuailoraError, SolverError
 from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.solvers import als, krylov
 from quailora.solvers import solve as solvers
@@ -331,6 +331,13 @@ def test_als_says_when_it_needs_jitter() -> None:
     assert_sound(factors, weight, quantized, x.T @ x)
     # The optimum is zero, and als is to come near it in spite of the jitter.
     assert factors.objective <= 1e-2 * factors.initial
+
+
+def test_factors_that_are_not_finite_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, quantized, gram = torch.randn(8, 8), torch.zeros(8, 8), torch.eye(8)
+    monkeypatch.setattr(solvers, "objective", lambda *parts: torch.tensor(math.nan))
+    with pytest.raises(NotFiniteError, match="q_proj: what the factors leave of the error is not finite"):
+        solve_group([Linear(weight, quantized, 2, "q_proj")], gram, SolverConfig())
 
 
 def test_als_gives_up_where_its_start_sees_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
