@@ -43,15 +43,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = path.resolve()  # if it is a symbolic link, its target is written
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
+            partial = hidden / path.name
+            partial.mkdir()  # mkdtemp's own is for nobody else, whatever the umask
             yield partial
-            partial.chmod(0o755)
             if path.exists():
                 path.rmdir()
             partial.replace(path)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def check_new_folder(path: Path) -> None:
