@@ -26,7 +26,9 @@ def doctor(
     only: Annotated[
         str | None,
         typer.Option(
-            "--device", help="Check only this device; fail if it is missing, or a GPU served by plain PyTorch."
+            "--device",
+            help="Check only this device, such as cuda:0, or all of a type, such as cuda; fail if there is none, or a "
+            "GPU served by plain PyTorch.",
         ),
     ] = None,
 ) -> None:
@@ -42,7 +44,7 @@ def doctor(
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     devices = [torch.device("cpu"), *gpus]
     if only is not None:
-        known, devices = devices, [device for device in devices if str(device) == only]
+        known, devices = devices, [device for device in devices if only in (str(device), device.type)]
         gpus = [device for device in gpus if device in devices]
         if not devices:
             raise QuailoraError(f"there is no {only} here; there are {', '.join(map(str, known))}")
@@ -56,11 +58,11 @@ def doctor(
             f"{', '.join(dict.fromkeys(unsound))}: results differ from the reference. Do not trust results of this "
             "installation on that device; please report the tables above"
         )
-    if only is not None and gpus:
-        services = quailora.backends(only).items()
+    for gpu in gpus if only is not None else []:
+        services = quailora.backends(gpu).items()
         plain = [name for name, service in services if service.backend == "reference" and service.others]
         if plain:
-            raise QuailoraError(f"{only}: plain PyTorch serves {', '.join(plain)}; the table above says why")
+            raise QuailoraError(f"{gpu}: plain PyTorch serves {', '.join(plain)}; the table above says why")
 
 
 def _tune(gpus: list[torch.device]) -> None:

@@ -460,10 +460,12 @@ def test_doctor_of_one_device(run: Ran, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(doctor, "_examined", lambda device, every: [])
     plain = {"gram_": dispatch.Service("extension", {}), "mirror_": dispatch.Service("reference", {})}
     monkeypatch.setattr(quailora, "backends", lambda device: plain)
-    assert run("doctor", "--device", "cuda:7")[0] == 0
+    assert run("doctor", "--device", "cuda:7")[0] == run("doctor", "--device", "cuda")[0] == 0
     plain["error"] = dispatch.Service("reference", {"triton": "Triton cannot be imported"})
     code, _, err = run("doctor", "--device", "cuda:7")
     assert code == 1 and "cuda:7: plain PyTorch serves error; the table" in err
+    code, _, err = run("doctor", "--device", "cuda")
+    assert code == 1 and "cuda:0: plain PyTorch serves error; the table" in err
 
 
 def test_doctor_says_why_there_is_nothing_to_tune(run: Ran) -> None:
