@@ -28,7 +28,7 @@ from transformers import LlamaConfig
 import quailora
 from benchmarks.common.timing import describe
 from quailora.calibration.data import Calibration
-from quailora.memory.budget import describe_bytes
+from quailora.memory.budget import describe_bytes, peak_resident, reset_peak
 from quailora.modeling.devices import default_device
 from quailora.pipeline.build import ALPHA, RANK
 
@@ -124,7 +124,7 @@ def measure(
     on_gpu = default_device(options.get("device")).type == "cuda"
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         if not on_gpu:
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+            reset_peak()
         start = psutil.Process().memory_info().rss
         data = Calibration(tuple(tokens), "random tokens")
         report = quailora.build_adapter(
@@ -137,10 +137,7 @@ def measure(
             progress=False,
             **options,
         )
-    measured = report.memory["measured peak"]
-    if not on_gpu:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        measured = int(status["VmHWM"].split()[0]) * 1024 - start
+    measured = report.memory["measured peak"] if on_gpu else peak_resident() - start
     return {
         "measured": measured,
         "planned": report.memory["planned peak"],

@@ -57,7 +57,8 @@ class Meter:
     """Created at the start of a run: memory is counted from there.
 
     On a GPU the budget limits by how much torch's allocator may grow, and is enforced within the `with`. On a CPU it
-    limits by how much the resident memory of the process may grow; the plan keeps to it, but nothing enforces it.
+    limits by how much the resident memory of the process may grow; the plan keeps to it, but nothing enforces it. Its
+    peak is measured where `reset_peak` can set it back, which is on Linux.
     """
 
     def __init__(self, device: torch.device, config: MemoryConfig) -> None:
@@ -69,8 +70,9 @@ class Meter:
         self.host_budget = int(config.host_bytes or _OF_FREE * free_memory(cpu) / processes)
         self._limits_the_host = device.type == "cpu" and config.memory_budget is not None
         self._tight = False
+        self._measured = device.type == "cuda" or reset_peak()
         self._start = self._held()
-        self._peak = 0
+        self._peak: int | None = None
         self._heap = ExitStack()
 
     @contextmanager
@@ -96,8 +98,9 @@ class Meter:
             return_freed_memory()
 
     def figures(self, planned: int) -> dict[str, int]:
-        """Bytes, for the report."""
-        return {"budget": self.budget, "planned peak": planned, "measured peak": self._peak}
+        """Bytes, for the report. The measured peak is left out where it is not known."""
+        peak = {} if self._peak is None else {"measured peak": self._peak}
+        return {"budget": self.budget, "planned peak": planned} | peak
 
     def __enter__(self) -> Meter:
         if self.device.type == "cuda":
@@ -116,7 +119,7 @@ class Meter:
             torch.cuda.set_per_process_memory_fraction(self._fraction, self.device)
             self._peak = torch.cuda.max_memory_reserved(self.device) - self._start
         else:
-            self._peak = max(0, _highest_resident() - self._start)
+            self._peak = max(0, peak_resident() - self._start) if self._measured else None
             self._heap.close()
 
     def _held(self) -> int:
@@ -125,15 +128,20 @@ class Meter:
         return psutil.Process().memory_info().rss
 
 
-def _highest_resident() -> int:
-    """The peak resident memory since the process started, in bytes."""
-    info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):  # Windows
-        return info.peak_wset
-    import resource
+def reset_peak() -> bool:
+    """Set the peak of this process's resident memory to what is resident now; whether that could be done."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5)
+    except OSError:  # not Linux, or not allowed here
+        return False
+    return True
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+def peak_resident() -> int:
+    """The most bytes that were resident since `reset_peak` succeeded."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def parse_bytes(text: str | int, name: str = "") -> int:

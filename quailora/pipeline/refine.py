@@ -172,7 +172,8 @@ def refine(
         model=row,
         notes=list(dict.fromkeys([*report.notes, *calibration.notes(), *_notes(row)])),
         stages=report.stages | stages.seconds,
-        memory={name: max(used, report.memory.get(name, 0)) for name, used in meter.figures(planned.total).items()},
+        memory=report.memory
+        | {name: max(used, report.memory.get(name, 0)) for name, used in meter.figures(planned.total).items()},
     )
     _write(output, folder, saved, targets, report)
     return report

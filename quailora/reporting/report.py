@@ -85,7 +85,7 @@ class Report:
     notes: what else the user should know.
     record: what the adapter was made for and how, as plain JSON. See `quailora.reporting.record.make_record`.
     stages: seconds spent in each stage.
-    memory: bytes: the budget, the planned peak and the measured peak.
+    memory: bytes: the budget, the planned peak, and the measured peak where it is known.
     blocks: the blocks that were refined.
     model: how the whole model was refined; None where it was not.
     """

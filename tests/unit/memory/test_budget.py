@@ -91,3 +91,18 @@ def test_skeletons_leave_no_gaps_in_the_heap_where_a_budget_is_named(
     monkeypatch.setattr(budget, "freed_at_once", spy)
     with Meter(CPU, MemoryConfig(named)).setting_up():
         assert bool(entered) == limited
+
+
+@pytest.mark.skipif(not budget.reset_peak(), reason="the peak cannot be set back here")
+def test_the_peak_is_that_of_the_run_not_of_the_process() -> None:
+    torch.ones(64 * MIB)  # 256 MiB, freed at once
+    with Meter(CPU, MemoryConfig()) as meter:
+        torch.ones(16 * MIB)
+    assert 60 * MIB < meter.figures(0)["measured peak"] < 128 * MIB
+
+
+def test_a_peak_that_is_not_known_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "reset_peak", lambda: False)
+    with Meter(CPU, MemoryConfig()) as meter:
+        pass
+    assert list(meter.figures(0)) == ["budget", "planned peak"]
