@@ -78,7 +78,8 @@ class CalibratedQ:
     """Q and the factors are found in turn: Q is W - A Bᵀ rounded with error feedback, A and B solve for W - Q (CLoQ,
     arXiv 2501.18475, alternated as LoftQ, arXiv 2310.08659, alternates). With MagR, extremes of W are reduced before it
     is rounded, and A and B solve for W as it is. What left the least is taken, linear by linear, so that more
-    alternations are never worse on the calibration data; nor is it worse than nearest rounding.
+    alternations are never worse on the calibration data. The first Q is no worse there than nearest rounding either,
+    before the factors; with them it may be.
     """
 
     base: QuantizedBase
