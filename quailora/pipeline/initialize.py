@@ -80,6 +80,8 @@ def initialize(
         alpha: "matched" changes the adapter's alpha; see `build_adapter`.
         device: where to compute; None is where the model is.
         memory_budget: besides the model that is loaded.
+        host_memory_budget: on a GPU, what hidden states may take of the host's memory; what is more goes to a file in
+            the system's temporary folder (TMPDIR). None is nine tenths of what is free.
         Others as in `build_adapter`.
 
     Raises:
