@@ -115,11 +115,11 @@ def plan(
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.modeling.devices import default_device
     from quailora.modeling.streamed_model import StreamedModel
-    from quailora.pipeline.base_output import quantized_linears
+    from quailora.pipeline.base_output import quantized_linears, unadapted_linears
     from quailora.pipeline.trainable import check_fits
     from quailora.quantization.registry import from_config
     from quailora.quantization.rounding import QUANTIZED, RoundingConfig
-    from quailora.quantization.verify import CALIBRATED, NEAREST
+    from quailora.quantization.verify import CALIBRATED
     from quailora.refinement.config import by_level, refinement_config
     from quailora.reporting.markdown import count
     from quailora.solvers.config import SolverConfig
@@ -131,10 +131,8 @@ def plan(
     if training and (odd := next((name for name, value in given.items() if value is not None), None)):
         raise QuailoraError(f"{odd} is not for --training, which shows every format on one device: leave it out")
     check_bits(bits, quant, compute_dtype, group_size if not training else None)
-    rounding = rounding or (NEAREST if bits is None else CALIBRATED)
-    rounds = RoundingConfig.given(
-        rounding, written=bits is not None or rounding == CALIBRATED, magr=magr, inputs=inputs
-    )
+    written = bits is not None or rounding is not None
+    rounds = RoundingConfig.given(rounding, written=written, magr=magr, inputs=inputs)
     group_size = 64 if group_size is None else group_size
     memory = MemoryConfig(memory_budget, host_memory_budget, batch_size)  # checked first: a typo costs no download
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
@@ -170,12 +168,12 @@ def plan(
     stream = StreamedModel(source, torch.device("cpu") if absent else place, loaded_as)
     ranks = {target.name: target.rank for target in targets}
     form: Any = from_config(quantization).loaded_in(loaded_as)
-    if bits is not None or rounding == CALIBRATED:  # a base is written, with every linear
-        ranks = dict.fromkeys(quantized_linears(model, stream), 0) | ranks
+    quantized = quantized_linears(model, stream)
+    unadapted = unadapted_linears(quantized, targets, written=written, refinement=refinement)
     found = make_plan(
         stream,
-        ranks,
-        Calibrated(form, magr=rounds.magr > 0) if rounding == CALIBRATED else form,
+        ranks | dict.fromkeys(unadapted or (), 0),
+        Calibrated(form, magr=rounds.magr > 0) if rounds.rounding == CALIBRATED else form,
         settings,
         samples=samples,
         sequence_length=length,
@@ -189,10 +187,8 @@ def plan(
     )
     values, text = found.to_dict(), found.text()
     if of_model is not None:
-        adapted = {name: rank for name, rank in ranks.items() if rank}
-        held = quantized_linears(model, stream)
         size, trained = check_fits(
-            stream, form, held, adapted, length, of_model, place, found.budget, memory.batch_size
+            stream, form, quantized, ranks, length, of_model, place, found.budget, memory.batch_size
         )
         values["model"] = trained.to_dict() | {"bits": bits or (8 if quant is Format.int8 else 4), "batch_size": size}
         text += (

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quailora.adapters.merge import generation_config
+from quailora.adapters.targets import Target
 from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import AdapterError, QuailoraError
 from quailora.files import LazyTensor, check_new_folder, replaced, to_json, write_files, write_tensors, writing
@@ -25,6 +26,7 @@ from quailora.pipeline.resume import locked
 from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.quantization.registry import is_quantized
 from quailora.quantization.verify import digest_of
+from quailora.refinement.config import RefinementConfig
 from quailora.reporting.model_card import base_card
 from quailora.reporting.record import RECORD
 
@@ -220,6 +222,16 @@ def quantized_linears(model: PeftModel, stream: StreamedModel) -> list[str]:
     plain: Any = model.get_base_model()
     held = {name.removesuffix(".base_layer") for name, module in plain.named_modules() if is_quantized(module)}
     return [name for block in stream.blocks for name in block.linears() if name in held]
+
+
+def unadapted_linears(
+    quantized: Collection[str], targets: Collection[Target], *, written: bool, refinement: RefinementConfig | None
+) -> list[str] | None:
+    """The quantized linears that no adapter is on, where they take part in the run: the base is written, or blocks are
+    refined. Else None."""
+    if not written and refinement is None:
+        return None
+    return sorted(set(quantized) - {target.name for target in targets})
 
 
 def base_layer(model: PeftModel, name: str) -> Any:

@@ -35,7 +35,14 @@ from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.base_output import BaseOutput, check_apart, discard_unfinished, partly, quantized_linears
+from quailora.pipeline.base_output import (
+    BaseOutput,
+    check_apart,
+    discard_unfinished,
+    partly,
+    quantized_linears,
+    unadapted_linears,
+)
 from quailora.pipeline.depth import Restored
 from quailora.pipeline.quantize import CalibratedQ, GivenQ, QuantizeAndSolve
 from quailora.pipeline.refine import refine_in_place
@@ -193,11 +200,9 @@ def build_adapter(
     check_can_be_saved(model, stream)
     data = read_calibration(source, calibration, data_config, tokenizer=tokenizer)
     quantized = quantized_linears(model, stream)
-    unadapted = None
+    unadapted = unadapted_linears(quantized, targets, written=base_output is not None, refinement=refinement)
     if base_output is not None:
         form = form.of_modules(partly(quantized, stream))
-    if base_output is not None or refinement is not None:
-        unadapted = sorted(set(quantized) - {target.name for target in targets})
     calibrated = rounds.rounding == CALIBRATED
     counted = Calibrated(form, magr=rounds.magr > 0) if calibrated else form
     behind = rounds.inputs == QUANTIZED

@@ -25,7 +25,7 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.model_class import auto_class_of
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.base_output import base_layer, quantized_linears
+from quailora.pipeline.base_output import base_layer, quantized_linears, unadapted_linears
 from quailora.pipeline.quantize import GivenQ
 from quailora.pipeline.setup import Run, enumerate_reasons
 from quailora.pipeline.solved import Solved
@@ -129,9 +129,8 @@ def initialize(
     known = recorded_base(peft_model.get_base_model()) or {}
     rounding = known.get("rounding", NEAREST)
     by_name = {target.name: target for target in targets}
-    unadapted = None
-    if refinement is not None:
-        unadapted = sorted(set(quantized_linears(peft_model, stream)) - set(by_name))
+    quantized = quantized_linears(peft_model, stream)
+    unadapted = unadapted_linears(quantized, targets, written=False, refinement=refinement)
     run = Run(stream, targets, left, data, form, solver_config, meter, Processes(), unadapted, refinement)
 
     def quantized_weight(name: str, weight: Tensor) -> QuantizedWeight:

@@ -21,10 +21,12 @@ import quailora
 from quailora.cli import app as cli
 from quailora.cli import doctor, options
 from quailora.errors import CheckpointError, QuailoraError
+from quailora.memory import planner
 from quailora.memory.allocator import overhead
 from quailora.ops import dispatch
 from quailora.pipeline import build as pipeline
 from quailora.pipeline import refine as refinement
+from quailora.pipeline import setup
 from quailora.pipeline.resume import Workspace
 from quailora.quantization.registry import config_for
 from quailora.quantization.rounding import DEFAULT_INPUTS
@@ -345,6 +347,37 @@ def test_plan_says_what_refining_the_model_takes(run: Ran, checkpoint: Path) -> 
     parts = ("base", "adapter", "gradients", "optimizer", "activations", "overhead")
     assert values["total"] == sum(values[part] for part in parts) and values["batch_size"] == 128
     assert values["overhead"] == overhead(values["total"] - values["overhead"], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "of_init", "counted"),
+    [((), (), 2), (("--refine", "blocks"), (), 14)]
+    + [(options, ("--base-output", "base"), 14) for options in [("--bits", "4"), ("--rounding", "nearest")]],
+)
+def test_plan_counts_the_linears_that_init_does(
+    options: tuple[str, ...],
+    of_init: tuple[str, ...],
+    counted: int,
+    run: Ran,
+    checkpoint: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Linears that no adapter is on, where the base is written or blocks are refined."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+
+    def make_plan(stream: Any, ranks: dict[str, int], *others: Any, **options: Any) -> None:
+        found.append(ranks)
+        raise QuailoraError("no more")
+
+    monkeypatch.setattr(planner, "make_plan", make_plan)
+    monkeypatch.setattr(setup, "make_plan", make_plan)
+    both = ("--target-modules", "q_proj", "--rank", "4", "--device", "cpu", *options)
+    run("plan", checkpoint, *both)
+    run("init", checkpoint, *both, *of_init, "--data", corpus, "--sequence-length", "8", "--output", "out")
+    assert found[0] == found[1] and len(found[0]) == counted
 
 
 def test_ctrl_c_is_one_line_that_says_what_is_kept(
