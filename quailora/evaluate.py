@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quailora import ops
-from quailora.adapters.base_record import as_recorded, base_of, check_base, for_full_precision, loading
+from quailora.adapters.base_record import as_recorded, check_base, for_full_precision, loading, record_of
 from quailora.adapters.correction import Correction, saved_adapter
 from quailora.adapters.new_tokens import resize_to, vocabulary
 from quailora.adapters.quantized_checkpoint import QuantizedCheckpoint
@@ -65,6 +65,7 @@ class Comparison:
     adapted: Scores | None
     tokens: int
     untrained: bool = True  # whether the adapter is as quailora initialized it
+    notes: tuple[str, ...] = ()  # what to know about the scores
 
     @property
     def gap_closed(self) -> float | None:
@@ -109,7 +110,7 @@ class Comparison:
         ]
 
     def _caption(self) -> str:
-        return f"{self.tokens} predicted tokens"
+        return "; ".join([f"{self.tokens} predicted tokens", *self.notes])
 
 
 def perplexity(model: nn.Module, batches: Batches) -> float:
@@ -170,6 +171,8 @@ def compare(
     is what it is for. On a CPU without fast bf16 or fp16 products (`ops.half_products`), fp32 copies of the LM head's
     weight and logits come on top.
 
+    If the adapter was calibrated on the same data, by its record, a note says so.
+
     Where the adapter comes with embeddings of another size (new tokens), all models are scored on the vocabulary that
     they share: the held-out tokens must be in it, and other logits are left out of the softmax.
 
@@ -193,12 +196,15 @@ def compare(
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     loaded_in, untrained, converted, made_for = source.dtype, False, False, None
+    notes: tuple[str, ...] = ()
     if adapter is not None:
         folder = Path(adapter)
         if not (folder / "adapter_config.json").is_file():
             raise AdapterError(f"{folder} is not an adapter: it has no adapter_config.json")
         check_weights(folder)
-        made_for = base_of(folder, Path(initial) if initial else None)
+        record = record_of(folder, Path(initial) if initial else None)
+        made_for = record["base"] if record else None
+        notes = _not_held_out(record or {}, calibration)
         converted = made_for is not None and for_full_precision(made_for)
         # Trainers do not copy the record, and `convert` says that it is of a trained one.
         own = read_record(folder)
@@ -246,7 +252,18 @@ def compare(
         else None,
         of_full.tokens,
         untrained,
+        notes,
     )
+
+
+def _not_held_out(record: dict[str, Any], calibration: Calibration) -> tuple[str, ...]:
+    """A note where, as far as the record of an adapter tells, it was made with this data."""
+    made_with, refined_with = record.get("calibration", {}), record.get("model_refinement", {})
+    sources = (made_with.get("source"), refined_with.get("data"))
+    same = made_with.get("fingerprint") == calibration.fingerprint()
+    if not same and not (calibration.named and calibration.source in sources):
+        return ()
+    return (f"by its record, the adapter was calibrated on {calibration.source} too: these are not held-out scores",)
 
 
 _SMALLER = (

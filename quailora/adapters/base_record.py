@@ -25,10 +25,9 @@ from quailora.quantization.verify import CALIBRATED, NEAREST, digest, digest_of,
 from quailora.reporting.record import RECORD, read_record
 
 
-def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None:
-    """The record of the base an adapter was made for: next to the adapter; next to `initial`, if given; next to the
-    frozen adapter that it was trained over; or in the parent folder, which for a trainer's checkpoint is the output
-    folder.
+def record_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None:
+    """The record of an adapter: next to it; next to `initial`, if given; next to the frozen adapter that it was trained
+    over; or in the parent folder, which for a trainer's checkpoint is the output folder.
 
     Raises:
         AdapterError: `adapter` does not exist; or `initial` is looked into and has no record.
@@ -41,6 +40,12 @@ def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None
             f"{initial} {f'has no {RECORD}' if initial.is_dir() else 'does not exist'}: initial (--initial) is the "
             "folder that the initialized adapter was written to"
         )
+    return record
+
+
+def base_of(adapter: Path, initial: Path | None = None) -> dict[str, Any] | None:
+    """The section of `record_of` about the base that an adapter was made for."""
+    record = record_of(adapter, initial)
     return record["base"] if record else None
 
 

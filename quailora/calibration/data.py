@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,6 +52,7 @@ class Calibration:
     seed: of the random draw, if there was one.
     empty: how many records, or rows of tokens, had no tokens and were passed over.
     unusable, reason: how many records could not be used and were passed over, and why the first.
+    named: whether `source` is the name of a file or of a data set, which tells it from other data.
     """
 
     sequences: tuple[Tensor, ...] = field(repr=False)
@@ -59,6 +61,7 @@ class Calibration:
     empty: int = 0
     unusable: int = 0
     reason: str = ""
+    named: bool = False
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -176,7 +179,8 @@ def load_calibration(
         if len(kept) == samples:
             break
     tally.check()
-    calibration = Calibration(tuple(kept), tally.source, seed, empty, tally.unusable, tally.reason)
+    named = isinstance(data, str | os.PathLike)
+    calibration = Calibration(tuple(kept), tally.source, seed, empty, tally.unusable, tally.reason, named)
     if not kept:
         nothing = f"{tally.source} gives no tokens: it is empty, tokenizes to nothing, or is all masked out"
         raise CalibrationError("; ".join([nothing, *calibration.notes()]))

@@ -261,6 +261,30 @@ def test_a_full_device_is_named_with_the_way_out(
         compare(checkpoint, None, data, quantization=NF4, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("source", "named", "others", "same"),
+    [
+        ("list (3 records)", False, False, True),
+        ("wiki (train)", True, True, True),
+        ("chats.jsonl (8 records)", True, True, True),
+        ("wiki (test)", True, True, False),
+        ("list (4 records)", False, True, False),
+    ],
+)
+def test_scores_on_the_calibration_data_are_not_held_out(
+    source: str, named: bool, others: bool, same: bool, data: Calibration
+) -> None:
+    """The same sequences, or others from the same file or data set; as many records in a list may be any."""
+    made_with = {"source": "list (4 records)" if not named else "wiki (train)", "fingerprint": data.fingerprint()}
+    record = {"calibration": made_with, "model_refinement": {"data": "chats.jsonl (8 records)"}}
+    notes = evaluate._not_held_out(record, Calibration(data.sequences[others:], source, named=named))
+    assert [source in note and "not held-out" in note for note in notes] == [True] * same
+    scores = Scores("full precision", 10, 0)
+    result = Comparison(scores, scores, None, 800, notes=notes)
+    assert ("not held-out" in result.to_markdown()) == same
+    assert result.to_dict()["notes"] == notes
+
+
 def test_compare_refuses_what_does_not_belong_together(
     checkpoint: Path, adapter: Path, data: Calibration, tmp_path: Path
 ) -> None:
