@@ -146,7 +146,8 @@ def load_calibration(
 
     vocab_size: of the model, to check the token ids.
 
-    Raises CalibrationError if more records cannot be used than can, or if no tokens come out, with the first reason.
+    Raises CalibrationError if more records cannot be used than can, or if no tokens come out, with the first reason;
+    and for a `column` of plain text.
     """
     _check_positive("samples (--samples)", samples)
     _check_positive("sequence_length (--sequence-length)", sequence_length)
@@ -161,6 +162,10 @@ def load_calibration(
     elif (file := text_file(data)) is not None:
         if tokenizer is None:
             raise CalibrationError(f"{file} {NO_TOKENIZER}")
+        if column is not None:
+            raise CalibrationError(
+                f"column={column!r} (--column) names a field of records, and {file} is plain text: leave it out"
+            )
         tally = _Tally(file.name)
         pieces = (tokenize(piece, tokenizer, add_special_tokens=False) for piece in read_text(file))
         sequences = _cut(pieces, sequence_length)

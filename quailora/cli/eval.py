@@ -21,8 +21,8 @@ from quailora.cli.options import (
     QuantOption,
     RemoteOption,
     RevisionOption,
-    SplitOption,
     check_quantization_options,
+    chosen_split,
     quantization_config,
 )
 from quailora.quantization.registry import Format
@@ -45,7 +45,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="Number of sequences to evaluate on.", min=1)] = 64,
     sequence_length: LengthOption = None,
     column: ColumnOption = None,
-    split: SplitOption = "test",
+    split: Annotated[str | None, typer.Option(help="Split of a data set. Default: test.")] = None,
     batch_size: BatchOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: DeviceOption = None,
@@ -67,6 +67,7 @@ def evaluate(
     if adapter is None:
         quant = quant or Format.nf4
     check_quantization_options(quant, double_quant, compute_dtype)
+    split = chosen_split(data, split, "test")
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
     quantization = None if quant is None else quantization_config(quant, double_quant, compute_dtype, source.dtype)
     config = CalibrationConfig(samples, sequence_length, seed, split, column)

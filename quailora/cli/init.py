@@ -30,6 +30,7 @@ from quailora.cli.options import (
     RevisionOption,
     SplitOption,
     check_bits,
+    chosen_split,
     gptq_config,
     parse_alpha,
     parse_names,
@@ -121,7 +122,7 @@ def init(
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
     sequence_length: LengthOption = None,
     column: ColumnOption = None,
-    split: SplitOption = "train",
+    split: SplitOption = None,
     batch_size: BatchOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling and of the solver.")] = 0,
     memory_budget: MemoryOption = None,
@@ -150,6 +151,7 @@ def init(
 
     # Checked first: a typo should not cost a download.
     check_new_folder(output)
+    split = chosen_split(data, split)
     tuned_alpha, matched = parse_alpha(alpha)
     damping = DEFAULT_DAMPING if damping is None else damping
     if base_output is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,7 +48,7 @@ DataOption = Annotated[
 ColumnOption = Annotated[
     str | None, typer.Option(help="The field of the records to use, if not one of the usual ones.")
 ]
-SplitOption = Annotated[str, typer.Option(help="Split of a data set.")]
+SplitOption = Annotated[str | None, typer.Option(help="Split of a data set. Default: train.")]
 LengthOption = Annotated[
     int | None,
     typer.Option(help="Tokens in one sequence. Default: 2048, or the model's maximum if that is less.", min=1),
@@ -116,6 +117,13 @@ HostMemoryOption = Annotated[
 BatchOption = Annotated[
     int | None, typer.Option(help="Sequences in one forward pass. Default: about 8192 tokens.", min=1)
 ]
+
+
+def chosen_split(data: str, split: str | None, default: str = "train") -> str:
+    """The split of a data set. Raises QuailoraError where one is given of a file, which has none."""
+    if split is not None and os.path.isfile(os.path.expanduser(data)):
+        raise QuailoraError(f"--split {split} is of a data set, and {data} is a file, which has none: leave it out")
+    return split or default
 
 
 def parse_names(text: str) -> list[str]:

@@ -17,6 +17,7 @@ from quailora.cli.options import (
     RemoteOption,
     RevisionOption,
     SplitOption,
+    chosen_split,
 )
 from quailora.errors import QuailoraError
 
@@ -37,7 +38,7 @@ def refine(
     samples: Annotated[int, typer.Option(help="Sequences to draw from.", min=1)] = 2000,
     sequence_length: LengthOption = None,
     column: ColumnOption = None,
-    split: SplitOption = "train",
+    split: SplitOption = None,
     batch_size: Annotated[
         int | None,
         typer.Option(help="Sequences of a micro-batch. Default: a step's, or fewer where memory is short.", min=1),
@@ -61,6 +62,7 @@ def refine(
 
     # Checked first: a typo should not cost a download.
     check_new_folder(output)
+    split = chosen_split(data, split)
     refine_config(MODEL, steps, rate)
     MemoryConfig(memory_budget, None, batch_size)
     if checkpoint is None and (revision is not None or trust_remote_code):

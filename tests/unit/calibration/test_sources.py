@@ -39,6 +39,11 @@ def test_large_file_is_read_no_further_than_needed(
         load_calibration(text_file, tokenizer)
 
 
+def test_a_column_of_plain_text_is_an_error(tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"column='body' \(--column\) names a field .* is plain text"):
+        load_calibration(text_file, tokenizer, column="body")
+
+
 def test_one_endless_line_is_still_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PIECE", 10)
     (tmp_path / "line.txt").write_text("x" * 45)

@@ -115,6 +115,7 @@ def test_init_eval_merge_and_convert(run: Ran, checkpoint: Path, corpus: Path, t
         assert re.search(rf"{re.escape(scores[row]['name'])} .*{scores[row]['perplexity']:.2f}", out)
     # The adapter undoes a part of what quantization did to the very tokens it was made on.
     assert 0 < scores["adapted"]["kl"] < scores["quantized"]["kl"]
+    assert "not held-out scores" in " ".join(out.split()) and "corpus.txt" in scores["notes"][0]
 
     code, out, err = run("merge", checkpoint, first, "--output", tmp_path / "dense")
     assert (code, err, out) == (0, "", f"dense checkpoint: {tmp_path / 'dense'}\n")
@@ -333,6 +334,13 @@ def test_options_reach_refine(run: Ran, checkpoint: Path, tmp_path: Path, monkey
 def test_what_refine_refuses(options: tuple[str, ...], message: str, run: Ran, tmp_path: Path) -> None:
     code, out, err = run("refine", tmp_path / "in", "--data", "some.jsonl", "--output", tmp_path / "out", *options)
     assert (code, out) == (1, "") and message in " ".join(err.split())
+
+
+@pytest.mark.parametrize("command", ["init", "eval", "refine"])
+def test_a_split_of_a_file_is_an_error(command: str, run: Ran, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    output = () if command == "eval" else ("--output", tmp_path / "out")
+    message = one_line(run, command, checkpoint, *output, "--data", corpus, "--split", "train")
+    assert f"--split train is of a data set, and {corpus} is a file" in message
 
 
 def test_plan_says_what_refining_the_model_takes(run: Ran, checkpoint: Path) -> None:
