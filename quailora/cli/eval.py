@@ -11,12 +11,12 @@ from rich.console import Console
 from quailora.cli.options import (
     AutoClassOption,
     BatchOption,
-    CheckedDoubleOption,
     CheckpointArgument,
     ColumnOption,
     ComputeOption,
     DataOption,
     DeviceOption,
+    DoubleOption,
     LengthOption,
     QuantOption,
     RemoteOption,
@@ -40,7 +40,7 @@ def evaluate(
         Path | None, typer.Option(help="The quantized base's folder, if it is not where the adapter's record says.")
     ] = None,
     quant: QuantOption = None,
-    double_quant: CheckedDoubleOption = None,
+    double_quant: DoubleOption = None,
     compute_dtype: ComputeOption = None,
     samples: Annotated[int, typer.Option(help="Number of sequences to evaluate on.", min=1)] = 64,
     sequence_length: LengthOption = None,

@@ -109,7 +109,7 @@ def init(
         float | None, typer.Option(help="Of --refine: learning rate. Default: 1e-3 for blocks, 3e-5 for the model.")
     ] = None,
     quant: QuantOption = None,
-    double_quant: DoubleOption = True,
+    double_quant: DoubleOption = None,
     compute_dtype: ComputeOption = None,
     dtype: LoadedOption = None,
     solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
@@ -162,7 +162,7 @@ def init(
     RoundingConfig.given(
         rounding, written=written, damping=rounding_damping, alternations=alternations, magr=magr, inputs=inputs
     )
-    check_bits(bits, quant, compute_dtype, group_size, symmetric)
+    check_bits(bits, quant, double_quant, compute_dtype, group_size, symmetric)
     MemoryConfig(memory_budget, host_memory_budget, batch_size)
     source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
     loaded_as = torch_dtype(dtype) or source.dtype

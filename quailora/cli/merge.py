@@ -9,9 +9,9 @@ import typer
 
 from quailora.cli.options import (
     AutoClassOption,
-    CheckedDoubleOption,
     CheckpointArgument,
     ComputeOption,
+    DoubleOption,
     Dtype,
     QuantOption,
     RemoteOption,
@@ -33,7 +33,7 @@ def merge(
         Path | None, typer.Option(help="The quantized base's folder, if it is not where the adapter's record says.")
     ] = None,
     quant: QuantOption = None,
-    double_quant: CheckedDoubleOption = None,
+    double_quant: DoubleOption = None,
     compute_dtype: ComputeOption = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the output. Default: the checkpoint's.")] = None,
     device: Annotated[str, typer.Option(help="Device to compute on.")] = "cpu",

@@ -60,13 +60,12 @@ QuantOption = Annotated[
     Format | None,
     typer.Option(help="How the base is quantized. Default: as in the adapter's record, or nf4."),
 ]
-DoubleOption = Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Double quantization (4 bits).")]
-CheckedDoubleOption = Annotated[
+DoubleOption = Annotated[
     bool | None,
-    typer.Option("--double-quant/--no-double-quant", help="Double quantization (4 bits), with --quant. Default: yes."),
+    typer.Option("--double-quant/--no-double-quant", help="Double quantization of nf4 and fp4. Default: yes."),
 ]
 ComputeOption = Annotated[
-    Dtype | None, typer.Option(help="Compute dtype of a 4-bit base. Default: the dtype its weights are loaded in.")
+    Dtype | None, typer.Option(help="Compute dtype of nf4 and fp4. Default: the dtype its weights are loaded in.")
 ]
 LoadedOption = Annotated[
     Dtype | None,
@@ -157,9 +156,24 @@ def parse_target_modules(text: str) -> str | list[str]:
     return names if plain and text != "all-linear" else text
 
 
+def _of_4_bits(double: bool | None, compute: Dtype | None) -> str | None:
+    """An option of bitsandbytes' 4-bit formats that is given."""
+    if double is None:
+        return None if compute is None else "--compute-dtype"
+    return "--double-quant" if double else "--no-double-quant"
+
+
+def check_format_options(quant: Format, double: bool | None, compute: Dtype | None) -> None:
+    """Raises QuailoraError where options do nothing for the format."""
+    if quant is Format.int8 and (given := _of_4_bits(double, compute)) is not None:
+        raise QuailoraError(f"{given} is of nf4 and fp4, and --quant int8 has no such setting: leave it out")
+
+
 def check_quantization_options(quant: Format | None, double: bool | None, compute: Dtype | None) -> None:
-    if quant is None and (double is not None or compute is not None):
-        given = "--compute-dtype" if double is None else "--double-quant" if double else "--no-double-quant"
+    """Where an adapter's record may say how the base is quantized."""
+    if quant is not None:
+        check_format_options(quant, double, compute)
+    elif (given := _of_4_bits(double, compute)) is not None:
         raise QuailoraError(f"{given} needs --quant: give both, or neither to use the adapter's record")
 
 
@@ -170,11 +184,17 @@ def quantization_config(quant: Format, double: bool | None, compute: Dtype | Non
 
 
 def check_bits(
-    bits: int | None, quant: Format | None, compute: Dtype | None, group_size: int | None, symmetric: bool = True
+    bits: int | None,
+    quant: Format | None,
+    double: bool | None,
+    compute: Dtype | None,
+    group_size: int | None,
+    symmetric: bool = True,
 ) -> None:
-    """Raises QuailoraError where options of a base in GPTQ's format and of bitsandbytes' are mixed."""
-    if bits is not None and (quant is not None or compute is not None):
-        given = "--compute-dtype" if quant is None else "--quant"
+    """Raises QuailoraError where options of a base in GPTQ's format and of bitsandbytes' are mixed, or do nothing."""
+    check_format_options(quant or Format.nf4, double, compute)
+    given = _of_4_bits(double, compute) if quant is None else "--quant"
+    if bits is not None and given is not None:
         raise QuailoraError(f"{given} is for bitsandbytes, and --bits for a base in GPTQ's format: leave one out")
     if bits is None and (group_size is not None or not symmetric):
         raise QuailoraError(

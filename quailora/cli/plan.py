@@ -62,7 +62,7 @@ def plan(
         typer.Option(help="Of a run that writes its base: calibrated or nearest. Default: calibrated with --bits."),
     ] = None,
     magr: Annotated[float | None, typer.Option(help="Of calibrated rounding, as in init.")] = None,
-    double_quant: DoubleOption = True,
+    double_quant: DoubleOption = None,
     compute_dtype: ComputeOption = None,
     dtype: LoadedOption = None,
     solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
@@ -130,7 +130,7 @@ def plan(
     given |= {"--inputs": inputs, "--host-memory-budget": host_memory_budget}
     if training and (odd := next((name for name, value in given.items() if value is not None), None)):
         raise QuailoraError(f"{odd} is not for --training, which shows every format on one device: leave it out")
-    check_bits(bits, quant, compute_dtype, group_size if not training else None)
+    check_bits(bits, quant, double_quant, compute_dtype, group_size if not training else None)
     written = bits is not None or rounding is not None
     rounds = RoundingConfig.given(rounding, written=written, magr=magr, inputs=inputs)
     group_size = 64 if group_size is None else group_size

@@ -253,6 +253,9 @@ def test_options_reach_build_adapter(
         (("--bits", "5"), "--bits 5, --group-size 64"),
         (("--bits", "3", "--quant", "nf4"), "--quant is for bitsandbytes"),
         (("--bits", "3", "--compute-dtype", "float16"), "--compute-dtype is for bitsandbytes"),
+        (("--bits", "4", "--no-double-quant"), "--no-double-quant is for bitsandbytes"),
+        (("--quant", "int8", "--compute-dtype", "float16"), "--compute-dtype is of nf4 and fp4"),
+        (("--quant", "int8", "--no-double-quant"), "--no-double-quant is of nf4 and fp4"),
         (("--group-size", "64"), "--group-size goes with --bits"),
         (("--asymmetric",), "--asymmetric goes with --bits"),
         (("--bits", "3"), "has to be written: give base_output (--base-output)"),
@@ -564,6 +567,9 @@ def test_what_a_user_can_mend_is_one_line(run: Ran, checkpoint: Path, corpus: Pa
         assert f"{option[0]} needs --quant" in one_line(
             run, "eval", checkpoint, "--data", corpus, "--adapter", tmp_path, *option
         )
+        int8 = ("--quant", "int8", *option)
+        assert f"{option[0]} is of nf4" in one_line(run, "merge", checkpoint, tmp_path, *out, *int8)
+        assert f"{option[0]} is of nf4" in one_line(run, "eval", checkpoint, "--data", corpus, *int8)
     # Before a checkpoint is looked for, which may be a download.
     assert "not empty" in one_line(run, "init", "/no/such", *init[2:-1], checkpoint)
     assert "not empty" in one_line(run, "merge", "/no/such", tmp_path, "--output", checkpoint)
