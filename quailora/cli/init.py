@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from quailora.cli.options import (
+    GROUP_SIZE,
     AutoClassOption,
     BatchOption,
     CheckpointArgument,
@@ -78,7 +79,9 @@ def init(
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(help="With --bits: how many weights share a scale: 32, 64, 128, or -1, a row."),
+        typer.Option(
+            help=f"With --bits: how many weights share a scale: 32, 64, 128, or -1, a row. Default: {GROUP_SIZE}."
+        ),
     ] = None,
     symmetric: Annotated[
         bool, typer.Option("--symmetric/--asymmetric", help="With --bits: whether 0 is the same code everywhere.")
@@ -169,7 +172,7 @@ def init(
     if bits is None:
         quantization = quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)
     else:
-        quantization = gptq_config(bits, 64 if group_size is None else group_size, symmetric)
+        quantization = gptq_config(bits, GROUP_SIZE if group_size is None else group_size, symmetric)
     config = LoraConfig(
         r=rank,
         lora_alpha=tuned_alpha,

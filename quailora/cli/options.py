@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 
+GROUP_SIZE = 64  # weights that share a scale, with --bits
 _MATCHED = "matched"  # as in adapters.alpha, which would import torch
 
 

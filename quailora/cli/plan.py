@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from quailora.cli.options import (
+    GROUP_SIZE,
     AutoClassOption,
     CheckpointArgument,
     ComputeOption,
@@ -84,7 +85,9 @@ def plan(
     ] = False,
     group_size: Annotated[
         int | None,
-        typer.Option(help="With --bits or --training: how many weights share a scale, as in init. Default: 64."),
+        typer.Option(
+            help=f"With --bits or --training: how many weights share a scale, as in init. Default: {GROUP_SIZE}."
+        ),
     ] = None,
     device: Annotated[
         str | None,
@@ -133,7 +136,7 @@ def plan(
     check_bits(bits, quant, double_quant, compute_dtype, group_size if not training else None)
     written = bits is not None or rounding is not None
     rounds = RoundingConfig.given(rounding, written=written, magr=magr, inputs=inputs)
-    group_size = 64 if group_size is None else group_size
+    group_size = GROUP_SIZE if group_size is None else group_size
     memory = MemoryConfig(memory_budget, host_memory_budget, batch_size)  # checked first: a typo costs no download
     absent = (device or "").partition(":")[0] == "cuda" and not torch.cuda.is_available()
     place = torch.device("cuda") if absent else default_device(device)

@@ -110,7 +110,8 @@ def build_adapter(
         output_dir: the adapter's folder, new or empty: adapter, `report.json`, `report.md`, `quailora.json` and a model
             card.
         quantization: how the base will be loaded, a BitsAndBytesConfig, or how it is made, a GPTQConfig, which takes a
-            `base_output`; None is NF4 with double quantization, computing in the checkpoint's dtype.
+            `base_output` (its group_size is 128 by default, the command line's 64); None is NF4 with double
+            quantization, computing in the checkpoint's dtype.
         base_output: where to write the quantized base, a new or empty folder: an ordinary checkpoint, which the adapter
             then names as its base. None: the base follows from the checkpoint and `quantization`, by nearest rounding.
         rounding: how the codes of a base that is written are chosen: "calibrated", for the layer's outputs, with the
