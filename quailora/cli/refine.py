@@ -58,12 +58,12 @@ def refine(
     from quailora.memory.budget import MemoryConfig
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import refine as pipeline
-    from quailora.refinement.config import MODEL, refine_config
+    from quailora.refinement.config import refine_config
 
     # Checked first: a typo should not cost a download.
     check_new_folder(output)
     split = chosen_split(data, split)
-    refine_config(MODEL, steps, rate)
+    refine_config(steps, rate)
     MemoryConfig(memory_budget, None, batch_size)
     if checkpoint is None and (revision is not None or trust_remote_code):
         raise QuailoraError("--revision and --trust-remote-code go with --checkpoint: give that too")

@@ -41,7 +41,7 @@ from quailora.pipeline.loop import memory_errors
 from quailora.pipeline.stages import Stages
 from quailora.pipeline.trainable import check_fits, check_trainable
 from quailora.quantization.registry import from_dict
-from quailora.refinement.config import BLOCKS_INSTEAD, MODEL, refine_config
+from quailora.refinement.config import BLOCKS_INSTEAD, refine_config
 from quailora.refinement.model import global_states_kept, refine_model
 from quailora.refinement.student import Sequences, Teacher
 from quailora.reporting.model_card import model_card
@@ -56,7 +56,6 @@ def refine(
     output_dir: str | Path,
     *,
     checkpoint: str | Path | Checkpoint | None = None,
-    level: str = MODEL,
     base: str | Path | None = None,
     steps: int | None = None,
     rate: float | None = None,
@@ -73,16 +72,16 @@ def refine(
 ) -> Report:
     """Train A and B of an initialized adapter so that the quantized model predicts what the full-precision one does.
 
-    For an adapter that is used as it is, without a fine-tune. The two models are never in memory together: hidden
-    states of the full-precision one, computed block by block, are kept in a file beside `output_dir` while the
-    quantized one is trained. Some of the data is held out, and the factors that do best on it are kept.
+    For an adapter that is used as it is, without a fine-tune. (Blocks are refined while they are solved:
+    `build_adapter(..., refine="blocks")`.) The two models are never in memory together: hidden states of the
+    full-precision one, computed block by block, are kept in a file beside `output_dir` while the quantized one is
+    trained. Some of the data is held out, and the factors that do best on it are kept.
 
     Args:
         adapter: the folder of the initialized adapter. It stays as it is.
         data: texts, as `calibration` of `build_adapter`.
         output_dir: the folder of the refined adapter, new or empty.
         checkpoint: the full-precision checkpoint; None is what the adapter's record names.
-        level: "model". Blocks are refined while they are solved: `build_adapter(..., refine="blocks")`.
         base: the folder of the quantized base, if it was written and is not where the adapter's record says.
         steps, rate: of Adam; see `quailora.refinement.config.RefinementConfig`.
         batch_size: sequences of a micro-batch; None takes as many as a step has, or fewer where memory is short.
@@ -105,7 +104,7 @@ def refine(
             f"output_dir (--output) {output} is inside the adapter's folder {folder}, which stays as it is: give a "
             "folder outside"
         )
-    config = refine_config(level, steps, rate)
+    config = refine_config(steps, rate)
     memory = MemoryConfig(memory_budget, None, batch_size)
     record = _initialized(folder)
     made_for = record["base"]

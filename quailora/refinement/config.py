@@ -65,12 +65,8 @@ def refinement_config(refine: str | None, steps: int | None, rate: float | None)
     return _config(refine, steps, rate)
 
 
-def refine_config(level: str, steps: int | None, rate: float | None) -> RefinementConfig:
+def refine_config(steps: int | None, rate: float | None) -> RefinementConfig:
     """From the arguments of `refine`. Raises QuailoraError."""
-    if level != MODEL:
-        raise QuailoraError(
-            f"level={level!r}: an adapter that exists is refined as a whole, with {MODEL!r}. Or {BLOCKS_INSTEAD}"
-        )
     return _config(MODEL, steps, rate, prefix="")
 
 

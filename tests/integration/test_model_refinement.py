@@ -316,12 +316,6 @@ def test_the_base_that_was_used_is_named(folder: Path, tmp_path: Path) -> None:
     assert str(moved) in card and f"{tmp_path}/base" not in card
 
 
-@pytest.mark.parametrize("level", ["blocks", "all"])
-def test_only_the_whole_model_of_an_adapter_that_exists(level: str, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(QuailoraError, match=rf"'{level}'"):
-        refine(adapter, tmp_path / "out", level=level)
-
-
 def test_too_little_data(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="at least 2 sequences"):
         refine(adapter, tmp_path / "out", Calibration(DATA.sequences[:1], "little"))
