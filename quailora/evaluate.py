@@ -33,11 +33,12 @@ from quailora.adapters.saved_adapter import check_weights
 from quailora.calibration.data import Batch, Calibration, load_calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
 from quailora.files import to_json, write_files
+from quailora.memory.budget import memory_errors
+from quailora.memory.planner import TOKENS_PER_BATCH
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.loading import load_model
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.loop import memory_errors
 from quailora.quantization.registry import evaluating, from_config
 from quailora.reporting.record import read_record, was_trained
 
@@ -113,6 +114,11 @@ class Comparison:
         return "; ".join([f"{self.tokens} predicted tokens", *self.notes])
 
 
+def default_batch_size(calibration: Calibration) -> int:
+    """As many sequences as make about 8192 tokens."""
+    return max(1, TOKENS_PER_BATCH // calibration.longest)
+
+
 def perplexity(model: nn.Module, batches: Batches) -> float:
     """e to the mean negative log-likelihood of the predicted tokens.
 
@@ -162,7 +168,7 @@ def compare(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     base: str | Path | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Score the full-precision model, the quantized base and the base with an adapter, as users load them.
@@ -185,7 +191,8 @@ def compare(
         device: None is CUDA if there is a CUDA device, else the CPU.
         dtype: of both models; None is that of the record, or else of the checkpoint.
         base: the folder of the quantized base; see `merge`.
-        batch_size: sequences per batch. Two (b, t, vocabulary) tensors of logits are in memory at once.
+        batch_size: sequences per batch; None takes as many as make about 8192 tokens. Two (b, t, vocabulary) tensors of
+            logits are in memory at once.
         progress: called after each batch with the number of batches done and their total.
 
     Raises:
@@ -233,7 +240,8 @@ def compare(
             resize_to(receiver, Path(adapter))
             shared = min(shared, vocabulary(receiver))
             adapted = _with_adapter(receiver, Path(adapter), Path(initial) if initial else None)
-        batches = list(load_calibration(calibration, vocab_size=shared).batches(batch_size))
+        size = default_batch_size(calibration) if batch_size is None else batch_size
+        batches = list(load_calibration(calibration, vocab_size=shared).batches(size))
         with _evaluating(full, quantized):
             for done, batch in enumerate(map(_predictions, batches), 1):
                 with nullcontext() if adapted is None else adapted.disable_adapter():

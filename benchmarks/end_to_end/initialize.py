@@ -37,13 +37,13 @@ from benchmarks.kernels.solver import krylov_flops
 from quailora import ops
 from quailora.calibration.data import Calibration, CalibrationConfig, read_calibration
 from quailora.calibration.gram import Gram
+from quailora.evaluate import default_batch_size
 from quailora.memory.budget import describe_bytes
 from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.build import ALPHA, RANK
-from quailora.pipeline.setup import default_batch_size
 from quailora.quantization.bitsandbytes import BitsAndBytes
 from quailora.quantization.registry import config_for
 from quailora.solvers import krylov

@@ -31,9 +31,9 @@ from benchmarks.common.timing import keep
 from quailora import ops
 from quailora.calibration.data import Calibration, CalibrationConfig, read_calibration
 from quailora.calibration.gram import Gram
+from quailora.evaluate import default_batch_size
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.pipeline.quantize import CalibratedQ, GivenQ, Initialized
-from quailora.pipeline.setup import default_batch_size
 from quailora.pipeline.stages import Stages
 from quailora.quantization.gptq import GPTQ
 from quailora.quantization.protocol import QuantizedBase

@@ -34,10 +34,10 @@ from benchmarks.common.smollm2 import fetch
 from benchmarks.common.timing import keep
 from quailora import ops
 from quailora.calibration.data import Calibration, CalibrationConfig, read_calibration
+from quailora.evaluate import default_batch_size
 from quailora.memory.budget import describe_bytes
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device
-from quailora.pipeline.setup import default_batch_size
 from quailora.quantization.registry import config_for
 
 

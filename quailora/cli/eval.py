@@ -62,7 +62,6 @@ def evaluate(
     from quailora.evaluate import compare
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.modeling.devices import default_device
-    from quailora.pipeline import setup
 
     if adapter is None:
         quant = quant or Format.nf4
@@ -82,7 +81,7 @@ def evaluate(
         quantization=quantization,
         base=base,
         device=default_device(device),
-        batch_size=batch_size or setup.default_batch_size(calibration),
+        batch_size=batch_size,
     )
     Console().print(comparison.table())
     if json is not None:

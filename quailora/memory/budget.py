@@ -128,6 +128,15 @@ class Meter:
         return psutil.Process().memory_info().rss
 
 
+@contextmanager
+def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
+    """Within it, a device that runs out of memory is a QuailoraError with `advice`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise QuailoraError(f"{device} is out of memory: {advice}. {' '.join(str(error).split())[:200]}") from error
+
+
 def reset_peak() -> bool:
     """Set the peak of this process's resident memory to what is resident now; whether that could be done."""
     try:

@@ -29,7 +29,7 @@ from quailora.calibration.calls import Call, Calls
 from quailora.calibration.data import Batch
 from quailora.calibration.distributed import Processes
 from quailora.calibration.hidden_states import HiddenStates
-from quailora.errors import QuailoraError
+from quailora.memory.budget import memory_errors
 from quailora.memory.planner import Plan
 from quailora.modeling.blocks import Block
 from quailora.modeling.streamed_model import StreamedModel
@@ -316,12 +316,3 @@ def _prefix(block: Block) -> str:
 
 
 _SMALLER = "lower memory_budget (--memory-budget), batch_size (--batch-size 1), or sequence_length (--sequence-length)"
-
-
-@contextmanager
-def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
-    """Within it, a device that runs out of memory is a QuailoraError with `advice`."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise QuailoraError(f"{device} is out of memory: {advice}. {' '.join(str(error).split())[:200]}") from error

@@ -31,13 +31,12 @@ from quailora.calibration.data import SAMPLES, Calibration, CalibrationConfig, r
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.errors import AdapterError, CheckpointError, QuailoraError
 from quailora.files import check_new_folder, new_folder, read_json, to_json, write_files
-from quailora.memory.budget import MemoryConfig, Meter
+from quailora.memory.budget import MemoryConfig, Meter, memory_errors
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.loading import load_model
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.base_output import quantized_linears
-from quailora.pipeline.loop import memory_errors
 from quailora.pipeline.stages import Stages
 from quailora.pipeline.trainable import check_fits, check_trainable
 from quailora.quantization.registry import from_dict

@@ -17,7 +17,7 @@ from quailora.calibration.data import Calibration
 from quailora.calibration.distributed import Processes
 from quailora.errors import AdapterError, CalibrationError
 from quailora.memory.budget import Meter
-from quailora.memory.planner import TOKENS_PER_BATCH, Plan, make_plan
+from quailora.memory.planner import Plan, make_plan
 from quailora.memory.sizes import Base
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.depth import Depth, Restored
@@ -164,12 +164,6 @@ def _stopped(blocks: Sequence[BlockReport]) -> list[str]:
         return f"those of step {row.steps}" if row.steps else "those found layer by layer"
 
     return [f"{row.name}: {row.stopped}, and its factors are {kept(row)}" for row in blocks if row.stopped]
-
-
-def default_batch_size(calibration: Calibration) -> int:
-    """As many sequences as make about 8192 tokens: enough for matrix products to be efficient, little beside a block's
-    weights."""
-    return max(1, TOKENS_PER_BATCH // calibration.longest)
 
 
 def _unreached(targets: list[Target], layers: list[LayerReport], stream: StreamedModel) -> dict[str, str]:

@@ -244,8 +244,10 @@ def test_compare_scores_what_users_load(
 
 
 def test_compare_without_an_adapter(checkpoint: Path, data: Calibration) -> None:
-    result = compare(checkpoint, None, data, quantization=NF4, device="cpu")
+    seen: list[tuple[int, int]] = []
+    result = compare(checkpoint, None, data, quantization=NF4, device="cpu", progress=lambda *n: seen.append(n))
     assert result.adapted is None and result.gap_closed is None
+    assert seen == [(1, 1)]  # sequences this short go into one batch
     assert result.quantized.kl > 0
     with pytest.raises(AdapterError, match=r"give quantization \(--quant\)"):
         compare(checkpoint, None, data)
