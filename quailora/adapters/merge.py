@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from quailora.adapters.skeleton import adapted_skeleton, quantized_skeleton
 from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import AdapterError
 from quailora.files import check_new_folder, new_folder
-from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint
+from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint, index_of
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import base_for, from_config, is_quantized
@@ -120,12 +119,7 @@ def merge(
                 tensors[key] = tensor.to("cpu", written_in if cast else tensor.dtype).contiguous()
             save_file(tensors, partial / (shard.name if len(shards) > 1 else SINGLE), metadata={"format": "pt"})
         if len(shards) > 1:
-            total = sum(file.stat().st_size for file in partial.iterdir())
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {key: e.file.name for key, e in source.tensors.items()},
-            }
-            (partial / INDEX).write_text(json.dumps(index, indent=2))
+            (partial / INDEX).write_text(index_of(partial), encoding="utf-8")
         config_written, generation = copy.deepcopy(source.config), generation_config(source)
         config_written.dtype = written_in
         if rows is not None:
