@@ -40,6 +40,7 @@ from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.loading import load_model
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import evaluating, from_config
+from quailora.refinement.student import predicted
 from quailora.reporting.record import read_record, was_trained
 
 # Logits that are in fp32 at a time: 256 MiB for each of the few tensors that scoring takes.
@@ -302,8 +303,7 @@ def _predictions(batch: Batch | Tensor) -> _Predictions:
     if input_ids.dim() != 2:
         raise CalibrationError(f"a batch is (b, t) tokens, got {tuple(input_ids.shape)}")
     keep = torch.ones_like(input_ids, dtype=torch.bool) if keep is None else keep
-    row, position = (keep[:, 1:] & keep[:, :-1]).nonzero(as_tuple=True)
-    return _Predictions(input_ids, keep, row, position)
+    return _Predictions(input_ids, keep, *predicted(Batch(input_ids, keep)))
 
 
 @dataclass

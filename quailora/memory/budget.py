@@ -23,7 +23,7 @@ _UNITS = {"": 1, "B": 1} | {f"{letter}{binary}B": (1024 if binary else 1000) ** 
 # that the heap is left as it is, which is faster.
 _FRAGMENTED = 2
 
-_OF_FREE = 0.9  # of free memory, by default: other processes may need some
+OF_FREE = 0.9  # of free memory, by default: other processes may need some
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Meter:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this host
         sharing = 1 if device.type == "cuda" else processes
         cpu = torch.device("cpu")
-        self.budget = int(config.device_bytes or _OF_FREE * free_memory(device) / sharing)
-        self.host_budget = int(config.host_bytes or _OF_FREE * free_memory(cpu) / processes)
+        self.budget = int(config.device_bytes or OF_FREE * free_memory(device) / sharing)
+        self.host_budget = int(config.host_bytes or OF_FREE * free_memory(cpu) / processes)
         self._limits_the_host = device.type == "cpu" and config.memory_budget is not None
         self._tight = False
         self._measured = device.type == "cuda" or reset_peak()

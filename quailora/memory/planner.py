@@ -34,7 +34,7 @@ import torch
 from quailora import ops
 from quailora.errors import BudgetError, QuailoraError
 from quailora.memory.allocator import overhead
-from quailora.memory.budget import about, describe_bytes, free_memory
+from quailora.memory.budget import OF_FREE, about, describe_bytes, free_memory
 from quailora.memory.depth import comparing, deployed, retargeting, work
 from quailora.memory.sizes import Base, BlockSizes, Device, activations, block_sizes, called_with, outside, solving
 from quailora.memory.training import refining
@@ -168,7 +168,7 @@ def make_plan(
         raise QuailoraError(
             "there is no CUDA device here, so its free memory is not known: give memory_budget (--memory-budget)"
         )
-    budget = int(0.9 * free_memory(planner.device)) + held if memory_budget is None else memory_budget
+    budget = int(OF_FREE * free_memory(planner.device)) + held if memory_budget is None else memory_budget
     most = samples if refinement is None else max(1, samples // 2)
     tokens = TOKENS_PER_BATCH if refinement is None else refinement.tokens
     batches = [min(batch_size, most)] if batch_size else _batches(most, sequence_length, tokens)
@@ -237,7 +237,7 @@ class _Planner:
         places = ["host", "disk"]
         if self.device.type == "cuda":
             # They do not count against a GPU's budget, and a disk would be slower than the GPU.
-            allowed = int(0.9 * free_memory(torch.device("cpu"))) if host_budget is None else host_budget
+            allowed = int(OF_FREE * free_memory(torch.device("cpu"))) if host_budget is None else host_budget
             places = ["host" if self.pinned_states(batches[0]) <= allowed else "disk"]
             yield "device", True, batches[0], 1
         large = [batch for batch in batches if batch == batches[0] or batch * self.length >= _FEWER_TOKENS]
@@ -372,8 +372,7 @@ class _Planner:
 
     def _flops(self, planned: Sequence[tuple[tuple[str, ...], ...]]) -> dict[str, int]:
         tokens = self.samples * self.length
-        method, iterations = SOLVERS[self.solver.name], self.solver.iterations
-        products = method.products((method.iterations or 0) if iterations is None else iterations)
+        products = SOLVERS[self.solver.name].products(self.solver.steps)
         linears = [w for block in self.blocks for w in block.linears]
         # Two for each weight and token; in attention, four for each pair of tokens and channel.
         pairs = 4 * self.length * self.stream.model.config.get_text_config(decoder=True).hidden_size

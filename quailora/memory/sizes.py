@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quailora import ops
-from quailora.modeling.blocks import Block, linear_weight
+from quailora.modeling.blocks import Block, linear_shape
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.ops.cpu_matmul import NAMES
 from quailora.solvers.config import SolverConfig
@@ -147,7 +147,7 @@ def block_sizes(stream: StreamedModel, targets: Mapping[str, int]) -> list[Block
 def _measure(stream: StreamedModel, block: Block, ranks: Mapping[str, int | None], cast: int) -> BlockSizes:
     config = stream.model.config.get_text_config(decoder=True)
     linears = {name: block.module.get_submodule(name) for name in ranks}
-    shapes = {name: _shape(linear) for name, linear in linears.items()}
+    shapes = {name: linear_shape(linear) for name, linear in linears.items()}
     groups = _sharing(shapes, config.hidden_size)
     by_module: dict[str, int] = {}
     for name, (outputs, _) in shapes.items():
@@ -180,11 +180,6 @@ def _measure(stream: StreamedModel, block: Block, ranks: Mapping[str, int | None
         scan=max(scans, default=0),
         multiplied=sum(matrices.values()) + chosen * sum(shape[1:].numel() for shape in fused),
     )
-
-
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    outputs, inputs = linear_weight(linear).shape
-    return outputs, inputs
 
 
 def _sharing(shapes: Mapping[str, tuple[int, int]], hidden: int) -> list[list[str]]:

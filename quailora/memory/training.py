@@ -22,11 +22,10 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
-from torch import nn
 
 from quailora.memory.budget import describe_bytes
 from quailora.memory.sizes import Base, BlockSizes, Device, unfused
-from quailora.modeling.blocks import linear_weight
+from quailora.modeling.blocks import linear_shape
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.modeling.transformers_internals import tied_weights
 from quailora.quantization.protocol import QuantizedBase
@@ -86,7 +85,7 @@ def training_memory(
     ranks: those that are adapted, with the rank of each.
     """
     model, size = stream.model, stream.dtype.itemsize
-    shapes = {name: _shape(model.get_submodule(name)) for name in {*quantized, *ranks}}
+    shapes = {name: linear_shape(model.get_submodule(name)) for name in {*quantized, *ranks}}
     tied = tied_weights(model)
     held = sum(parameter.nbytes for name, parameter in model.named_parameters() if name not in tied)
     if base is not None:
@@ -99,7 +98,7 @@ def training_memory(
     alike = {id(sizes): (block, sizes) for block, sizes in zip(stream.blocks, blocks, strict=True)}
     work = []
     for block, sizes in alike.values():
-        linears = {name: _shape(linear) for name, linear in block.linears().items()}
+        linears = {name: linear_shape(linear) for name, linear in block.linears().items()}
         copies = [m * n * size for name, (m, n) in linears.items() if name in quantized]
         dequantized = 0 if base is None else sum(copies) if base.keeps_q else max(copies, default=0)
         row = backward_row(linears, ranks, sizes, config, size, sequence_length)
@@ -113,11 +112,6 @@ def training_memory(
         optimizer=_MOMENTS * parameters,
         activations=states + max(logits, *work),
     )
-
-
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    outputs, inputs = linear_weight(linear).shape
-    return outputs, inputs
 
 
 def backward_row(

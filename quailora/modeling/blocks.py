@@ -34,6 +34,12 @@ def linear_weight(linear: nn.Module) -> Tensor:
     return weight.T.contiguous() if isinstance(linear, Conv1D) else weight
 
 
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """Outputs m and inputs n."""
+    outputs, inputs = linear_weight(linear).shape
+    return outputs, inputs
+
+
 def find_blocks(model: PreTrainedModel, decoder: nn.Module) -> list[Block]:
     """The decoder's blocks: the outermost list with as many modules as the configuration has layers."""
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)

@@ -20,7 +20,7 @@ from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibrati
 from quailora.calibration.distributed import Processes
 from quailora.errors import AdapterError, MismatchError, QuailoraError
 from quailora.memory.budget import MemoryConfig, Meter
-from quailora.modeling.blocks import linear_weight
+from quailora.modeling.blocks import linear_shape
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.model_class import auto_class_of
@@ -196,7 +196,7 @@ def _check_shapes(model: PeftModel, targets: list[Target], stream: StreamedModel
     linears = {name: linear for block in stream.blocks for name, linear in block.linears().items()}
     for target in targets:
         held = (target.base.out_features, target.base.in_features)
-        if target.name in linears and held != (shape := tuple(linear_weight(linears[target.name]).shape)):
+        if target.name in linears and held != (shape := linear_shape(linears[target.name])):
             raise MismatchError(
                 f"{target.name} is {held} in the loaded base and {shape} in {stream.checkpoint.name}: {_GIVE_THE_SAME}"
             )
