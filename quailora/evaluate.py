@@ -29,6 +29,7 @@ from quailora.adapters.base_record import as_recorded, check_base, for_full_prec
 from quailora.adapters.correction import Correction, saved_adapter
 from quailora.adapters.new_tokens import resize_to, vocabulary
 from quailora.adapters.quantized_checkpoint import QuantizedCheckpoint
+from quailora.adapters.save_and_load import loading_by_peft
 from quailora.adapters.saved_adapter import check_weights
 from quailora.calibration.data import Batch, Calibration, load_calibration
 from quailora.errors import AdapterError, CalibrationError, MismatchError, QuailoraError
@@ -399,9 +400,7 @@ def _load_written(
 
 def _with_adapter(model: PreTrainedModel, adapter: Path, initial: Path | None = None) -> PeftModel:
     try:
-        with _as_one(adapter, initial) as folder, warnings.catch_warnings():
-            # PEFT calls deprecated functions of transformers.
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        with _as_one(adapter, initial) as folder, loading_by_peft():
             # An adapter on disk that lacks tensors its configuration names would be scored incomplete.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, str(folder))

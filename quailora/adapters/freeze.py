@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from quailora.adapters.base_record import check_base
 from quailora.adapters.correction import FILE, NAME, Correction
+from quailora.adapters.save_and_load import loading_by_peft
 from quailora.adapters.saved_adapter import check_weights, read_config
 from quailora.adapters.targets import check_config
 from quailora.errors import AdapterError
@@ -94,9 +95,7 @@ def freeze_correction(
         # PEFT looks there to see whether embeddings were resized, and saves them if so.
         config.base_model_name_or_path, config.revision = model.name_or_path, its.revision
     check_base(model, frozen, checkpoint=checkpoint)
-    with warnings.catch_warnings():
-        # PEFT calls deprecated functions of transformers.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with loading_by_peft():
         both: Any = PeftModel.from_pretrained(model, str(frozen), adapter_name=NAME)
         if isinstance(adapter, str | Path):
             both.load_adapter(str(adapter), "default", is_trainable=True)

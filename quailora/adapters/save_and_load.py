@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,14 @@ from quailora.adapters.targets import Target, fill
 from quailora.errors import AdapterError
 from quailora.files import LazyTensor, write_tensors
 from quailora.modeling.streamed_model import StreamedModel
+
+
+@contextmanager
+def loading_by_peft() -> Iterator[None]:
+    """Within it, PEFT's calls of deprecated functions of transformers do not warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        yield
 
 
 def check_can_be_saved(model: PeftModel, source: StreamedModel) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,6 +21,7 @@ from quailora.adapters.base_record import as_recorded, check_base, for_full_prec
 from quailora.adapters.correction import Correction
 from quailora.adapters.new_tokens import resize_to
 from quailora.adapters.quantized_checkpoint import QuantizedCheckpoint
+from quailora.adapters.save_and_load import loading_by_peft
 from quailora.adapters.saved_adapter import SavedAdapter
 from quailora.adapters.skeleton import targeted_skeleton
 from quailora.adapters.targets import Target, find_targets
@@ -147,9 +147,7 @@ def refine(
             model = load_model(loaded, meter.device, dtype, given)
             resize_to(model, folder)
             check_base(model, folder, checkpoint=source)
-            with warnings.catch_warnings():
-                # PEFT calls deprecated functions of transformers.
-                warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            with loading_by_peft():
                 adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
         targets, _ = find_targets(adapted)
         with stages("refine the model"):
