@@ -155,7 +155,7 @@ def plan(
         ]
         rows, notes = _fine_tunes(source, loaded_as, config, formats, batch_size or 1, length)
         if json:
-            typer.echo(dumps([row.to_dict() for row in rows], indent=2))
+            typer.echo(dumps([{"bits": bits} | row.to_dict() for bits, row in rows.items()], indent=2))
             return
         caption = _CAPTION.format(rank=rank, batch=batch_size or 1, length=length, group=group_size)
         Console().print(training_table(rows, caption, memory.device_bytes))
@@ -208,9 +208,9 @@ def _fine_tunes(
     formats: list[tuple[int, Any]],
     batch_size: int,
     sequence_length: int,
-) -> tuple[list[Training], list[str]]:
-    """What a fine-tune holds: on the base in full precision, and in each format (bits, quantization config). And a line
-    for each format that does not hold this model."""
+) -> tuple[dict[int, Training], list[str]]:
+    """By bits, what a fine-tune holds: on the base in full precision, and in each format (bits, quantization config).
+    And a line for each format that does not hold this model."""
     from copy import deepcopy
     from functools import partial
 
@@ -228,7 +228,7 @@ def _fine_tunes(
     memory = partial(
         training_memory, stream, block_sizes(stream, {}), batch_size=batch_size, sequence_length=sequence_length
     )
-    rows: list[Training] = []
+    rows: dict[int, Training] = {}
     notes = []
     for bits, quantization in formats:
         try:
@@ -247,6 +247,6 @@ def _fine_tunes(
             if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)  # of fused experts
         }
         if not rows:
-            rows.append(memory(8 * dtype.itemsize, None, (), ranks))
-        rows.append(memory(bits, from_config(quantization), quantized, ranks))
+            rows[8 * dtype.itemsize] = memory(None, (), ranks)
+        rows[bits] = memory(from_config(quantization), quantized, ranks)
     return rows, notes

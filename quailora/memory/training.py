@@ -42,7 +42,6 @@ _LOSS = 16  # bytes for each element of a block's output and its target, in the 
 class Training:
     """Bytes on the device; see the top of this module."""
 
-    bits: int
     format: str
     base: int
     adapter: int
@@ -68,7 +67,6 @@ class Training:
 def training_memory(
     stream: StreamedModel,
     blocks: Sequence[BlockSizes],
-    bits: int,
     base: QuantizedBase | None,
     quantized: Collection[str],
     ranks: Mapping[str, int],
@@ -79,7 +77,6 @@ def training_memory(
     """What a fine-tune of `stream`'s model holds, with weights loaded in its dtype. Nothing is read.
 
     blocks: the sizes of its blocks.
-    bits: of a quantized weight, for the table.
     base: how the model is quantized; None for a base in full precision.
     quantized: the names of the linears that are.
     ranks: those that are adapted, with the rank of each.
@@ -104,7 +101,6 @@ def training_memory(
         row = backward_row(linears, ranks, sizes, config, size, sequence_length)
         work.append(tokens * row + dequantized)
     return Training(
-        bits=bits,
         format=str(stream.dtype).removeprefix("torch.") if base is None else base.name,
         base=held,
         adapter=_FP32 * parameters,
@@ -153,19 +149,19 @@ def refining(
     yield "activations and gradients", tokens * row + copies
 
 
-def training_table(rows: Sequence[Training], caption: str, budget: int | None = None) -> Table:
-    """For rich to print; with a budget, which of them fit."""
+def training_table(rows: Mapping[int, Training], caption: str, budget: int | None = None) -> Table:
+    """For rich to print, by the bits of a quantized weight; with a budget, which of them fit."""
     parts = {"base": "base", "adapter": "adapter", "gradients": "gradients", "AdamW": "optimizer"}
     parts |= {"activations": "activations", "total": "total"}
-    unit, size, places = ("MiB", 2**20, 1) if max(row.total for row in rows) < 2**30 else ("GiB", 2**30, 2)
+    unit, size, places = ("MiB", 2**20, 1) if max(row.total for row in rows.values()) < 2**30 else ("GiB", 2**30, 2)
     table = Table("bits", "format", title=f"{unit} on the device", caption=caption, caption_justify="left")
     table.box, table.show_edge, table.padding = SIMPLE, False, (0, 1, 0, 0)  # for 80 columns
     for part in parts:
         table.add_column(part, justify="right")
     if budget is not None:
         table.add_column("fits")
-    for row in rows:
+    for bits, row in rows.items():
         sizes = [f"{getattr(row, part) / size:.{places}f}" for part in parts.values()]
         fits = [] if budget is None else ["yes" if row.total <= budget else "no"]
-        table.add_row(str(row.bits), row.format, *sizes, *fits)
+        table.add_row(str(bits), row.format, *sizes, *fits)
     return table

@@ -134,7 +134,7 @@ def test_activations_of_a_training_step(vocabulary: int, shape: dict[str, Any], 
             model(input_ids=ids, labels=ids).loss.backward()
     stream = streamed(write_headers(tmp_path, vocab_size=vocabulary, **shape))
     found = training_memory(
-        stream, block_sizes(stream, {}), 16, None, (), targets_of(stream), batch_size=1, sequence_length=2048
+        stream, block_sizes(stream, {}), None, (), targets_of(stream), batch_size=1, sequence_length=2048
     )
     seen = footprint.peak - found.gradients  # they are made in the backward pass
     assert seen <= found.activations < 1.3 * seen
