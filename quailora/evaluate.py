@@ -42,6 +42,7 @@ from quailora.modeling.loading import load_model
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.quantization.registry import evaluating, from_config
 from quailora.refinement.student import predicted
+from quailora.reporting.markdown import count
 from quailora.reporting.record import read_record, was_trained
 
 # Logits that are in fp32 at a time: 256 MiB for each of the few tensors that scoring takes.
@@ -113,7 +114,7 @@ class Comparison:
         ]
 
     def _caption(self) -> str:
-        return "; ".join([f"{self.tokens} predicted tokens", *self.notes])
+        return "; ".join([count(self.tokens, "predicted token"), *self.notes])
 
 
 def default_batch_size(calibration: Calibration) -> int:

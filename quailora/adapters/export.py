@@ -19,6 +19,7 @@ from quailora.modeling.streamed_model import skeleton
 from quailora.quantization.compressed_tensors import METHOD, checkpoint_config, packed
 from quailora.quantization.gptq import GPTQ, TENSORS
 from quailora.quantization.registry import from_dict
+from quailora.reporting.markdown import count
 from quailora.reporting.model_card import exported_card
 from quailora.reporting.record import RECORD, read_record
 
@@ -69,7 +70,7 @@ def export(base: str | Path, output_dir: str | Path, *, format: str = METHOD) ->
     stems = {name.removesuffix(f".{_CODES}") for name in source.tensors if name.endswith(f".{_CODES}")}
     if len(stems) != len(digests):
         raise CheckpointError(
-            f"{folder} holds {len(stems)} quantized linears, and its record {len(digests)}: copy it anew"
+            f"{folder} holds {count(len(stems), 'quantized linear')}, and its record {len(digests)}: copy it anew"
         )
     model = skeleton(source, form.dtype)
     if fused := next((name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name), None):

@@ -17,6 +17,7 @@ from quailora.calibration.sources import open_records, read_text, text_file
 from quailora.calibration.tokenizer import load_tokenizer
 from quailora.errors import CalibrationError
 from quailora.modeling.checkpoint import Checkpoint
+from quailora.reporting.markdown import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,10 +89,10 @@ class Calibration:
         """What was passed over, in sentences for the report."""
         notes = []
         if self.empty:
-            notes.append(f"{self.empty} records of {self.source} had no tokens, and were passed over")
+            notes.append(f"passed over {count(self.empty, 'record')} of {self.source} without tokens")
         if self.unusable:
             notes.append(
-                f"{self.unusable} records of {self.source} could not be used, and were passed over; the first was "
+                f"passed over {count(self.unusable, 'record')} of {self.source} that could not be used; the first was "
                 f"{self.reason}"
             )
         return notes
@@ -157,7 +158,7 @@ def load_calibration(
 
     sequences: Iterable[Tensor]
     if isinstance(data, Tensor) and data.dim() == 1:
-        tally = _Tally(f"a stream of {len(data)} tokens")
+        tally = _Tally(f"a stream of {count(len(data), 'token')}")
         sequences = _cut(token_rows(data), sequence_length)
     elif (file := text_file(data)) is not None:
         if tokenizer is None:
@@ -274,8 +275,8 @@ class _Tally:
         """Raise CalibrationError if more records were unusable than usable, by more than `patience`."""
         if self.unusable > self.usable + patience:
             tried = self.usable + self.unusable
-            count = f" ({self.unusable} of the {tried} records tried cannot be used)" if tried > 1 else ""
-            raise CalibrationError(f"{self.source}, {self.reason}{count}")
+            of_all = f" ({self.unusable} of the {tried} records tried cannot be used)" if tried > 1 else ""
+            raise CalibrationError(f"{self.source}, {self.reason}{of_all}")
 
 
 def _encode_all(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quailora.errors import CalibrationError
+from quailora.reporting.markdown import count
 
 SHUFFLE_BUFFER = 10_000  # records of a streamed data set that the draw chooses from
 PIECE = 4 << 20  # characters of a text file tokenized at once; each takes about 140 bytes of memory
@@ -78,7 +79,7 @@ def open_records(data: Any, samples: int, seed: int, split: str) -> tuple[Iterab
     else:
         kind = type(data).__name__
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        return _draw(data, samples, seed), f"{kind} ({len(data)} records)"
+        return _draw(data, samples, seed), f"{kind} ({count(len(data), 'record')})"
     if isinstance(data, Iterable):
         return enumerate(data), kind
     raise CalibrationError(f"calibration data cannot be a {kind}: pass a file, a data set, texts, or tokens")

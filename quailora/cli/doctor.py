@@ -11,6 +11,7 @@ from rich.table import Table
 import quailora
 from quailora.errors import QuailoraError
 from quailora.quantization.registry import LIBRARIES
+from quailora.reporting.markdown import count
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def _tune(gpus: list[torch.device]) -> None:
             raise QuailoraError(
                 f"the timings cannot be saved: {error}; XDG_CACHE_HOME may name another folder"
             ) from error
-        typer.echo(f"{len(fastest)} settings saved in {settings.timings_file(gpu)}")
+        typer.echo(f"{count(len(fastest), 'setting')} saved in {settings.timings_file(gpu)}")
 
 
 def _examined(device: torch.device, every: bool) -> list[str]:

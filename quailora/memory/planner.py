@@ -41,6 +41,7 @@ from quailora.memory.training import refining
 from quailora.modeling.prefetch import STAGING_BYTES
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.refinement.config import RefinementConfig
+from quailora.reporting.markdown import count
 from quailora.solvers.config import SolverConfig
 from quailora.solvers.registry import SOLVERS
 
@@ -108,8 +109,8 @@ class Plan:
         if "inputs" in self.flops:
             passes = "a part of a pass for each input"
         lines = [
-            f"on {self.device}, budget {describe_bytes(self.budget)}: micro-batches of {self.batch_size} sequences, "
-            f"{passes} over each block, hidden states on {self.states}, "
+            f"on {self.device}, budget {describe_bytes(self.budget)}: micro-batches of "
+            f"{count(self.batch_size, 'sequence')}, {passes} over each block, hidden states on {self.states}, "
             f"{'the next block is' if self.prefetch else 'no block is'} read ahead",
             "",
         ]
@@ -122,10 +123,10 @@ class Plan:
                         lines.append(f"{label:<11} {part.name:<{width}}  {describe_bytes(part.bytes):>9}")
                         label = ""
         peak, host, disk = map(describe_bytes, (self.peak, self.host, self.disk))
-        counts = ", ".join(f"{stage} {count:.2g}" for stage, count in self.flops.items())
+        flops = ", ".join(f"{stage} {number:.2g}" for stage, number in self.flops.items())
         time = "not estimated: the device is not here" if self.seconds is None else about(self.seconds)
         lines += ["", f"peak        {peak}, host {host}, disk {disk}"]
-        lines += [f"FLOPs       {counts}; {describe_bytes(self.read)} of weights to read", f"time        {time}"]
+        lines += [f"FLOPs       {flops}; {describe_bytes(self.read)} of weights to read", f"time        {time}"]
         return "\n".join(lines)
 
 
@@ -432,8 +433,8 @@ def _rate(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.zeros(side, side, dtype=dtype, device=device)
     with ops.half_products(device, [dtype]):
         float((a @ a)[0, 0])  # warm-up
-        count, start = 0, perf_counter()
+        times, start = 0, perf_counter()
         while (elapsed := perf_counter() - start) < 0.1:
             float((a @ a)[0, 0])  # waits for the result
-            count += 1
-    return 2 * side**3 * count / elapsed
+            times += 1
+    return 2 * side**3 * times / elapsed

@@ -32,6 +32,7 @@ from transformers import AutoConfig, PretrainedConfig
 from quailora.errors import CheckpointError
 from quailora.files import as_bytes, to_json
 from quailora.modeling.model_class import check_auto_class, default_auto_class
+from quailora.reporting.markdown import count
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -119,12 +120,12 @@ class TensorEntry:
                 if _version(stream.fileno()) != self.version:
                     raise CheckpointError(f"{self.file} has changed since it was opened: download it again")
                 stream.seek(self.start + first * part.itemsize)
-                while len(left) > 0 and (count := stream.readinto(left)):  # a read returns at most 2 GiB
-                    left = left[count:]
+                while len(left) > 0 and (size := stream.readinto(left)):  # a read returns at most 2 GiB
+                    left = left[size:]
         except OSError as error:
             raise CheckpointError(f"{self.file} cannot be read: {_reason(error)}; download it again") from error
         if len(left) > 0:
-            raise CheckpointError(f"{self.file} ends {len(left)} bytes too early: download it again")
+            raise CheckpointError(f"{self.file} ends {count(len(left), 'byte')} too early: download it again")
 
 
 @dataclass(frozen=True)

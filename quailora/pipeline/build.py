@@ -55,6 +55,7 @@ from quailora.quantization.rounding import QUANTIZED, RoundingConfig
 from quailora.quantization.verify import CALIBRATED
 from quailora.refinement.config import by_level, refinement_config
 from quailora.refinement.student import Sequences
+from quailora.reporting.markdown import count
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import lora_record, make_record
 from quailora.reporting.report import BlockReport, LayerReport, Report
@@ -391,8 +392,8 @@ def _kept(workspace: Workspace | None, base: BaseOutput | None) -> str:
 def _capped(names: list[str]) -> list[str]:
     if not names:
         return []
-    linears = "1 linear" if len(names) == 1 else f"{len(names)} linears"
-    return [f"{linears} narrower than r ({names[0]} for one) have the rank of their smaller side, by rank_pattern"]
+    linears = count(len(names), "linear")
+    return [f"{linears} narrower than r ({names[0]} for one): the rank is that of the smaller side, by rank_pattern"]
 
 
 def _more_damped(layers: list[LayerReport]) -> list[str]:
@@ -401,8 +402,8 @@ def _more_damped(layers: list[LayerReport]) -> list[str]:
         return []
     name, damping = max(dampings.items(), key=lambda item: item[1])
     return [
-        f"H of {len(dampings)} linears is too poor for error feedback with the rounding damping asked for: up to "
-        f"{damping:g} was used ({name}); more calibration data would help"
+        f"H of {count(len(dampings), 'linear')} is too poor for error feedback with the rounding damping asked for: up "
+        f"to {damping:g} was used ({name}); more calibration data would help"
     ]
 
 
@@ -411,8 +412,8 @@ def _on_full_inputs(layers: list[LayerReport]) -> list[str]:
     if not names:
         return []
     return [
-        f"{len(names)} linears ({names[0]} for one) are fitted on their inputs in the full-precision model: not every "
-        "token reaches them once, so there is no telling which of their inputs in the two models belong together"
+        f"{count(len(names), 'linear')} ({names[0]} for one) had to be fitted on inputs in the full-precision model: "
+        "not every token gets there once, so there is no telling which inputs in the two models belong together"
     ]
 
 
@@ -429,5 +430,5 @@ def _not_mergeable(model: PeftModel, stream: StreamedModel) -> list[str]:
 def _resumed(finished: list[int]) -> list[str]:
     if not finished:
         return []
-    blocks = "1 block was" if len(finished) == 1 else f"{len(finished)} blocks were"
+    blocks = count(len(finished), "block was", "blocks were")
     return [f"{blocks} solved by an earlier run that did not finish; the times are this run's"]

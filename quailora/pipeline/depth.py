@@ -24,6 +24,7 @@ from quailora.pipeline.solved import Solved
 from quailora.quantization.protocol import QuantizedWeight
 from quailora.refinement.blocks import refine_block
 from quailora.refinement.config import RefinementConfig
+from quailora.reporting.markdown import count
 from quailora.reporting.report import BlockReport
 
 # Q of a linear, and A and B as they were saved; None where no adapter is on it.
@@ -109,7 +110,7 @@ class Depth:
             rows, tokens = [x.shape[:-1].numel() for x in received], batch.input_ids.numel()
             if rows and rows != [tokens] * 2:
                 raise CalibrationError(
-                    f"{name} receives {rows} rows of a batch of {tokens} tokens, so what it receives in the "
+                    f"{name} receives {rows} rows of a batch of {count(tokens, 'token')}, so what it receives in the "
                     "full-precision model and in the quantized one cannot be paired; take inputs='full' (--inputs full)"
                 )
 

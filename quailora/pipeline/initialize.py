@@ -33,6 +33,7 @@ from quailora.quantization.protocol import QuantizedWeight
 from quailora.quantization.registry import from_module, read
 from quailora.quantization.verify import NEAREST, RELATED, verify
 from quailora.refinement.config import by_level, refinement_config
+from quailora.reporting.markdown import count
 from quailora.reporting.record import make_record
 from quailora.reporting.report import BlockReport, Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
@@ -190,7 +191,7 @@ def _check_shapes(model: PeftModel, targets: list[Target], stream: StreamedModel
     depth = config.get_text_config(decoder=True).num_hidden_layers
     if depth != len(stream.blocks):
         raise MismatchError(
-            f"the loaded base has {depth} blocks, and {stream.checkpoint.name} has {len(stream.blocks)}: "
+            f"the loaded base has {count(depth, 'block')}, and {stream.checkpoint.name} has {len(stream.blocks)}: "
             f"{_GIVE_THE_SAME}"
         )
     linears = {name: linear for block in stream.blocks for name, linear in block.linears().items()}

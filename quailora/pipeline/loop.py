@@ -38,6 +38,7 @@ from quailora.pipeline.quantize import QuantizeAndSolve
 from quailora.pipeline.solved import Solved, unreached
 from quailora.pipeline.solving import Solving
 from quailora.pipeline.stages import Stages
+from quailora.reporting.markdown import count
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import BlockReport
 
@@ -181,9 +182,9 @@ class Loop:
         if self.shrunk:
             index = max(self.shrunk)
             self.notes[:] = [
-                f"{self.model.device} ran out of memory with the planned micro-batches of {self.plan.batch_size} "
-                f"sequences: from block {index} on they had {self.shrunk[index]}. A lower memory_budget "
-                "(--memory-budget) avoids this"
+                f"{self.model.device} ran out of memory with the planned micro-batches of "
+                f"{count(self.plan.batch_size, 'sequence')}: from block {index} on they had {self.shrunk[index]}. A "
+                "lower memory_budget (--memory-budget) avoids this"
             ]
 
     def _largest_batch(self) -> int:

@@ -43,6 +43,7 @@ from quailora.quantization.registry import from_dict
 from quailora.refinement.config import BLOCKS_INSTEAD, refine_config
 from quailora.refinement.model import global_states_kept, refine_model
 from quailora.refinement.student import Sequences, Teacher
+from quailora.reporting.markdown import count
 from quailora.reporting.model_card import model_card
 from quailora.reporting.record import RECORD, read_record, was_trained
 from quailora.reporting.report import ModelReport, Report
@@ -128,7 +129,8 @@ def refine(
     quantized, longest = quantized_linears(skeleton, stream), calibration.longest
     size, planned = check_fits(stream, form, quantized, ranks, longest, config, meter.device, meter.budget, batch_size)
     sequences = Sequences.of(calibration, config, size, seed)
-    _say(progress, f"the full-precision model runs over {sum(len(b.input_ids) for b in sequences.batches)} sequences")
+    drawn = count(sum(len(batch.input_ids) for batch in sequences.batches), "sequence")
+    _say(progress, f"the full-precision model runs over {drawn}")
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
     with (
         meter,

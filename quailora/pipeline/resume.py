@@ -26,6 +26,7 @@ from torch import Tensor
 from quailora.errors import QuailoraError
 from quailora.files import LazyTensor, check_new_folder, replaced, to_json, writing
 from quailora.modeling.checkpoint import DTYPES
+from quailora.reporting.markdown import count
 from quailora.reporting.report import BlockReport, LayerReport
 
 _BLOCK = re.compile(r"block-(\d+)\.safetensors")
@@ -157,8 +158,7 @@ class Workspace:
         """Remove the folder where nothing in it is worth keeping. Returns what is kept, in words; "" for nothing."""
         with self._lock:
             if self.folder.exists() and self.finished:
-                blocks = "1 block" if len(self.finished) == 1 else f"{len(self.finished)} blocks"
-                return f"the factors of {blocks} are kept in {self.folder}"
+                return f"the factors of {count(len(self.finished), 'block')} are kept in {self.folder}"
             shutil.rmtree(self.folder, ignore_errors=True)
             return ""
 

@@ -27,6 +27,7 @@ from quailora.pipeline.solved import Solved
 from quailora.pipeline.stages import Stages
 from quailora.quantization.protocol import QuantizedBase
 from quailora.refinement.config import RefinementConfig
+from quailora.reporting.markdown import count
 from quailora.reporting.progress import Progress
 from quailora.reporting.report import BlockReport, LayerReport, Report
 from quailora.solvers.config import SolverConfig
@@ -199,9 +200,9 @@ def _notes(stream: StreamedModel, data: Calibration, layers: list[LayerReport]) 
     if few := [layer for layer in layers if layer.tokens < _TOKENS_PER_INPUT * layer.inputs]:
         least = min(few, key=lambda layer: layer.tokens / layer.inputs)
         notes.append(
-            f"{len(few)} linears saw fewer than {_TOKENS_PER_INPUT} tokens for each of their inputs ({least.name}: "
-            f"{least.tokens} tokens, {least.inputs} inputs): on other text more of their error is left than is "
-            "reported here; more data would do better"
+            f"{count(len(few), 'linear')} saw fewer than {_TOKENS_PER_INPUT} tokens for each of their inputs "
+            f"({least.name}: {count(least.tokens, 'token')}, {count(least.inputs, 'input')}): on other text more of "
+            "their error is left than is reported here; more data would do better"
         )
     gram = ops.backends(stream.device)["gram_"]
     if gram.backend == "reference":

@@ -21,9 +21,9 @@ def pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def count(number: int, noun: str) -> str:
-    """ "1 block" or "2 blocks"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def count(number: int, one: str, more: str | None = None) -> str:
+    """ "1 block" or "2 blocks"; "1 block is" or "2 blocks are", with `more`."""
+    return f"{number} {one if number == 1 else more or f'{one}s'}"
 
 
 def duration(seconds: float) -> str:

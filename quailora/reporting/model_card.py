@@ -7,6 +7,7 @@ from typing import Any
 
 from quailora.modeling.model_class import CAUSAL_LM
 from quailora.quantization.registry import from_dict
+from quailora.reporting.markdown import count
 from quailora.reporting.record import settings_table
 from quailora.reporting.report import Report
 
@@ -26,6 +27,7 @@ def model_card(record: dict[str, Any], report: Report, folder: str = "path/to/th
     revision = f"    revision={base['revision']!r},\n" if base["revision"] else ""
     auto_class = base.get("auto_class", CAUSAL_LM)
     remote = "    trust_remote_code=True,\n" if base.get("trust_remote_code") else ""
+    linears = count(len(report.layers), "linear layer was", "linear layers were")
     return f"""---
 library_name: peft
 base_model: {json.dumps(written or base["checkpoint"], ensure_ascii=False)}
@@ -43,7 +45,7 @@ tags:
 This LoRA adapter has not been trained yet. It is initialized to reduce the error that quantization causes: for each
 linear layer, A and B minimize ‖(W - Q - A Bᵀ) X‖, where W is the full-precision weight, Q the quantized weight and X
 the layer's inputs on calibration data (QuAILoRA, [arXiv 2410.14713](https://arxiv.org/abs/2410.14713)).
-{len(report.layers)} linear layers were initialized, and {report.error_left:.1%} of their output error on that data is
+{linears} initialized, and {report.error_left:.1%} of the output error on that data is
 left (geometric mean). {_depth(record, report)}`report.md` lists every layer.
 
 {settings_table(record)}

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from quailora.memory.budget import about
-from quailora.reporting.markdown import duration
+from quailora.reporting.markdown import count, duration
 from quailora.reporting.report import LayerReport, error_left
 
 # Without a terminal: about so many lines, and more where they would be further apart than this.
@@ -85,7 +85,7 @@ class Progress:
             due = done * _LINES // total > (done - 1) * _LINES // total or now - printed >= _SECONDS_BETWEEN_LINES
             if self._prints_lines and (due or solved == 1):
                 left = f"{about(solving / solved * (total - done))} left, " if done < total else ""
-                _print(f"{done} of {total} blocks, {duration(now - start)} so far, {left}{self._error()}")
+                _print(f"{done} of {count(total, 'block')}, {duration(now - start)} so far, {left}{self._error()}")
                 printed = now
 
     def layer(self, layer: LayerReport) -> None:
@@ -97,9 +97,9 @@ class Progress:
             return
         time = "" if self._estimate is None or done == total else about(self._estimate * (1 - done / total))
         if done:
-            _print(f"{done} of {total} blocks are done{time and f', {time} for the others'}")
+            _print(f"{done} of {count(total, 'block is', 'blocks are')} done{time and f', {time} for the others'}")
         else:
-            _print(f"{total} blocks to initialize{time and f', {time}'}")
+            _print(f"{count(total, 'block')} to initialize{time and f', {time}'}")
 
     def _error(self) -> str:
         return f"output error left {error_left(self._layers):.1%}" if self._layers else ""

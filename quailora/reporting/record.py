@@ -134,7 +134,7 @@ def settings_table(record: dict[str, Any]) -> str:
         "solver": f"{solver['name']}{iterations}, damping {solver['damping']:g}, seed {solver['seed']}",
         **({"refinement": markdown.pairs(record["refinement"])} if "refinement" in record else {}),
         **({"refinement of the model": markdown.pairs(of_model)} if of_model else {}),
-        "calibration data": f"{calibration['source']}: {calibration['tokens']} tokens in {sequences} "
+        "calibration data": f"{calibration['source']}: {markdown.count(calibration['tokens'], 'token')} in {sequences} "
         f"of at most {calibration['sequence_length']}, seed {calibration['seed']}",
         "made with": markdown.pairs({"quailora": record["quailora"]} | record["versions"]),
     }

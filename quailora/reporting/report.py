@@ -189,12 +189,13 @@ class Report:
         refined = 0.0 if self.model is None else self.model.seconds
         lines = [
             self._headline(),
-            f"{calibration['tokens']} tokens of {calibration['source']}, {markdown.duration(self.seconds - refined)}",
+            f"{markdown.count(calibration['tokens'], 'token')} of {calibration['source']}, "
+            f"{markdown.duration(self.seconds - refined)}",
         ]
         if self.model is not None:
             settings = self.record["model_refinement"]
             lines.append(
-                f"the whole model: {settings['drawn_tokens']} tokens of {settings['data']}, "
+                f"the whole model: {markdown.count(settings['drawn_tokens'], 'token')} of {settings['data']}, "
                 f"{markdown.duration(refined)}"
             )
         for why, names in _by_reason(self.left).items():

@@ -166,7 +166,7 @@ def test_inputs_that_cannot_be_paired_are_those_of_the_full_model(folder: Path, 
     assert [layer.name for layer in report.layers if not layer.quantized_inputs] == [
         f"model.layers.{index}.mlp.{name}" for index in range(2) for name in MLP
     ]
-    said = "4 linears (model.layers.0.mlp.gate_proj for one) are fitted on their inputs in the full-precision model"
+    said = "4 linears (model.layers.0.mlp.gate_proj for one) had to be fitted on inputs in the full-precision model"
     assert any(note.startswith(said) for note in report.notes)
 
 

@@ -23,7 +23,7 @@ ORDER = [
     ("ops",),
     ("kernels", "_C"),
     ("ops.precision",),
-    ("files",),
+    ("files", "reporting.markdown"),
     ("errors",),
 ]
 LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}

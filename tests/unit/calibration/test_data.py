@@ -58,8 +58,10 @@ def test_a_record_that_cannot_be_used_stops_no_run(tokenizer: PreTrainedTokenize
     found = load_calibration([LINES[0], bad, bad, *LINES[1:], ""], tokenizer)
     assert lists(found) == lists(load_calibration(LINES, tokenizer))
     empty, unusable = found.notes()
-    assert empty == "1 records of list (63 records) had no tokens, and were passed over"
-    assert unusable.startswith("2 records of list (63 records) could not be used")
+    assert empty == "passed over 1 record of list (63 records) without tokens"
+    assert unusable.startswith(
+        "passed over 2 records of list (63 records) that could not be used; the first was record 1:"
+    )
     assert unusable.endswith(
         "the first was record 1: a chat message has a part of type 'image'; only text parts can be used"
     )
@@ -69,7 +71,7 @@ def test_a_record_that_cannot_be_used_stops_no_run(tokenizer: PreTrainedTokenize
 def test_mostly_unusable_records_are_refused_with_the_first_reason(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(CalibrationError, match=r"record 0: a float.*\(2 of the 3 records tried"):
         load_calibration([0.5, LINES[0], 3], tokenizer)
-    with pytest.raises(CalibrationError, match=r"gives no tokens.*1 records of .*record 1: a float"):
+    with pytest.raises(CalibrationError, match=r"gives no tokens.*1 record of .*record 1: a float"):
         load_calibration(["", 0.5], tokenizer)
 
     def endless() -> Iterator[Any]:
@@ -142,7 +144,7 @@ def test_calibration_passes_through() -> None:
         ([(PADDED, PADDED)], {}, r"0 or 1.*values \[0, 5, 6, 7, 8\]"),
         ([(PADDED, MASK[:, 1:])], {}, r"\(3, 4\); got \(3, 3\)"),
         ([(PADDED, MASK[:0])], {}, r"got \(0, 4\) with values \[\]"),
-        ([{"input_ids": PADDED, "attention_mask": 0 * MASK}], {}, r"list \(1 records\) gives no tokens"),
+        ([{"input_ids": PADDED, "attention_mask": 0 * MASK}], {}, r"list \(1 record\) gives no tokens"),
         (torch.empty(0, dtype=torch.int64), {}, "0 tokens gives no tokens"),
         ([], {}, "no tokens"),
         ([{"instruction": "Say it.", "instances": [None]}], {}, "record 0: field 'instances' begins with a NoneType"),

@@ -113,7 +113,7 @@ def test_text_may_be_compressed(tokenizer: PreTrainedTokenizerFast, text_file: P
     [
         ("r.jsonl", '{"text": "a"}\n{"text": \n', r"r\.jsonl cannot be read as json: .*in row 1"),
         ("r.json", '[{"text": "a"},', r"r\.json cannot be read as json: "),
-        ("r.json", '[{"q": 1}]', r"r\.json \(1 records\), record 0: none of the known fields among 'q'"),
+        ("r.json", '[{"q": 1}]', r"r\.json \(1 record\), record 0: none of the known fields among 'q'"),
         ("r.jsonl", '["Hi"]\n["Ho"]\n', r"r\.jsonl cannot be read as json: "),
         ("r.jsonl", "", r"r\.jsonl \(0 records\) gives no tokens"),
         ("r.csv", "", r"r\.csv cannot be read as csv: .*No columns"),
