@@ -15,6 +15,7 @@ each row, and rows of other bases that it has already stay.
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -42,14 +43,16 @@ from quailora.quantization.registry import config_for
 
 
 def levels(bits: int) -> dict[str, dict[str, Any]]:
-    """Name of a row -> options of `build_adapter`. With calibrated codes, refinement is from quantized inputs."""
-    if bits == 4:
-        return {"layer by layer": {}, "blocks": {"refine": "blocks"}, "model": {"refine": "model"}}
-    return {
-        "layer by layer": {"inputs": "full"},
-        "quantized inputs": {},
+    """Name of a row -> options of `build_adapter`, or the row from which `refine` goes on for the whole model. With
+    calibrated codes, all but the first are from quantized inputs."""
+    rows: dict[str, dict[str, Any]] = {"layer by layer": {} if bits == 4 else {"inputs": "full"}}
+    if bits != 4:
+        rows["quantized inputs"] = {}
+    start = list(rows)[-1]
+    return rows | {
         "blocks": {"refine": "blocks"},
-        "model": {"refine": "model"},
+        "model": {"start": start},
+        "blocks, then model": {"start": "blocks"},
     }
 
 
@@ -69,16 +72,28 @@ def forward(model: Any, data: Calibration) -> None:
             model.base_model(batch.input_ids.to(model.device), use_cache=False)
 
 
-def make(checkpoint: Checkpoint, data: Calibration, bits: int, options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """An adapter, and its base where that has to be written, in `folder`. Returns what it cost."""
+def folder_of(work: Path, bits: int, level: str) -> Path:
+    return work / f"{bits}-{re.sub(r'[ ,]+', '-', level)}"
+
+
+def make(checkpoint: Checkpoint, data: Calibration, bits: int, level: str, work: Path) -> dict[str, Any]:
+    """The adapter of a row, and its base where that has to be written, in a folder in `work`. Returns what it cost."""
+    options, folder = levels(bits)[level], folder_of(work, bits, level)
     costs = folder / "costs.json"
     if not costs.is_file():
-        base: dict[str, Any] = {}
-        if bits != 4:
-            quantization = GPTQConfig(bits=bits, group_size=64, sym=True, desc_act=False)
-            base = {"quantization": quantization, "base_output": folder / "base"}
-        run = partial(quailora.build_adapter, checkpoint, None, data, folder / "adapter", **base, **options)
-        spent = seconds(run, default_device(None))
+        folder.mkdir(parents=True, exist_ok=True)
+        before = 0.0
+        if "start" in options:
+            start = folder_of(work, bits, options["start"])
+            before = json.loads((start / "costs.json").read_text())["seconds"]
+            run = partial(quailora.refine, start / "adapter", data, folder / "adapter", checkpoint=checkpoint)
+        else:
+            base: dict[str, Any] = {}
+            if bits != 4:
+                quantization = GPTQConfig(bits=bits, group_size=64, sym=True, desc_act=False)
+                base = {"quantization": quantization, "base_output": folder / "base"}
+            run = partial(quailora.build_adapter, checkpoint, None, data, folder / "adapter", **base, **options)
+        spent = before + seconds(run, default_device(None))
         report = json.loads((folder / "adapter" / "report.json").read_text())
         costs.write_text(json.dumps({"seconds": spent, "memory": report["memory"]}))
     found: dict[str, Any] = json.loads(costs.read_text())
@@ -150,13 +165,11 @@ def main() -> None:
         work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for bits, name in names.items():
             for level, options in levels(bits).items():
-                if options.get("refine") == "model" and bits != 4 and find_spec("gptqmodel") is None:
-                    print(f"{name}, model: gptqmodel is not installed")
+                if "start" in options and bits != 4 and find_spec("gptqmodel") is None:
+                    print(f"{name}, {level}: gptqmodel is not installed")
                     continue
-                folder = work / f"{bits}-{level.replace(' ', '-')}"
-                folder.mkdir(parents=True, exist_ok=True)
-                costs = make(checkpoint, data, bits, options, folder)
-                with deployed(checkpoint, bits, folder, device) as model:
+                costs = make(checkpoint, data, bits, level, work)
+                with deployed(checkpoint, bits, folder_of(work, bits, level), device) as model:
                     if bits == 4 and not options:
                         with model.disable_adapter():
                             score(name, "none", model, None)

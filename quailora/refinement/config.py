@@ -12,8 +12,8 @@ BLOCKS, MODEL = "blocks", "model"
 BLOCKS_INSTEAD = (
     "refine blocks while they are solved: build_adapter(..., refine='blocks') (quailora init --refine blocks)"
 )
-# Defaults that differ from those of blocks: a step moves all layers at once, so it is smaller.
-_OF_A_MODEL: dict[str, Any] = {"tokens": 1024, "rate": 3e-5, "patience": 3}
+# Defaults that differ from those of blocks.
+_OF_A_MODEL: dict[str, Any] = {"tokens": 1024, "patience": 3}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class RefinementConfig:
     level: "blocks": the factors of a block together, for its output. "model": those of the whole model, for its
         distribution of the next token.
     steps: of Adam, for each block or for the model.
-    rate: Adam's largest learning rate: after a warm-up it falls linearly to 0.
+    rate: Adam's largest learning rate: after a warm-up it falls linearly to 0. Of a model it is a share of the root
+        mean square of each linear's factors: the more error there is to correct, the larger they are.
     tokens: in one step, about; at least one sequence of every process.
     held_out: every so many steps' worth of data is kept for measuring; of a model, every so many sequences.
     every: steps between measurements. Refinement ends early when `patience` of them in a row are no better.

@@ -82,8 +82,8 @@ def refine_model(
         if not math.isfinite(first):
             raise NotFiniteError("the KL divergence of the quantized model from the full-precision one is not finite")
         best = _Best(student, groups, config, first, progress)
-        # A step moves A Bᵀ as far whatever the scaling is.
-        rates = [config.rate / target.scaling**0.5 for target in targets]
+        # A step changes factors by the same share of their size, whatever the error and the scaling are.
+        rates = [config.rate * _root_mean_square(sides) for sides in groups]
         adam = torch.optim.Adam(
             [{"params": sides, "lr": rate} for sides, rate in zip(groups, rates, strict=True)], betas=_BETAS
         )
@@ -100,6 +100,10 @@ def refine_model(
             stopped = f"the loss was not finite in step {trainer.state.global_step + 1}"
         best.restore()
     return ModelReport(data.tokens_held_out, first, best.kl, best.step, stopped, perf_counter() - start)
+
+
+def _root_mean_square(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(torch.cat([each.detach().flatten() for each in tensors]).square().mean().item())
 
 
 class _Trainer(Trainer):

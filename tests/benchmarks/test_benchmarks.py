@@ -82,8 +82,9 @@ def test_refinement_is_measured_on_two_texts(bits: int, tmp_path: Path, monkeypa
     arguments = [*files, "--model", model, "--bits", str(bits), "--work", tmp_path / "work", "--json", output]
     run(refine.main, monkeypatch, *arguments)
     first = json.loads(output.read_text())
-    names = ["none"] * (bits == 4) + ["layer by layer", "blocks"]
-    names += ["model"] * (bits == 4 or find_spec("gptqmodel") is not None)
+    names = ["none", "layer by layer", "blocks"] if bits == 4 else ["layer by layer", "quantized inputs", "blocks"]
+    if bits == 4 or find_spec("gptqmodel") is not None:
+        names += ["model", "blocks, then model"]
     assert [row["factors"] for row in first["rows"]] == names
     assert all(row["measure"][0] > 1 and row["other"][0] > 1 for row in first["rows"])
     assert all(row["passes"] > 0 for row in first["rows"][-2:])

@@ -191,6 +191,19 @@ def test_micro_batches_change_nothing(adapter: Path, tmp_path: Path) -> None:
     assert (whole - ones).norm() < 1e-3 * whole.norm()
 
 
+def test_the_rate_is_a_share_of_the_size_of_the_factors(adapter: Path, tmp_path: Path) -> None:
+    shares = []
+
+    def spy(self: torch.optim.Adam, closure: Any = None) -> None:
+        for group in self.param_groups:
+            a, b = (side.detach().flatten() for side in group["params"])
+            shares.append(group["initial_lr"] / float(torch.cat([a, b]).square().mean().sqrt()))
+
+    with mock.patch.object(torch.optim.Adam, "step", spy):
+        refine(adapter, tmp_path / "out", steps=1, rate=0.02)
+    assert shares == pytest.approx([0.02] * len(shares)) and shares
+
+
 def test_a_divergence_that_is_not_finite_to_begin_with(adapter: Path, tmp_path: Path) -> None:
     nan = mock.patch.object(Student, "held_out", lambda self: float("nan"))
     with nan, pytest.raises(NotFiniteError, match="KL divergence of the quantized model"):

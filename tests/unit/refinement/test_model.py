@@ -19,7 +19,7 @@ def test_defaults_by_level() -> None:
     blocks, model, other = (refinement_config(*each) for each in given)
     assert blocks is not None and model is not None and other is not None
     assert (blocks.steps, blocks.rate, blocks.tokens) == (48, 1e-3, 2048)
-    assert (model.steps, model.rate, model.tokens) == (48, 3e-5, 1024)
+    assert (model.steps, model.rate, model.tokens) == (48, 1e-3, 1024)
     assert (other.steps, other.rate, other.tokens) == (7, 0.5, 1024)
     assert by_level(None) == (None, None)
     assert by_level(blocks) == (blocks, None) and by_level(model) == (None, model)
