@@ -80,7 +80,7 @@ def init(
     group_size: Annotated[
         int | None,
         typer.Option(
-            help=f"With --bits: how many weights share a scale: 32, 64, 128, or -1, a row. Default: {GROUP_SIZE}."
+            help=f"With --bits: weights that share a scale: 32, 64, 128, or -1 for a whole row. Default: {GROUP_SIZE}."
         ),
     ] = None,
     symmetric: Annotated[
@@ -91,13 +91,17 @@ def init(
         typer.Option(help="Write the quantized base here too, a new or empty folder; the adapter names it."),
     ] = None,
     rounding: Annotated[
-        str | None, typer.Option(help="Of a base that is written: calibrated or nearest. Default: calibrated.")
+        str | None,
+        typer.Option(
+            help="How codes of a base that is written are chosen: calibrated or nearest. Default: calibrated."
+        ),
     ] = None,
     rounding_damping: Annotated[
-        float | None, typer.Option(help="Of calibrated rounding: share of the mean of H's diagonal added to it.")
+        float | None,
+        typer.Option(help="Of calibrated rounding: added to H's diagonal, as a fraction of its mean. Default: 0.1."),
     ] = None,
     alternations: Annotated[
-        int | None, typer.Option(help="Of calibrated rounding: how often Q and the factors are found anew in turn.")
+        int | None, typer.Option(help="Of calibrated rounding: how often Q and the factors are found anew. Default: 2.")
     ] = None,
     magr: Annotated[
         float | None,
@@ -109,7 +113,8 @@ def init(
         int | None, typer.Option(help="Of --refine: steps of Adam, for each block or for the model. Default: 48.")
     ] = None,
     refine_rate: Annotated[
-        float | None, typer.Option(help="Of --refine: learning rate. Default: 1e-3 for blocks, 3e-5 for the model.")
+        float | None,
+        typer.Option(help="Of --refine: learning rate; for the model, as a share of the factors' size. Default: 1e-3."),
     ] = None,
     quant: QuantOption = None,
     double_quant: DoubleOption = None,
@@ -117,7 +122,7 @@ def init(
     dtype: LoadedOption = None,
     solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
     iterations: Annotated[
-        int | None, typer.Option(help="Depth of krylov (default 3) or alternations of als (20).")
+        int | None, typer.Option(help="Depth of krylov (default 3) or svd (8), or alternations of als (20).")
     ] = None,
     damping: Annotated[
         float | None, typer.Option(help="Added to H's diagonal, as a fraction of its mean. Default: 1e-4.")

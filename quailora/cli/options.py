@@ -59,7 +59,9 @@ DeviceOption = Annotated[
 ]
 QuantOption = Annotated[
     Format | None,
-    typer.Option(help="How the base is quantized. Default: as in the adapter's record, or nf4."),
+    typer.Option(
+        help="How the base is quantized. Default: as in the adapter's record if there is an adapter, else nf4."
+    ),
 ]
 DoubleOption = Annotated[
     bool | None,
@@ -78,8 +80,8 @@ LoadedOption = Annotated[
 InputsOption = Annotated[
     str | None,
     typer.Option(
-        help="Of calibrated rounding: quantized, fit on the inputs that a linear has behind quantized layers, which "
-        "corrects half of what those left; or full, on those in the full-precision model, which takes less time. "
+        help="Of calibrated rounding: quantized, fit each linear on the inputs it gets from layers already quantized, "
+        "and correct half of their error; or full, on its inputs in the full-precision model, which takes less time. "
         "Default: quantized."
     ),
 ]
@@ -96,7 +98,7 @@ AutoClassOption = Annotated[
     AutoClass | None,
     typer.Option(
         help="The class that training loads the model with; the two name modules differently. Default: as in the "
-        "adapter's record, else the one that gives the class in config.json."
+        "adapter's record if there is an adapter, else the one that config.json implies."
     ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint on the hub.")]

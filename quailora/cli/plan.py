@@ -68,7 +68,7 @@ def plan(
     dtype: LoadedOption = None,
     solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
     iterations: Annotated[
-        int | None, typer.Option(help="Depth of krylov (default 3) or alternations of als (20).")
+        int | None, typer.Option(help="Depth of krylov (default 3) or svd (8), or alternations of als (20).")
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
     sequence_length: LengthOption = None,

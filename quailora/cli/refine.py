@@ -34,7 +34,9 @@ def refine(
         Path | None, typer.Option(help="The quantized base's folder, if it is not where the adapter's record says.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of Adam. Default: 48.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Learning rate. Default: 3e-5.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Learning rate, as a share of the factors' size. Default: 1e-3.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Sequences to draw from.", min=1)] = 2000,
     sequence_length: LengthOption = None,
     column: ColumnOption = None,

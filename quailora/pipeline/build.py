@@ -129,7 +129,7 @@ def build_adapter(
             puts the result in its place: the quantized model is then on the device as a whole. None does neither.
         refine_steps, refine_rate: of Adam; see `quailora.refinement.config.RefinementConfig`.
         tokenizer: None takes the checkpoint's own.
-        solver, iterations, damping: see `quailora.solve`.
+        solver, iterations, damping: see `quailora.solve`; the default damping here is 1e-4.
         samples, sequence_length, seed: how much calibration data is taken, and the seed of the draw.
         split, column: of a data set, where they are not the usual ones.
         batch_size: sequences in one forward pass; None takes as many as make about 8192 tokens, or fewer where the
