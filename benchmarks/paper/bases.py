@@ -386,11 +386,17 @@ def excess(results: Path, choices: Sequence[Choice], train_on: str) -> list[floa
     return found
 
 
+def _sets(grouped: Grouped) -> list[str]:
+    """Those that have run, in the order of SETS."""
+    names = dict.fromkeys(name for name, _, _ in grouped)
+    return sorted(names, key=lambda name: SETS.index(name) if name in SETS else len(SETS))
+
+
 def best_table(results: Path, experiment: str) -> str:
     """Each choice at its best rate, by the first seed; marked with * if no rate beyond it was tried. By bits."""
     grouped = _records(results, experiment)
     best = best_rates(grouped, seed=0)
-    sets = list(dict.fromkeys(name for name, _ in best))
+    sets = _sets(grouped)
     rows = []
     for choice in sorted(dict.fromkeys(choice for _, choice in best), key=lambda choice: list(BITS).index(choice.base)):
         row = [BITS[choice.base], choice.codes, choice.title]
@@ -412,13 +418,12 @@ def best_table(results: Path, experiment: str) -> str:
 
 
 def rounding_table(results: Path) -> str:
-    """After training at one rate, by damping and alternations."""
+    """After training on the first set at one rate, by damping and alternations."""
     grouped = _records(results, "rounding")
+    first = _sets(grouped)[:1]
     rows = []
     for choice, rate in rounding():
-        found = [
-            record for (_, its, each), records in grouped.items() if (its, each) == (choice, rate) for record in records
-        ]
+        found = [record for name in first for record in grouped.get((name, choice, rate), [])]
         if found:
             grid = "asymmetric" if choice.base.endswith("asymmetric") else "symmetric"
             before, after = ([record[when] for record in found] for when in ("before", "after"))
