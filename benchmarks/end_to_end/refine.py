@@ -41,6 +41,8 @@ from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device
 from quailora.quantization.registry import config_for
 
+BASES = {4: "NF4", 3: "int3 g64", 2: "int2 g64"}
+
 
 def levels(bits: int) -> dict[str, dict[str, Any]]:
     """Name of a row -> options of `build_adapter`, or the row from which `refine` goes on for the whole model. With
@@ -119,7 +121,7 @@ def table(record: Mapping[str, Any]) -> str:
     heads = ["base", "factors", *(f"{name}: {what}" for name in names for what in ("perplexity", "KL"))]
     full = ["full precision", "", *(part for name in names for part in (f"{record['texts'][name]:.2f}", "0"))]
     rows = [(*full, "", "")]
-    for row in record["rows"]:
+    for row in sorted(record["rows"], key=lambda row: list(BASES.values()).index(row["base"])):
         scores = [text for name in names for text in (f"{row[name][0]:.2f}", f"{row[name][1]:.4f}")]
         cost = (f"{row['passes']:.1f}", describe_bytes(row["memory"])) if "passes" in row else ("", "")
         rows.append((row["base"], row["factors"], *scores, *cost))
@@ -146,7 +148,7 @@ def main() -> None:
     full: Any = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=checkpoint.dtype, device_map=device)
     bare = min(seconds(partial(forward, full, data), device) for _ in range(2))
     found = {name: quailora.evaluate.perplexity(full, text.batches(2)) for name, text in texts.items()}
-    names = {bits: "NF4" if bits == 4 else f"int{bits} g64" for bits in arguments.bits}
+    names = {bits: BASES[bits] for bits in arguments.bits}
     known = tables.read_json(arguments.json) if arguments.json else None
     others = [row for row in (known or {"rows": []})["rows"] if row["base"] not in names.values()]
     record: dict[str, Any] = {"tokens": data.tokens, "forward": bare, "texts": found, "rows": others}
