@@ -64,7 +64,7 @@ SETS = ("roleplay", "codegen")
 ZERO_RATES = (2e-3, 4e-3, 8e-3)
 RATES = (5e-4, 1e-3, 2e-3)
 # Rank of the frozen correction, and of what is trained: at equal total rank, and at equal memory for training.
-SPLITS = ("32+32", "16+48", "56+8", "64+64", "16+64", "32+64", "128+64", "64+16")
+SPLITS = ("32+32", "16+48", "56+8", "64+64", "16+64", "32+64", "128+64", "192+64")
 BITS = {"bf16": "16", "nf4": "4 (NF4)", "int3": "3", "int2": "2", "int3-asymmetric": "3", "int2-asymmetric": "2"}
 
 
