@@ -32,7 +32,7 @@ from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from statistics import linear_regression
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -50,8 +50,6 @@ from quailora.modeling.devices import default_device
 from quailora.pipeline.build import ALPHA
 from quailora.quantization.feedback import Curvature, Rounded, round_with_feedback
 from quailora.solvers.registry import SOLVERS
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,11 +118,6 @@ def middle(sizes: Sequence[int]) -> int:
     return sizes[len(sizes) // 2]
 
 
-def several(*sweeps: tuple[str, str, dict[int, T]]) -> list[tuple[str, str, dict[int, T]]]:
-    """Of what, over which size, and shapes by it: those with more than one size."""
-    return [each for each in sweeps if len(each[2]) > 1]
-
-
 @dataclass(frozen=True)
 class Sweep:
     """One computation at several sizes. The results of `runs` have been checked."""
@@ -136,6 +129,19 @@ class Sweep:
     rounds: int
 
 
+def swept(
+    cases: Mapping[tuple[str, str], Mapping[int, tuple[int, ...]]],
+    run: Callable[..., Callable[[], object]],
+    flops: Callable[..., float],
+    rounds: int,
+) -> Iterator[Sweep]:
+    """Of the cases with several sizes, each of which has a shape. `run` and `flops` take a shape."""
+    for (what, over), shapes in cases.items():
+        if len(shapes) > 1:
+            runs = {size: run(*shape) for size, shape in shapes.items()}
+            yield Sweep(what, over, runs, {size: flops(*shape) for size, shape in shapes.items()}, rounds)
+
+
 # ---- H
 
 
@@ -145,15 +151,14 @@ def gram_flops(t: int, n: int) -> float:
 
 def gram_sweeps(scale: Scale, device: torch.device) -> Iterator[Sweep]:
     t, n = middle(scale.tokens), middle(scale.features)
-    for what, over, shapes in several(
-        (f"H, n = {n}", "t", {size: (size, n) for size in scale.tokens}),
-        (f"H, t = {t}", "n", {size: (t, size) for size in scale.features}),
-    ):
-        runs = {size: _gram_update(*shape, device) for size, shape in shapes.items()}
-        yield Sweep(what, over, runs, {size: gram_flops(*shape) for size, shape in shapes.items()}, scale.rounds)
+    cases = {
+        (f"H, n = {n}", "t"): {size: (size, n) for size in scale.tokens},
+        (f"H, t = {t}", "n"): {size: (t, size) for size in scale.features},
+    }
+    return swept(cases, partial(_gram_update, device), gram_flops, scale.rounds)
 
 
-def _gram_update(t: int, n: int, device: torch.device) -> Callable[[], object]:
+def _gram_update(device: torch.device, t: int, n: int) -> Callable[[], object]:
     x = torch.randn(t, n, device=device).bfloat16()
     gram = quailora.Gram(n, device)
     gram.update(x)
@@ -171,17 +176,15 @@ def solve_sweeps(scale: Scale, device: torch.device) -> Iterator[Sweep]:
     depth = SOLVERS["krylov"].iterations or 0
     coarse = quailora.backends(device)["grouped_error_product"].backend != "reference"
     m, n, r = middle(scale.rows), middle(scale.columns), middle(scale.ranks)
-    for what, over, shapes in several(
-        (f"solve, n = {n}, r = {r}", "m", {size: (size, n, r) for size in scale.rows}),
-        (f"solve, m = {m}, r = {r}", "n", {size: (m, size, r) for size in scale.columns}),
-        (f"solve, m = {m}, n = {n}", "r", {size: (m, n, size) for size in scale.ranks}),
-    ):
-        runs = {size: _solve(*shape, device) for size, shape in shapes.items()}
-        flops = {size: krylov_flops(*shape, depth, coarse) for size, shape in shapes.items()}
-        yield Sweep(what, over, runs, flops, scale.rounds)
+    cases = {
+        (f"solve, n = {n}, r = {r}", "m"): {size: (size, n, r) for size in scale.rows},
+        (f"solve, m = {m}, r = {r}", "n"): {size: (m, size, r) for size in scale.columns},
+        (f"solve, m = {m}, n = {n}", "r"): {size: (m, n, size) for size in scale.ranks},
+    }
+    return swept(cases, partial(_solve, device), partial(krylov_flops, depth=depth, coarse=coarse), scale.rounds)
 
 
-def _solve(m: int, n: int, r: int, device: torch.device) -> Callable[[], object]:
+def _solve(device: torch.device, m: int, n: int, r: int) -> Callable[[], object]:
     case = Case.draw(Group("one", (m,), n), r, device)
     solve = partial(quailora.solve, case.originals[0], case.quantized[0], case.gram, r)
     found, best = solve(), solve(solver="eigh").objective
@@ -204,15 +207,14 @@ def rounding_flops(m: int, n: int) -> float:
 
 def rounding_sweeps(scale: Scale, device: torch.device) -> Iterator[Sweep]:
     m, n = middle(scale.rows), middle(scale.columns)
-    for what, over, shapes in several(
-        (f"rounding, n = {n}", "m", {size: (size, n) for size in scale.rows}),
-        (f"rounding, m = {m}", "n", {size: (m, size) for size in scale.columns}),
-    ):
-        runs = {size: _round(*shape, device) for size, shape in shapes.items()}
-        yield Sweep(what, over, runs, {size: rounding_flops(*shape) for size, shape in shapes.items()}, scale.rounds)
+    cases = {
+        (f"rounding, n = {n}", "m"): {size: (size, n) for size in scale.rows},
+        (f"rounding, m = {m}", "n"): {size: (m, size) for size in scale.columns},
+    }
+    return swept(cases, partial(_round, device), rounding_flops, scale.rounds)
 
 
-def _round(m: int, n: int, device: torch.device) -> Callable[[], object]:
+def _round(device: torch.device, m: int, n: int) -> Callable[[], object]:
     case = Case.draw(Group("one", (m,), n), 1, device)
     weight = case.originals[0]
 
@@ -264,15 +266,18 @@ def adapter_sweeps(scale: Scale, device: torch.device, folder: Path) -> Iterator
         loaded = AutoModelForCausalLM.from_pretrained(model, device_map=device)
         check(Checkpoint(model), loaded, config, random_tokens(scale, 1))
     whole = f"build_adapter, d = {scale.hidden}, r = {rank}"
-    for what, over, shapes in several(
-        (f"{whole}, t = {samples * scale.length}", "blocks", {size: (size, samples) for size in scale.blocks}),
-        (f"{whole}, {blocks} blocks", "t", {size * scale.length: (blocks, size) for size in scale.samples}),
-    ):
-        runs = {size: partial(build, depth, random_tokens(scale, n)) for size, (depth, n) in shapes.items()}
-        flops = {
-            size: adapter_flops(scale, rank, depth, n * scale.length, coarse) for size, (depth, n) in shapes.items()
-        }
-        yield Sweep(what, over, runs, flops, scale.job_rounds)
+    cases = {
+        (f"{whole}, t = {samples * scale.length}", "blocks"): {size: (size, samples) for size in scale.blocks},
+        (f"{whole}, {blocks} blocks", "t"): {size * scale.length: (blocks, size) for size in scale.samples},
+    }
+
+    def prepared(depth: int, n: int) -> Callable[[], object]:
+        return partial(build, depth, random_tokens(scale, n))
+
+    def flops(depth: int, n: int) -> float:
+        return adapter_flops(scale, rank, depth, n * scale.length, coarse)
+
+    yield from swept(cases, prepared, flops, scale.job_rounds)
 
 
 def write_model(folder: Path, scale: Scale, blocks: int) -> Path:
