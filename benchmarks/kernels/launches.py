@@ -26,7 +26,7 @@ from benchmarks.common.fake_cuda import CUDA, Indexing, fake_cuda
 from benchmarks.common.timing import keep
 from benchmarks.kernels.solver import LLAMA_2, groups
 from quailora import ops
-from quailora.quantization.bitsandbytes import FourBit, NestedAbsmax
+from quailora.quantization.bitsandbytes_weights import FourBit, NestedAbsmax
 from quailora.solvers import krylov
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 from quailora.solvers.inputs import Linear

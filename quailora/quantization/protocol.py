@@ -21,7 +21,7 @@ from quailora.quantization.feedback import Curvature
 
 class QuantizedWeight(Protocol):
     """The quantized weight of one linear. One whose property `packed` is not None is read by the fused kernels, in that
-    form: a `bitsandbytes.FourBit`, an `EightBit` or `Steps` (`ops.packed`)."""
+    form: a `bitsandbytes_weights.FourBit`, an `EightBit` or `Steps` (`ops.packed`)."""
 
     @property
     def shape(self) -> tuple[int, int]:

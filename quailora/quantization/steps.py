@@ -23,7 +23,7 @@ def block(group: int) -> int | None:
 class Steps:
     """Element i of the weight, flattened by rows, is (codes[i] - 8) absmax[i // b], rounded to `dtype`.
 
-    The same fields as `bitsandbytes.FourBit`, which the kernels read too.
+    The same fields as `bitsandbytes_weights.FourBit`, which the kernels read too.
     """
 
     codes: Tensor  # (m n / 2,) uint8, two codes a byte, the high nibble first

@@ -22,7 +22,7 @@ from quailora.calibration.gram import Gram
 from quailora.calibration.hidden_states import HiddenStates
 from quailora.calibration.hooks import collect
 from quailora.ops import dispatch
-from quailora.quantization.bitsandbytes import EightBit, FourBit, NestedAbsmax
+from quailora.quantization.bitsandbytes_weights import EightBit, FourBit, NestedAbsmax
 from quailora.quantization.gptq import GPTQ, GPTQWeight
 from quailora.solvers import als, inputs, krylov, solve, svd
 from quailora.solvers.config import SolverConfig

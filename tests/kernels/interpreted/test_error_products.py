@@ -20,7 +20,8 @@ from quailora.kernels.error_products import (
 )
 from quailora.kernels.precision import PRECISIONS
 from quailora.ops import reference
-from quailora.quantization.bitsandbytes import BitsAndBytes, EightBit, FourBit
+from quailora.quantization.bitsandbytes import BitsAndBytes
+from quailora.quantization.bitsandbytes_weights import EightBit, FourBit
 from quailora.quantization.gptq import GPTQ, GPTQWeight
 from quailora.quantization.protocol import QuantizedWeight
 from tests.helpers import interpreter

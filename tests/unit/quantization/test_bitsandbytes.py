@@ -25,7 +25,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from quailora.errors import AdapterError, CheckpointError
-from quailora.quantization.bitsandbytes import BLOCKSIZES, BitsAndBytes, EightBit, FourBit, NestedAbsmax
+from quailora.quantization.bitsandbytes import BLOCKSIZES, BitsAndBytes
+from quailora.quantization.bitsandbytes_weights import EightBit, FourBit, NestedAbsmax
 from quailora.quantization.protocol import QuantizedWeight
 from quailora.quantization.registry import from_module, is_quantized, read
 
