@@ -3,52 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quailora.adapters.alpha import check_alpha, match_alpha
 from quailora.adapters.merge import obstacle, stored_alone
-from quailora.adapters.save_and_load import check_can_be_saved, factors_of, rest, save, take
+from quailora.adapters.save_and_load import check_can_be_saved
 from quailora.adapters.skeleton import targeted_skeleton
 from quailora.adapters.targets import check_config, find_targets
 from quailora.calibration.data import SAMPLES, CalibrationConfig, read_calibration
 from quailora.calibration.distributed import Processes
-from quailora.errors import (
-    AdapterError,
-    CalibrationError,
-    CheckpointError,
-    NotFiniteError,
-    QuailoraError,
-    SolverError,
-)
-from quailora.files import check_new_folder, write_files
+from quailora.errors import AdapterError, QuailoraError
+from quailora.files import check_new_folder
 from quailora.memory.budget import MemoryConfig, Meter
 from quailora.memory.sizes import Calibrated
-from quailora.modeling.blocks import linear_weight
 from quailora.modeling.checkpoint import Checkpoint
 from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.base_output import (
-    BaseOutput,
     check_apart,
-    discard_unfinished,
     partly,
     quantized_linears,
     unadapted_linears,
 )
-from quailora.pipeline.depth import Restored
+from quailora.pipeline.outputs import Outputs, saying_what_is_kept
 from quailora.pipeline.quantize import CalibratedQ, GivenQ, QuantizeAndSolve
 from quailora.pipeline.refine import refine_in_place
-from quailora.pipeline.resume import Workspace
 from quailora.pipeline.setup import Run, enumerate_reasons
-from quailora.pipeline.solved import Solved
 from quailora.pipeline.trainable import check_fits, check_trainable
 from quailora.quantization.registry import Format, config_for, from_config
 from quailora.quantization.rounding import QUANTIZED, RoundingConfig
@@ -56,9 +42,8 @@ from quailora.quantization.verify import CALIBRATED
 from quailora.refinement.config import by_level, refinement_config
 from quailora.refinement.student import Sequences
 from quailora.reporting.markdown import count
-from quailora.reporting.model_card import model_card
 from quailora.reporting.record import lora_record, make_record
-from quailora.reporting.report import BlockReport, LayerReport, Report
+from quailora.reporting.report import Report
 from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
 
 RANK, ALPHA = 64, 16
@@ -219,128 +204,48 @@ def build_adapter(
         )
         Sequences.of(data, of_model, size, seed)
     record = make_record(source, dtype, form, solver_config, data, config, rounds, base_output, refinement)
-    workspace = base = None
+    outputs = None
     if processes.is_main:
-        workspace = Workspace(output, _identity(run, record, batch_size), resume=resume)
-        try:
-            if (other := workspace.discarded.get("rounding", {}).get("path")) is not None:
-                discard_unfinished(Path(other), output)
-            if base_output is not None:
-                base = BaseOutput(
-                    Path(base_output),
-                    stream,
-                    form,
-                    quantized,
-                    adapter=output,
-                    resume=resume,
-                    keep=bool(workspace.finished),
-                    published=workspace.chosen.get("published", False),
-                )
-        except QuailoraError:
-            workspace.leave()
-            raise
-    quantize: QuantizeAndSolve = GivenQ(lambda name, weight: form.quantize(weight), solver_config, run.stages)
-    if calibrated:
-        quantize = CalibratedQ(form, rounds, solver_config, run.stages)
-
-    def finish(index: int, solved: list[Solved], shrunk: list[dict[int, int]], refined: BlockReport | None) -> None:
-        assert workspace is not None, "only the main process has results"
-        adapted = []
-        for each in solved:
-            if each.target is not None and each.factors is not None:
-                each.target.assign(each.factors, seed)
-                adapted.append(each.target)
-        tensors = take(model, adapted)
-        if any(shrunk) or "shrunk" in workspace.chosen:
-            workspace.choose(shrunk=[list(of_rank.items()) for of_rank in shrunk])
-        if base is not None:
-            base.write_block(index, {each.name: each.quantized for each in solved if each.quantized is not None})
-        rows = [each.row for each in solved if each.row is not None]
-        digests = {each.name: each.digest for each in solved if each.row is None}
-        workspace.save_block(index, tensors, rows, digests, refined)
-
-    def restore(index: int, linears: Mapping[str, nn.Module]) -> dict[str, Restored]:
-        assert workspace is not None
-        if index not in workspace.finished:  # it has no quantized linear
-            return {}
-        factors = factors_of(targets, workspace.block_tensors(index))
-        names = [name for name in quantized if name in linears]
-        if base is not None and rounds.rounding == CALIBRATED:
-            weights = base.read_block(index, names)
-        else:
-            weights = {name: form.quantize(linear_weight(linears[name])) for name in names}
-        return {name: (weights[name], *factors.get(name, (None, None))) for name in names}
-
-    try:
-        whole = [i for i in workspace.finished if base is None or base.has(i)] if workspace else []
-        finished, chosen = processes.broadcast((whole, workspace.chosen if workspace else {}))
+        outputs = Outputs(
+            run,
+            model,
+            quantized,
+            _identity(run, record, batch_size),
+            adapter=output,
+            base=None if base_output is None else Path(base_output),
+            calibrated=calibrated,
+            resume=resume,
+        )
+    with saying_what_is_kept(outputs, dtype):
+        finished, chosen = processes.broadcast((outputs.finished, outputs.workspace.chosen) if outputs else ([], {}))
         plan = run.plan(chosen.get("batch_size", batch_size), timed=progress)
-        if workspace:
-            workspace.choose(batch_size=plan.batch_size)
+        if outputs:
+            outputs.workspace.choose(batch_size=plan.batch_size)
+        quantize: QuantizeAndSolve = GivenQ(lambda name, weight: form.quantize(weight), solver_config, run.stages)
+        if calibrated:
+            quantize = CalibratedQ(form, rounds, solver_config, run.stages)
         run.solve(
             plan,
             quantize,
-            finish,
+            outputs.save_block if outputs else lambda *block: None,  # never called there
             folder=output.resolve().parent,
-            restore=restore,
+            restore=outputs.restore if outputs else lambda *block: {},
             finished=finished,
-            known=workspace.layers if workspace else [],
+            known=outputs.workspace.layers if outputs else [],
             shrunk=_shrunk(chosen, processes.rank, finished),
             progress=progress,
         )
         report = None
-        if workspace:
-            notes, grow = [], 1.0
+        if outputs:
+            kept = outputs.workspace
+            notes, grow = [*_capped(capped), *_resumed(finished), *_not_mergeable(model, stream)], 1.0
             if alpha is not None:
                 tuned = config.lora_alpha
-                factor, note = match_alpha(model, "default", workspace.layers)
-                notes, grow = [note], factor**-0.5
+                factor, note = match_alpha(model, "default", kept.layers)
+                notes, grow = [*notes, note], factor**-0.5
                 record["lora"] = lora_record(config) | {"alpha_tuned": tuned}
-            report = run.report(
-                plan,
-                workspace.layers,
-                record,
-                *_capped(capped),
-                *_resumed(finished),
-                *_more_damped(workspace.layers),
-                *(_on_full_inputs(workspace.layers) if rounds.inputs == QUANTIZED else []),
-                *_not_mergeable(model, stream),
-                *notes,
-                digests=workspace.digests,
-                blocks=workspace.blocks,
-            )
-            if base is not None:
-                report.record["base"]["unquantized"] = base.unquantized()
-            if base is not None and not base.published:
-                with run.stages("write"):
-                    base.complete(report.record)
-            with workspace.finish() as folder, run.stages("write"):
-                made = {name: tensor.times(grow) for name, tensor in workspace.tensors().items()}
-                if base is not None:
-                    adapter_config: Any = model.peft_config["default"]
-                    adapter_config.base_model_name_or_path, adapter_config.revision = str(base.folder), None
-                save(model, folder, made | rest(model, stream, seed, made))
-                report.save(folder)
-                write_files(folder, {"README.md": model_card(report.record, report)})
-                if base is not None and not base.published:
-                    workspace.choose(published=True)
-                    base.publish()
-    except KeyboardInterrupt as interruption:
-        kept = _kept(workspace, base)
-        raise KeyboardInterrupt(f"interrupted{kept}{_CONTINUES if kept else ''}") from interruption
-    except QuailoraError as error:
-        kept = _kept(workspace, base)
-        if isinstance(error, NotFiniteError) and dtype == torch.float16:
-            anew = " with resume=False (--no-resume)" if kept else ""
-            kept = f"; run it with dtype=torch.bfloat16 (--dtype bfloat16){anew}; in float16 it would fail again"
-        elif kept and isinstance(error, CalibrationError | CheckpointError | SolverError):
-            kept += ", but the same command would fail again until this is mended"
-        elif kept:
-            kept += _CONTINUES
-        raise type(error)(f"{error}{kept}") from error
-    except Exception:
-        _kept(workspace, base)
-        raise
+            report = run.report(plan, kept.layers, record, *notes, digests=kept.digests, blocks=kept.blocks)
+            outputs.publish(report, times=grow)
     if of_model is not None:
         return refine_in_place(
             output,
@@ -379,42 +284,11 @@ def _shrunk(chosen: dict[str, Any], rank: int, finished: list[int]) -> dict[int,
     return {block: size for block, size in of_ranks[rank] if block <= max(finished, default=-1)} if of_ranks else {}
 
 
-_CONTINUES = ", and the same command continues from there"
-
-
-def _kept(workspace: Workspace | None, base: BaseOutput | None) -> str:
-    if base is not None:
-        base.leave()
-    kept = workspace.leave() if workspace else ""
-    return f"; {kept}" if kept else ""
-
-
 def _capped(names: list[str]) -> list[str]:
     if not names:
         return []
     linears = count(len(names), "linear")
     return [f"{linears} narrower than r ({names[0]} for one): the rank is that of the smaller side, by rank_pattern"]
-
-
-def _more_damped(layers: list[LayerReport]) -> list[str]:
-    dampings = {layer.name: layer.more_damping for layer in layers if layer.more_damping is not None}
-    if not dampings:
-        return []
-    name, damping = max(dampings.items(), key=lambda item: item[1])
-    return [
-        f"H of {count(len(dampings), 'linear')} is too poor for error feedback with the rounding damping asked for: up "
-        f"to {damping:g} was used ({name}); more calibration data would help"
-    ]
-
-
-def _on_full_inputs(layers: list[LayerReport]) -> list[str]:
-    names = [layer.name for layer in layers if not layer.quantized_inputs]
-    if not names:
-        return []
-    return [
-        f"{count(len(names), 'linear')} ({names[0]} for one) had to be fitted on inputs in the full-precision model: "
-        "not every token gets there once, so there is no telling which inputs in the two models belong together"
-    ]
 
 
 def _not_mergeable(model: PeftModel, stream: StreamedModel) -> list[str]:

@@ -155,7 +155,8 @@ class Run:
         """
         left = self.left | _unreached(self.targets, layers, self.stream)
         base = record["base"] | {"digests": {row.name: row.digest for row in layers} | dict(digests or {})}
-        every = [*_notes(self.stream, self.data, layers), *self.notes, *_stopped(blocks), *notes]
+        every = [*_notes(self.stream, self.data, layers), *self.notes, *_stopped(blocks), *_more_damped(layers)]
+        every += [*(_on_full_inputs(layers) if self.quantized_inputs else []), *notes]
         figures = self.meter.figures(plan.peak)
         return Report(layers, left, every, record | {"base": base}, self.stages.seconds, figures, list(blocks))
 
@@ -221,6 +222,27 @@ def _notes(stream: StreamedModel, data: Calibration, layers: list[LayerReport]) 
             "base: there is no error of theirs to undo, and they are left alone"
         )
     return notes
+
+
+def _more_damped(layers: list[LayerReport]) -> list[str]:
+    dampings = {layer.name: layer.more_damping for layer in layers if layer.more_damping is not None}
+    if not dampings:
+        return []
+    name, damping = max(dampings.items(), key=lambda item: item[1])
+    return [
+        f"H of {count(len(dampings), 'linear')} is too poor for error feedback with the rounding damping asked for: up "
+        f"to {damping:g} was used ({name}); more calibration data would help"
+    ]
+
+
+def _on_full_inputs(layers: list[LayerReport]) -> list[str]:
+    names = [layer.name for layer in layers if not layer.quantized_inputs]
+    if not names:
+        return []
+    return [
+        f"{count(len(names), 'linear')} ({names[0]} for one) had to be fitted on inputs in the full-precision model: "
+        "not every token gets there once, so there is no telling which inputs in the two models belong together"
+    ]
 
 
 def enumerate_reasons(reasons: dict[str, str]) -> str:

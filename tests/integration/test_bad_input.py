@@ -34,7 +34,7 @@ from quailora.files import new_folder
 from quailora.modeling.checkpoint import SINGLE
 from quailora.modeling.devices import default_device
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline import build as pipeline
+from quailora.pipeline import outputs
 from quailora.pipeline import resume as workspace
 from quailora.pipeline.loop import Loop
 from tests.helpers import tiny
@@ -359,7 +359,7 @@ def test_a_bug_of_ours_stays_what_it_is_and_leaves_no_half_of_an_output(tmp_path
     checkpoint = tiny.checkpoint(tmp_path / "model")
     for number in range(2):
         with (
-            mock.patch.object(pipeline, "model_card", side_effect=ZeroDivisionError),
+            mock.patch.object(outputs, "model_card", side_effect=ZeroDivisionError),
             pytest.raises(ZeroDivisionError),
         ):
             build(checkpoint, tmp_path / "out")

@@ -28,7 +28,7 @@ from quailora.calibration.data import Calibration
 from quailora.calibration.gram import Gram
 from quailora.errors import QuailoraError
 from quailora.pipeline import build as pipeline
-from quailora.pipeline import quantize, resume
+from quailora.pipeline import outputs, quantize, resume
 from quailora.reporting.report import Report
 from tests.helpers import tiny
 from tests.helpers.children import Child
@@ -206,7 +206,7 @@ def test_a_resumed_run_shows_the_share_that_its_report_has(
 
 
 def test_with_every_block_finished_only_the_adapter_is_written(model: Path, undisturbed: bytes, tmp_path: Path) -> None:
-    with mock.patch.object(pipeline, "model_card", side_effect=Stop), pytest.raises(Stop):
+    with mock.patch.object(outputs, "model_card", side_effect=Stop), pytest.raises(Stop):
         build(model, tmp_path / "out")
     with mock.patch.object(calls.Call, "run", side_effect=AssertionError("a block is run")):
         assert len(build(model, tmp_path / "out").layers) == 7 * BLOCKS
