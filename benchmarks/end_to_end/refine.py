@@ -9,8 +9,8 @@ and 2 are bases in GPTQ's format with calibrated codes, merged with their adapte
 the whole model of those, gptqmodel must be installed.
 
 Costs are those of the whole run, in bare forward passes over the calibration text: of processor time on a CPU, where
-other programs may run, and of time on a GPU. Adapters are kept in FOLDER and not made again. --json is written after
-each row, and rows of other bases that it has already stay.
+other programs may run, and of time on a GPU. Every adapter is made in a process of its own. Adapters are kept in FOLDER
+and not made again. --json is written after each row, and rows of other bases that it has already stay.
 """
 
 import argparse
@@ -18,9 +18,11 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -58,7 +60,8 @@ def levels(bits: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds(run: Callable[[], object]) -> float:
+    device = default_device(None)
     clock = process_time if device.type == "cpu" else perf_counter
     start = clock()
     run()
@@ -95,7 +98,8 @@ def make(checkpoint: Checkpoint, data: Calibration, bits: int, level: str, work:
                 quantization = GPTQConfig(bits=bits, group_size=64, sym=True, desc_act=False)
                 base = {"quantization": quantization, "base_output": folder / "base"}
             run = partial(quailora.build_adapter, checkpoint, None, data, folder / "adapter", **base, **options)
-        spent = before + seconds(run, default_device(None))
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:  # for the peak is by how much the process grows
+            spent = before + alone.submit(seconds, run).result()
         report = json.loads((folder / "adapter" / "report.json").read_text())
         costs.write_text(json.dumps({"seconds": spent, "memory": report["memory"]}))
     found: dict[str, Any] = json.loads(costs.read_text())
@@ -146,7 +150,7 @@ def main() -> None:
         for path in (arguments.measure, arguments.other)
     }
     full: Any = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=checkpoint.dtype, device_map=device)
-    bare = min(seconds(partial(forward, full, data), device) for _ in range(2))
+    bare = min(seconds(partial(forward, full, data)) for _ in range(2))
     found = {name: quailora.evaluate.perplexity(full, text.batches(2)) for name, text in texts.items()}
     names = {bits: BASES[bits] for bits in arguments.bits}
     known = tables.read_json(arguments.json) if arguments.json else None

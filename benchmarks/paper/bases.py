@@ -198,7 +198,7 @@ def rounding() -> Iterator[tuple[Choice, float]]:
 
 def training() -> Iterator[tuple[Choice, float]]:
     """Ways to hand over the same factors, all at rates that suit zero."""
-    for base in (Choice("nf4"), replace(FULL_INPUTS, base="int3")):
+    for base in (Choice("nf4"), replace(CALIBRATED_DEFAULT, base="int3")):
         for way in ("matched", *(f"frozen-{split}" for split in SPLITS)):
             for rate in ZERO_RATES:
                 yield replace(base, initialization=way), rate
