@@ -40,7 +40,10 @@ def main() -> None:
 
     if not Path(arguments.initial).exists():
         lora = LoraConfig(r=arguments.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        quailora.build_adapter(arguments.model, lora, data, arguments.initial, quantization=quantization)
+        # With alpha matched, a learning rate that was tuned for QLoRA suits the adapter.
+        quailora.build_adapter(
+            arguments.model, lora, data, arguments.initial, quantization=quantization, alpha="matched"
+        )
 
     base = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=quantization)
     quailora.check_base(base, arguments.initial)

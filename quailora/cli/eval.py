@@ -18,7 +18,7 @@ from quailora.cli.options import (
     DeviceOption,
     DoubleOption,
     LengthOption,
-    QuantOption,
+    RecordedQuantOption,
     RemoteOption,
     RevisionOption,
     check_quantization_options,
@@ -39,7 +39,7 @@ def evaluate(
     base: Annotated[
         Path | None, typer.Option(help="The quantized base's folder, if it is not where the adapter's record says.")
     ] = None,
-    quant: QuantOption = None,
+    quant: RecordedQuantOption = None,
     double_quant: DoubleOption = None,
     compute_dtype: ComputeOption = None,
     samples: Annotated[int, typer.Option(help="Number of sequences to evaluate on.", min=1)] = 64,

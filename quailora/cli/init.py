@@ -22,6 +22,7 @@ from quailora.cli.options import (
     DoubleOption,
     HostMemoryOption,
     InputsOption,
+    IterationsOption,
     LengthOption,
     LoadedOption,
     MemoryOption,
@@ -75,7 +76,7 @@ def init(
     ] = None,
     bits: Annotated[
         int | None,
-        typer.Option(help="Write a base of this many bits, 2, 3, 4 or 8, in GPTQ's format; takes --base-output."),
+        typer.Option(help="Write a base of this many bits, 2, 3, 4 or 8, in GPTQ's format; requires --base-output."),
     ] = None,
     group_size: Annotated[
         int | None,
@@ -98,32 +99,34 @@ def init(
     ] = None,
     rounding_damping: Annotated[
         float | None,
-        typer.Option(help="Of calibrated rounding: added to H's diagonal, as a fraction of its mean. Default: 0.1."),
+        typer.Option(help="With calibrated rounding: added to H's diagonal, as a fraction of its mean. Default: 0.1."),
     ] = None,
     alternations: Annotated[
-        int | None, typer.Option(help="Of calibrated rounding: how often Q and the factors are found anew. Default: 2.")
+        int | None,
+        typer.Option(help="With calibrated rounding: how often Q and the factors are found anew. Default: 2."),
     ] = None,
     magr: Annotated[
         float | None,
-        typer.Option(help="Of calibrated rounding: strength of MagR before it, such as 7e-4. Default: 0, without."),
+        typer.Option(help="With calibrated rounding: strength of MagR before it, such as 7e-4. Default: 0, without."),
     ] = None,
     inputs: InputsOption = None,
     refine: RefineOption = None,
     refine_steps: Annotated[
-        int | None, typer.Option(help="Of --refine: steps of Adam, for each block or for the model. Default: 48.")
+        int | None,
+        typer.Option(help="With --refine: number of Adam steps, for each block or for the model. Default: 48."),
     ] = None,
     refine_rate: Annotated[
         float | None,
-        typer.Option(help="Of --refine: learning rate; for the model, as a share of the factors' size. Default: 1e-3."),
+        typer.Option(
+            help="With --refine: learning rate; for the model, as a share of the factors' size. Default: 1e-3."
+        ),
     ] = None,
     quant: QuantOption = None,
     double_quant: DoubleOption = None,
     compute_dtype: ComputeOption = None,
     dtype: LoadedOption = None,
     solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
-    iterations: Annotated[
-        int | None, typer.Option(help="Depth of krylov (default 3) or svd (8), or alternations of als (20).")
-    ] = None,
+    iterations: IterationsOption = None,
     damping: Annotated[
         float | None, typer.Option(help="Added to H's diagonal, as a fraction of its mean. Default: 1e-4.")
     ] = None,

@@ -13,7 +13,7 @@ from quailora.cli.options import (
     ComputeOption,
     DoubleOption,
     Dtype,
-    QuantOption,
+    RecordedQuantOption,
     RemoteOption,
     RevisionOption,
     check_quantization_options,
@@ -32,7 +32,7 @@ def merge(
     base: Annotated[
         Path | None, typer.Option(help="The quantized base's folder, if it is not where the adapter's record says.")
     ] = None,
-    quant: QuantOption = None,
+    quant: RecordedQuantOption = None,
     double_quant: DoubleOption = None,
     compute_dtype: ComputeOption = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the output. Default: the checkpoint's.")] = None,

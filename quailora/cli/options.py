@@ -50,6 +50,13 @@ ColumnOption = Annotated[
     str | None, typer.Option(help="The field of the records to use, if not one of the usual ones.")
 ]
 SplitOption = Annotated[str | None, typer.Option(help="Split of a data set. Default: train.")]
+IterationsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Exact number of steps of krylov or svd, or of alternations of als. Default: as many as gain, about 3 and "
+        "8, and 20."
+    ),
+]
 LengthOption = Annotated[
     int | None,
     typer.Option(help="Tokens in one sequence. Default: 2048, or the model's maximum if that is less.", min=1),
@@ -57,11 +64,10 @@ LengthOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option(help="Device to compute on, such as cuda:0 or cpu. Default: CUDA if there is a GPU.")
 ]
-QuantOption = Annotated[
+QuantOption = Annotated[Format | None, typer.Option(help="How the base is quantized. Default: nf4.")]
+RecordedQuantOption = Annotated[
     Format | None,
-    typer.Option(
-        help="How the base is quantized. Default: as in the adapter's record if there is an adapter, else nf4."
-    ),
+    typer.Option(help="How the base is quantized. Default: as in the adapter's record; nf4 without an adapter."),
 ]
 DoubleOption = Annotated[
     bool | None,
@@ -80,9 +86,9 @@ LoadedOption = Annotated[
 InputsOption = Annotated[
     str | None,
     typer.Option(
-        help="Of calibrated rounding: quantized, fit each linear on the inputs it gets from layers already quantized, "
-        "and correct half of their error; or full, on its inputs in the full-precision model, which takes less time. "
-        "Default: quantized."
+        help="With calibrated rounding, the inputs each linear is fitted on: quantized, what it receives from layers "
+        "that are quantized already, correcting half of their error; or full, its inputs in the full-precision model, "
+        "which is much faster. Default: quantized."
     ),
 ]
 RefineOption = Annotated[
@@ -98,7 +104,7 @@ AutoClassOption = Annotated[
     AutoClass | None,
     typer.Option(
         help="The class that training loads the model with; the two name modules differently. Default: as in the "
-        "adapter's record if there is an adapter, else the one that config.json implies."
+        "adapter's record, or, without one, the class that config.json implies."
     ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint on the hub.")]

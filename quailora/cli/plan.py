@@ -15,6 +15,7 @@ from quailora.cli.options import (
     DoubleOption,
     HostMemoryOption,
     InputsOption,
+    IterationsOption,
     LengthOption,
     LoadedOption,
     MemoryOption,
@@ -56,20 +57,18 @@ def plan(
     ] = "all-linear",
     quant: QuantOption = None,
     bits: Annotated[
-        int | None, typer.Option(help="Of a run that writes a base in GPTQ's format: 2, 3, 4 or 8 bits, as in init.")
+        int | None, typer.Option(help="For a run that writes a base in GPTQ's format: 2, 3, 4 or 8 bits, as in init.")
     ] = None,
     rounding: Annotated[
         str | None,
-        typer.Option(help="Of a run that writes its base: calibrated or nearest. Default: calibrated with --bits."),
+        typer.Option(help="For a run that writes its base: calibrated or nearest. Default: calibrated with --bits."),
     ] = None,
-    magr: Annotated[float | None, typer.Option(help="Of calibrated rounding, as in init.")] = None,
+    magr: Annotated[float | None, typer.Option(help="With calibrated rounding, as in init.")] = None,
     double_quant: DoubleOption = None,
     compute_dtype: ComputeOption = None,
     dtype: LoadedOption = None,
     solver: Annotated[str, typer.Option(help="krylov, als (the paper's), eigh or svd.")] = "krylov",
-    iterations: Annotated[
-        int | None, typer.Option(help="Depth of krylov (default 3) or svd (8), or alternations of als (20).")
-    ] = None,
+    iterations: IterationsOption = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 2000,
     sequence_length: LengthOption = None,
     batch_size: Annotated[

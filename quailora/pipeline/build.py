@@ -104,9 +104,9 @@ def build_adapter(
             factors in turn, or "nearest". None is "calibrated" with a `base_output`.
         rounding_damping, alternations, magr: of calibrated rounding; see
             `quailora.quantization.rounding.RoundingConfig`. None takes its defaults.
-        inputs: of calibrated rounding: the inputs that Q and the factors are fitted on, those that a linear has behind
-            "quantized" layers, with a target that undoes half of what those left, or those in the "full" precision
-            model. The former takes a second set of hidden states, and several times as long. None is "quantized".
+        inputs: with calibrated rounding, what each linear is fitted on: "quantized" (None is that too), its inputs once
+            earlier layers are quantized, with a target that corrects half of their error, which takes several times as
+            long and a second set of hidden states; or "full", its inputs in the full-precision model.
         refine: "blocks" trains the factors of each block together, after they were found layer by layer, for the
             output of the block on what the quantized blocks before it give; some of the data is held out, and what does
             best on it is kept. It takes a second set of hidden states and a second forward pass, and a few dozen steps
@@ -116,7 +116,8 @@ def build_adapter(
         tokenizer: None takes the checkpoint's own.
         solver, iterations, damping: see `quailora.solve`; the default damping here is 1e-4.
         samples, sequence_length, seed: how much calibration data is taken, and the seed of the draw.
-        split, column: of a data set, where they are not the usual ones.
+        split: of a data set.
+        column: the field of a record to use, if it is not one of the usual ones.
         batch_size: sequences in one forward pass; None takes as many as make about 8192 tokens, or fewer where the
             memory is short.
         memory_budget: what may be allocated on the device, in bytes or as "12GiB"; on a CPU, by how much the resident

@@ -77,7 +77,8 @@ def solve(
     gram:        H (n, n), symmetric and positive semi-definite (it may be singular), or a `Gram`.
     rank:        r, 1 to min(m, n).
     solver:      "krylov", "als", "eigh" or "svd".
-    iterations:  the depth of krylov (default 3) and svd (8), the alternations of als (20); eigh takes none.
+    iterations:  the exact number of steps of krylov and svd, and of alternations of als; eigh has none. None is as many
+                 steps as gain, about 3 and 8, and 20 alternations.
     damping:     the solver works with H + damping · mean(diag H) · I (svd does not use H).
     seed:        of the random vectors that krylov starts from. The same inputs and seed give the same bits.
     precision:   of the kernels' products with E on a GPU: "ieee", "bf16x3", "tf32" or "bf16"; None is the solver's own.
