@@ -226,7 +226,7 @@ def compare(
     where = default_device(device)
     dtype = dtype or loaded_in
     method = from_config(quantization).name
-    written = QuantizedCheckpoint.recorded(made_for or {}, base)
+    written = QuantizedCheckpoint.recorded(made_for or {}, base, trust_remote_code=source.trust_remote_code)
     of_full, of_quantized, of_adapted = _Tally(), _Tally(), _Tally()
     with memory_errors(where, _SMALLER):
         full = load_model(source, where, dtype)

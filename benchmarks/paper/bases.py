@@ -93,6 +93,10 @@ class Choice:
         return f"{self.rounding}, λ {self.damping:g}, alternations {self.alternations}{inputs}"
 
     @property
+    def grid(self) -> str:
+        return "asymmetric" if self.base.endswith("asymmetric") else "symmetric"
+
+    @property
     def title(self) -> str:
         ours = f"QuAILoRA, {self.refine} refined" if self.refine else "QuAILoRA"
         if self.initialization.startswith("frozen-"):
@@ -163,6 +167,7 @@ def initialization() -> Iterator[tuple[Choice, float]]:
     for rate in RATES:
         for base in ("int3", "int2"):
             yield replace(CALIBRATED_DEFAULT, base=base), rate
+        yield replace(CALIBRATED_DEFAULT, base="int2-asymmetric", alternations=5), rate
         yield replace(CALIBRATED_DEFAULT, base="int3", refine="blocks"), rate
         yield Choice("nf4"), rate
     for rate in ZERO_RATES:
@@ -399,7 +404,8 @@ def best_table(results: Path, experiment: str) -> str:
     sets = _sets(grouped)
     rows = []
     for choice in sorted(dict.fromkeys(choice for _, choice in best), key=lambda choice: list(BITS).index(choice.base)):
-        row = [BITS[choice.base], choice.codes, choice.title]
+        grid = "" if choice.grid == "symmetric" else f", {choice.grid}"
+        row = [f"{BITS[choice.base]}{grid}", choice.codes, choice.title]
         for name in sets:
             if (name, choice) not in best:
                 row += ["–"] * 3
@@ -425,9 +431,10 @@ def rounding_table(results: Path) -> str:
     for choice, rate in rounding():
         found = [record for name in first for record in grouped.get((name, choice, rate), [])]
         if found:
-            grid = "asymmetric" if choice.base.endswith("asymmetric") else "symmetric"
             before, after = ([record[when] for record in found] for when in ("before", "after"))
-            rows.append((BITS[choice.base], grid, choice.codes, tables.spread(before, 2), tables.spread(after, 3)))
+            rows.append(
+                (BITS[choice.base], choice.grid, choice.codes, tables.spread(before, 2), tables.spread(after, 3))
+            )
     return tables.table(("bits", "grid", "codes", "before", "after"), rows, left=3)
 
 

@@ -60,7 +60,7 @@ def convert(
     old, new = SavedAdapter(before), SavedAdapter(after)
     record = read_record(before)
     if (correction := Correction.read(after)) is not None:
-        correction.found(after, before)
+        frozen = correction.found(after, before)
         if rank is not None:
             raise AdapterError(
                 f"{after} was trained over a frozen adapter and is copied as it is: leave out rank (--rank)"
@@ -70,7 +70,7 @@ def convert(
                 f"the frozen adapter of {after} was changed by training, so {after} is not all that was learned: "
                 "`quailora merge` gives the dense weights, and combine (--combine) both as one adapter"
             )
-        both = combined(old, new) if combine else new
+        both = combined(SavedAdapter(frozen), new) if combine else new
         _write(output, both.config, both.tensors, record, full_precision=not combine)
         return
     if combine:

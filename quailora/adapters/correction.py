@@ -50,7 +50,8 @@ class Correction:
         return to_json(asdict(self))
 
     def found(self, adapter: Path, initial: Path | None = None) -> Path:
-        """The folder of the frozen adapter, which is `initial` if it has been moved.
+        """The folder of the frozen adapter, which is `initial` if it has been moved; where training changed it, the one
+        that it was saved to again.
 
         Raises:
             AdapterError: it is not there.
@@ -66,7 +67,7 @@ class Correction:
 
     def _existing(self, adapter: Path, initial: Path | None) -> Path:
         folder = Path(self.folder) if initial is None else initial
-        if initial is None and self.trained and (adapter / NAME / WEIGHTS).is_file():
+        if self.trained and (adapter / NAME / WEIGHTS).is_file():
             folder = adapter / NAME  # wherever the two have been moved
         if not (folder / WEIGHTS).is_file():
             raise AdapterError(

@@ -80,7 +80,7 @@ def merge(
     config, load_dtype = loading(made_for, source, quantization, folder)
     form, written_in = from_config(config), dtype or source.dtype
     skeleton = quantized_skeleton(source, config, load_dtype)
-    written = QuantizedCheckpoint.recorded(made_for or {}, base)
+    written = QuantizedCheckpoint.recorded(made_for or {}, base, trust_remote_code=source.trust_remote_code)
     trained = saved_adapter(folder, Path(initial) if initial else None)
     if tokens := next((key for key in trained.tensors if ".token_adapter." in key), None):
         raise AdapterError(f"{folder} has {tokens} (trainable_token_indices): single rows cannot be merged")

@@ -23,17 +23,22 @@ class QuantizedCheckpoint:
         folder: the base's.
         base: how it is quantized.
         digests: what is recorded of its linears, by name; a weight that differs is refused.
+        trust_remote_code: as `Checkpoint` has it.
 
     Raises:
         CheckpointError: nothing there, or not a whole checkpoint.
     """
 
-    def __init__(self, folder: str | Path, base: QuantizedBase, digests: Mapping[str, str]) -> None:
-        self.checkpoint = Checkpoint(folder, quantized=True)
+    def __init__(
+        self, folder: str | Path, base: QuantizedBase, digests: Mapping[str, str], *, trust_remote_code: bool = False
+    ) -> None:
+        self.checkpoint = Checkpoint(folder, quantized=True, trust_remote_code=trust_remote_code)
         self._base, self._digests = base, digests
 
     @classmethod
-    def recorded(cls, base: Mapping[str, Any], moved_to: str | Path | None = None) -> QuantizedCheckpoint | None:
+    def recorded(
+        cls, base: Mapping[str, Any], moved_to: str | Path | None = None, *, trust_remote_code: bool = False
+    ) -> QuantizedCheckpoint | None:
         """The base that the record of an adapter names, or the folder given; None where Q follows from the checkpoint.
 
         Raises AdapterError where only its folder could tell what Q is, CheckpointError where the folder is not there.
@@ -50,7 +55,8 @@ class QuantizedCheckpoint:
             raise AdapterError("base (--base) goes with an adapter that has a record of its base (quailora.json)")
         if not Path(folder).is_dir():
             raise CheckpointError(f"the base is not at {folder}: give its folder as base (--base)")
-        return cls(folder, from_dict(base["quantization"]), base.get("digests", {}))
+        form, digests = from_dict(base["quantization"]), base.get("digests", {})
+        return cls(folder, form, digests, trust_remote_code=trust_remote_code)
 
     @property
     def names(self) -> list[str]:

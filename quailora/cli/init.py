@@ -41,6 +41,7 @@ from quailora.cli.options import (
     quantization_config,
     torch_dtype,
 )
+from quailora.errors import QuailoraError
 from quailora.quantization.registry import Format
 
 
@@ -156,6 +157,7 @@ def init(
     from quailora.memory.budget import MemoryConfig
     from quailora.modeling.checkpoint import Checkpoint
     from quailora.pipeline import build as pipeline
+    from quailora.pipeline.resume import workspace_of
     from quailora.quantization.rounding import RoundingConfig
     from quailora.refinement.config import refinement_config
     from quailora.solvers.config import DEFAULT_DAMPING, SolverConfig
@@ -165,7 +167,7 @@ def init(
     split = chosen_split(data, split)
     tuned_alpha, matched = parse_alpha(alpha)
     damping = DEFAULT_DAMPING if damping is None else damping
-    if base_output is not None:
+    if base_output is not None and not workspace_of(output).exists():  # that run may have given the base its name
         check_new_folder(base_output)
     SolverConfig(solver, iterations, damping)
     refinement_config(refine, refine_steps, refine_rate)
@@ -174,13 +176,10 @@ def init(
         rounding, written=written, damping=rounding_damping, alternations=alternations, magr=magr, inputs=inputs
     )
     check_bits(bits, quant, double_quant, compute_dtype, group_size, symmetric)
+    gptq = None if bits is None else gptq_config(bits, GROUP_SIZE if group_size is None else group_size, symmetric)
+    if bits is not None and base_output is None:
+        raise QuailoraError(f"a base of {bits} bits has to be written: give base_output (--base-output)")
     MemoryConfig(memory_budget, host_memory_budget, batch_size)
-    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
-    loaded_as = torch_dtype(dtype) or source.dtype
-    if bits is None:
-        quantization = quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)
-    else:
-        quantization = gptq_config(bits, GROUP_SIZE if group_size is None else group_size, symmetric)
     config = LoraConfig(
         r=rank,
         lora_alpha=tuned_alpha,
@@ -193,6 +192,9 @@ def init(
         modules_to_save=None if modules_to_save is None else parse_names(modules_to_save),
         task_type="CAUSAL_LM",
     )
+    source = Checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
+    loaded_as = torch_dtype(dtype) or source.dtype
+    quantization = gptq or quantization_config(quant or Format.nf4, double_quant, compute_dtype, loaded_as)
     with distributed.process_group(device) as place, _interruptible():
         report = pipeline.build_adapter(
             source,

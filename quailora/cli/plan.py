@@ -170,6 +170,8 @@ def plan(
     stream = StreamedModel(source, torch.device("cpu") if absent else place, loaded_as)
     ranks = {target.name: target.rank for target in targets}
     form: Any = from_config(quantization).loaded_in(loaded_as)
+    if written:
+        form.checkpoint_config("")  # or an error, as in init
     quantized = quantized_linears(model, stream)
     unadapted = unadapted_linears(quantized, targets, written=written, refinement=refinement)
     found = make_plan(

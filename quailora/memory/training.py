@@ -73,6 +73,7 @@ def training_memory(
     *,
     batch_size: int,
     sequence_length: int,
+    device: str = "cuda",
 ) -> Training:
     """What a fine-tune of `stream`'s model holds, with weights loaded in its dtype. Nothing is read.
 
@@ -98,7 +99,7 @@ def training_memory(
         linears = {name: linear_shape(linear) for name, linear in block.linears().items()}
         copies = [m * n * size for name, (m, n) in linears.items() if name in quantized]
         dequantized = 0 if base is None else sum(copies) if base.keeps_q else max(copies, default=0)
-        row = backward_row(linears, ranks, sizes, config, size, sequence_length)
+        row = backward_row(linears, ranks, sizes, config, size, sequence_length, device)
         work.append(tokens * row + dequantized)
     return Training(
         format=str(stream.dtype).removeprefix("torch.") if base is None else base.name,
@@ -117,8 +118,9 @@ def backward_row(
     config: Any,
     size: int,
     length: int,
+    device: str,
 ) -> int:
-    """Bytes that the backward pass of a block takes for each token, at most.
+    """Bytes that the backward pass of a block takes for each token, at most, on a device of this kind.
 
     Kept from its forward pass are the input and the output of each linear (m, n); where one is adapted, its input and
     its product with A, in fp32; the hidden states in fp32, of two norms; and the inputs of attention. At work are the
@@ -127,7 +129,7 @@ def backward_row(
     kept = sum(size * (m + n) for m, n in linears.values())
     adapted = sum(_FP32 * (linears[name][1] + rank) for name, rank in ranks.items() if name in linears)
     widest = max((m + n for m, n in linears.values()), default=0)
-    scores = config.num_attention_heads * (((2 * size + _FP32) * length) if unfused(config, "cuda") else _FP32)
+    scores = config.num_attention_heads * (((2 * size + _FP32) * length) if unfused(config, device) else _FP32)
     experts = 3 * size * sizes.experts + 16 * sizes.scan
     return kept + adapted + 4 * _FP32 * config.hidden_size + scores + experts + _FP32 * widest
 
@@ -144,7 +146,7 @@ def refining(
     yield "quantized weights", codes + sum(size * m * n for m, n in shapes.values()) + _FP32 * largest
     yield "factors, gradients and Adam", _COPIES * _FP32 * sum(w.rank * (w.outputs + w.inputs) for w in block.linears)
     config: Any = stream.model.config.get_text_config(decoder=True)
-    row = backward_row(shapes, ranks, block, config, size, length) + _LOSS * config.hidden_size
+    row = backward_row(shapes, ranks, block, config, size, length, on.device.type) + _LOSS * config.hidden_size
     copies = _FP32 * (block.largest + tokens * (block.widest + block.outputs)) if on.widened else 0
     yield "activations and gradients", tokens * row + copies
 

@@ -30,28 +30,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from quailora.errors import CheckpointError
-from quailora.files import as_bytes, to_json
+from quailora.files import DTYPES, as_bytes, to_json
 from quailora.modeling.model_class import check_auto_class, default_auto_class
 from quailora.reporting.markdown import count
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES = FLOATING | {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+FLOATING = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 _PIECE = 4 * 2**20  # bytes cast at a time
 _OWN_PAGES = 2**16  # tensors of at least this many bytes get pages of their own
 

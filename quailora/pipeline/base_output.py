@@ -22,7 +22,7 @@ from quailora.errors import AdapterError, QuailoraError
 from quailora.files import LazyTensor, check_new_folder, replaced, to_json, write_files, write_tensors, writing
 from quailora.modeling.checkpoint import INDEX, index_of
 from quailora.modeling.streamed_model import StreamedModel
-from quailora.pipeline.resume import locked
+from quailora.pipeline.resume import locked, workspace_of
 from quailora.quantization.protocol import QuantizedBase, QuantizedWeight
 from quailora.quantization.registry import is_quantized
 from quailora.quantization.verify import digest_of
@@ -206,7 +206,7 @@ def discard_unfinished(folder: Path, adapter: Path) -> None:
 def check_apart(adapter: Path, base: Path) -> None:
     """Raises AdapterError where one of the two output folders would be in the other, or in its unfinished one."""
     one, other = (path.resolve() for path in (adapter, base))
-    hidden = [one.parent / f".{one.name}.quailora", _partial(other)]
+    hidden = [workspace_of(one), _partial(other)]
     folders = [one, other, *hidden]
     for mine in (one, other):
         for theirs in folders:
@@ -219,9 +219,23 @@ def check_apart(adapter: Path, base: Path) -> None:
 
 def quantized_linears(model: PeftModel, stream: StreamedModel) -> list[str]:
     """The linears of the blocks that the skeleton of a base has quantized."""
-    plain: Any = model.get_base_model()
-    held = {name.removesuffix(".base_layer") for name, module in plain.named_modules() if is_quantized(module)}
+    held = _quantized(model)
     return [name for block in stream.blocks for name in block.linears() if name in held]
+
+
+def check_within_blocks(model: PeftModel, quantized: Collection[str]) -> None:
+    """Raises AdapterError where the base also quantizes linears outside of the blocks, which are not in memory when it
+    is written."""
+    if outside := sorted(_quantized(model) - set(quantized)):
+        raise AdapterError(
+            f"{outside[0]} is quantized too, and is not in a block of the decoder, so this base cannot be written: "
+            "leave out base_output (--base-output), or take GPTQ's format (--bits), which quantizes only the blocks"
+        )
+
+
+def _quantized(model: PeftModel) -> set[str]:
+    plain: Any = model.get_base_model()
+    return {name.removesuffix(".base_layer") for name, module in plain.named_modules() if is_quantized(module)}
 
 
 def unadapted_linears(

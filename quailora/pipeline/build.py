@@ -27,6 +27,7 @@ from quailora.modeling.devices import default_device, without_torch_modes
 from quailora.modeling.streamed_model import StreamedModel
 from quailora.pipeline.base_output import (
     check_apart,
+    check_within_blocks,
     partly,
     quantized_linears,
     unadapted_linears,
@@ -190,6 +191,7 @@ def build_adapter(
     quantized = quantized_linears(model, stream)
     unadapted = unadapted_linears(quantized, targets, written=base_output is not None, refinement=refinement)
     if base_output is not None:
+        check_within_blocks(model, quantized)
         form = form.of_modules(partly(quantized, stream))
     calibrated = rounds.rounding == CALIBRATED
     counted = Calibrated(form, magr=rounds.magr > 0) if calibrated else form

@@ -113,7 +113,7 @@ def refine(
         checkpoint = _checkpoint(checkpoint, made_for)
     source = as_recorded(checkpoint, made_for)
     quantization, dtype = loading(made_for, source, None, folder)
-    written = QuantizedCheckpoint.recorded(made_for, base)
+    written = QuantizedCheckpoint.recorded(made_for, base, trust_remote_code=source.trust_remote_code)
     if base is not None and "path" in made_for:
         made_for["path"] = str(Path(base).resolve())
     calibration = read_calibration(

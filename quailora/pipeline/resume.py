@@ -24,8 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quailora.errors import QuailoraError
-from quailora.files import LazyTensor, check_new_folder, replaced, to_json, writing
-from quailora.modeling.checkpoint import DTYPES
+from quailora.files import DTYPES, LazyTensor, check_new_folder, replaced, to_json, writing
 from quailora.reporting.markdown import count
 from quailora.reporting.report import BlockReport, LayerReport
 
@@ -54,7 +53,7 @@ class Workspace:
     def __init__(self, output: Path, identity: dict[str, Any], *, resume: bool = True) -> None:
         check_new_folder(output)
         self.output = output.resolve()  # a link stays, and what it points to is filled
-        self.folder = self.output.parent / f".{self.output.name}.quailora"
+        self.folder = workspace_of(self.output)
         self._record = self.folder / "run.json"
         self.chosen: dict[str, Any] = {}
         self.discarded: dict[str, Any] = {}
@@ -208,6 +207,12 @@ class Workspace:
                     yield int(match[1]), [LayerReport(**row) for row in rows], digests, block
                 except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
                     raise QuailoraError(f"{path} is damaged ({error}): {_DISCARD}") from error
+
+
+def workspace_of(output: Path) -> Path:
+    """The folder of an unfinished run that is to end with `output`."""
+    output = output.resolve()
+    return output.parent / f".{output.name}.quailora"
 
 
 _DISCARD = "discard it with resume=False (--no-resume)"

@@ -80,7 +80,9 @@ def check_fits(
     sizes = block_sizes(stream, {})
     size = batch_size or max(1, config.tokens // longest)
     while True:
-        memory = training_memory(stream, sizes, form, quantized, ranks, batch_size=size, sequence_length=longest)
+        memory = training_memory(
+            stream, sizes, form, quantized, ranks, batch_size=size, sequence_length=longest, device=device.type
+        )
         memory = replace(memory, overhead=overhead(memory.total, device))
         if memory.total <= budget:
             return size, memory

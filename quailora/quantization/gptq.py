@@ -189,7 +189,8 @@ class GPTQ(QuantizedBase):
         """The quantized weight of W (m, n), with errors fed back. Raises CheckpointError where W is not finite."""
         columns = self.group_of(weight.shape[1])
         rounded = round_with_feedback(weight, curvature, bits=self.bits, symmetric=self.symmetric, group=columns)
-        if not (rounded.scales.isfinite() & (rounded.scales != 0)).all():  # 0: no scale had a finite cost
+        scales = rounded.scales.half()
+        if not (scales.isfinite() & (scales != 0)).all():  # 0: no scale had a finite cost
             raise CheckpointError("a weight is not finite, or too large for scales in fp16")
         return self._of(rounded)
 

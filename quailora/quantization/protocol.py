@@ -104,15 +104,16 @@ class QuantizedBase(ABC):
 
     @property
     def nearest(self) -> bool:
-        """Whether Q follows from W alone, by rounding, so that `quantize` gives it. False: calibration chose it."""
+        """Whether `quantize` gives every weight of such a base again from W, so that one that is found can be compared
+        with it. False where its codes may have been chosen by calibration."""
         return True
 
+    @abstractmethod
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """The quantized weight of W (m, n), in the dtype the base is loaded in. Only where `nearest`.
+        """The quantized weight of W (m, n), in the dtype the base is loaded in, by nearest rounding.
 
         Raises CheckpointError for a weight that cannot be quantized.
         """
-        raise AdapterError(f"the codes of {self.describe()} do not follow from the weights alone: load the base itself")
 
     def calibrated(self, weight: Tensor, curvature: Curvature) -> QuantizedWeight:
         """The quantized weight of W (m, n), any floating dtype, with the errors of rounding fed back; see

@@ -28,6 +28,10 @@ def model_card(record: dict[str, Any], report: Report, folder: str = "path/to/th
     auto_class = base.get("auto_class", CAUSAL_LM)
     remote = "    trust_remote_code=True,\n" if base.get("trust_remote_code") else ""
     linears = count(len(report.layers), "linear layer was", "linear layers were")
+    if written:
+        loading = _loading_written(base, auto_class, remote, folder)
+    else:
+        loading = _loading(base, auto_class, revision + remote, folder)
     return f"""---
 library_name: peft
 base_model: {json.dumps(written or base["checkpoint"], ensure_ascii=False)}
@@ -52,7 +56,7 @@ left (geometric mean). {_depth(record, report)}`report.md` lists every layer.
 
 ## Use
 
-{_loading_written(base, auto_class, folder) if written else _loading(base, auto_class, revision + remote, folder)}
+{loading}
 Training and serving the adapter do not need quailora.
 
 {_learning_rate(record, folder)}
@@ -124,7 +128,7 @@ model = PeftModel.from_pretrained(model, {folder!r}, is_trainable=True)
 """
 
 
-def _loading_written(base: dict[str, Any], auto_class: str, folder: str) -> str:
+def _loading_written(base: dict[str, Any], auto_class: str, remote: str, folder: str) -> str:
     loading = from_dict(base["quantization"]).loading()
     loading = f"{loading}\n\n" if loading else ""
     return f"""The base is a checkpoint of its own, {base["path"]}, and no other will do:
@@ -133,7 +137,10 @@ def _loading_written(base: dict[str, Any], auto_class: str, folder: str) -> str:
 from peft import PeftModel
 from transformers import {auto_class}
 
-model = {auto_class}.from_pretrained({base["path"]!r}, dtype={base["dtype"]!r})
+model = {auto_class}.from_pretrained(
+    {base["path"]!r},
+{remote}    dtype={base["dtype"]!r},
+)
 model = PeftModel.from_pretrained(model, {folder!r}, is_trainable=True)
 ```
 

@@ -377,6 +377,14 @@ def test_a_run_that_died_between_its_two_folders_goes_on(
     assert {path.name for path in tmp_path.iterdir()} == {"base", "start"}
 
 
+def test_a_base_with_quantized_linears_outside_of_its_blocks_is_not_written(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", "opt", word_embed_proj_dim=32)
+    with pytest.raises(AdapterError, match=r"project_(in|out) is quantized too, and is not in a block"):
+        build(folder, tmp_path, NF4)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    build(folder, tmp_path, GPTQConfig(bits=4, group_size=32, desc_act=False))
+
+
 def test_a_weight_of_other_bits_is_refused(model: Path, tmp_path: Path) -> None:
     build(model, tmp_path / "three")
     build(model, tmp_path / "two", GPTQConfig(bits=2, group_size=32, desc_act=False))

@@ -27,7 +27,7 @@ from quailora.ops import dispatch
 from quailora.pipeline import build as pipeline
 from quailora.pipeline import refine as refinement
 from quailora.pipeline import setup
-from quailora.pipeline.resume import Workspace
+from quailora.pipeline.resume import Workspace, workspace_of
 from quailora.quantization.registry import config_for
 from quailora.quantization.rounding import DEFAULT_INPUTS
 from quailora.refinement.config import RefinementConfig
@@ -258,6 +258,7 @@ def test_options_reach_build_adapter(
         (("--quant", "int8", "--no-double-quant"), "--no-double-quant is of nf4 and fp4"),
         (("--group-size", "64"), "--group-size goes with --bits"),
         (("--asymmetric",), "--asymmetric goes with --bits"),
+        (("--rank-pattern", "q_proj"), "--rank-pattern 'q_proj': write it as name=number"),
         (("--bits", "3"), "has to be written: give base_output (--base-output)"),
         (("--rounding", "calibrated"), "give base_output (--base-output)"),
         (("--refine", "block"), "refine='block' (--refine): it is 'blocks' or 'model'"),
@@ -268,11 +269,27 @@ def test_options_reach_build_adapter(
     ],
 )
 def test_options_that_do_not_go_together(
-    options: tuple[str, ...], message: str, run: Ran, checkpoint: Path, corpus: Path, tmp_path: Path
+    options: tuple[str, ...], message: str, run: Ran, corpus: Path, tmp_path: Path
 ) -> None:
-    code, out, err = run("init", checkpoint, "--data", corpus, "--output", tmp_path / "out", *options)
+    """They are refused before the checkpoint is looked for, which may be a download."""
+    code, out, err = run("init", tmp_path / "nowhere", "--data", corpus, "--output", tmp_path / "out", *options)
     assert (code, out) == (1, "") and message in " ".join(err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_an_unfinished_run_has_published_is_not_in_the_way(
+    run: Ran, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = mock.Mock()
+    build.return_value.summary.return_value = "done"
+    monkeypatch.setattr(pipeline, "build_adapter", build)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").touch()
+    arguments = ("init", checkpoint, "--data", "some.jsonl", "--output", tmp_path / "out", "--bits", "3")
+    code, _, err = run(*arguments, "--base-output", tmp_path / "base")
+    assert code == 1 and "is not empty" in err and not build.called
+    workspace_of(tmp_path / "out").mkdir()
+    assert run(*arguments, "--base-output", tmp_path / "base")[0] == 0 and build.called
 
 
 def test_options_reach_refine(run: Ran, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

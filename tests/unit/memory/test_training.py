@@ -1,6 +1,7 @@
 """What a fine-tune holds: against the tensors of real ones, and for Llama-2 by hand."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +183,14 @@ def test_experts_and_the_scores_of_plain_attention_count() -> None:
     linears = {"q": (64, 64)}
     config: Any = type("Config", (), {"num_attention_heads": 4, "hidden_size": 64, "_attn_implementation": "sdpa"})
     sizes: Any = type("Sizes", (), {"experts": 0, "scan": 0})
-    fused = backward_row(linears, {}, sizes, config, 2, 100)
+    row = partial(backward_row, linears, {}, sizes, config, 2, 100)
+    fused, scores = row("cuda"), 4 * (8 * 100 - 4)
     config._attn_implementation = "eager"
-    assert backward_row(linears, {}, sizes, config, 2, 100) - fused == 4 * (8 * 100 - 4)
+    assert row("cuda") - fused == scores
     sizes.experts = 10
-    assert backward_row(linears, {}, sizes, config, 2, 100) - fused == 4 * (8 * 100 - 4) + 60
+    assert row("cuda") - fused == scores + 60
+    config._attn_implementation, config.qk_nope_head_dim = "sdpa", 32  # as in DeepSeek: no fused kernel on a CPU
+    assert [row(device) - fused - 60 for device in ("cuda", "cpu")] == [0, scores]
 
 
 # ---- the command

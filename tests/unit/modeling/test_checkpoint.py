@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 import quailora
 from quailora.calibration.data import Calibration
 from quailora.errors import CheckpointError
+from quailora.files import DTYPES
 from quailora.modeling import checkpoint as checkpoints
-from quailora.modeling.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint
+from quailora.modeling.checkpoint import INDEX, SINGLE, Checkpoint
 from quailora.modeling.streamed_model import StreamedModel
 from tests.helpers import tiny
 
