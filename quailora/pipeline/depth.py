@@ -129,7 +129,7 @@ class Depth:
 
     def deployed(self, solved: Sequence[Solved], device: torch.device) -> dict[str, DeployedLinear]:
         """Those of the main process, on every rank."""
-        found = self.processes.broadcast([replace(each, target=None) for each in solved])
+        found = self.processes.broadcast(solved)
         return _deployed(found, device)
 
     def restored(self, index: int, linears: Mapping[str, nn.Module], device: torch.device) -> dict[str, DeployedLinear]:

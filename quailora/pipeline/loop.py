@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -297,7 +297,7 @@ class Loop:
     ) -> tuple[list[Solved], dict[str, DeployedLinear], BlockReport | None]:
         """What was solved with refined factors; the linears with them, as a run that resumes this one has them."""
         assert self.depth is not None
-        everywhere = self.processes.broadcast([replace(each, target=None) for each in solved])
+        everywhere = self.processes.broadcast(solved)
         step = partial(
             self.depth.refined,
             name=self.model.blocks[index].name,
@@ -308,8 +308,7 @@ class Loop:
         )
         found, deployed, report = self._forward(index, states, step, "refine")
         self.trim()
-        refined = [replace(each, target=targets[each.name]) for each in found]
-        return refined, Depth.as_saved(deployed, targets), report
+        return found, Depth.as_saved(deployed, targets), report
 
 
 def _prefix(block: Block) -> str:

@@ -81,11 +81,12 @@ class Outputs:
         self, index: int, solved: list[Solved], shrunk: list[dict[int, int]], refined: BlockReport | None
     ) -> None:
         """Keep what was found for a block; see `Loop.finish`."""
+        by_name = {target.name: target for target in self._run.targets}
         adapted = []
         for each in solved:
-            if each.target is not None and each.factors is not None:
-                each.target.assign(each.factors, self._run.solver.seed)
-                adapted.append(each.target)
+            if each.factors is not None:
+                adapted.append(by_name[each.name])
+                adapted[-1].assign(each.factors, self._run.solver.seed)
         tensors = take(self._model, adapted)
         if any(shrunk) or "shrunk" in self.workspace.chosen:
             self.workspace.choose(shrunk=[list(of_rank.items()) for of_rank in shrunk])

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from quailora.adapters.targets import Target
 from quailora.modeling.blocks import linear_weight
 from quailora.pipeline.quantize import Initialized, QuantizeAndSolve
 from quailora.quantization.protocol import QuantizedWeight
@@ -25,7 +24,6 @@ class Solved:
     name: str
     digest: str
     quantized: QuantizedWeight | None = None
-    target: Target | None = None
     factors: LoraFactors | None = None
     row: LayerReport | None = None
 

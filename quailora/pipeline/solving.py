@@ -59,7 +59,7 @@ class Solving:
             del gram
             self.trim()
         found = {each.name: each for of_one in self.processes.gather(mine) for each in of_one}
-        return [replace(found[name], target=targets[name]) for name in targets if name in found]
+        return [found[name] for name in targets if name in found]
 
     def _group(
         self,
