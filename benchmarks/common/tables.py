@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
 from quailora.evaluate import gap_closed
@@ -386,17 +386,20 @@ EXPERIMENTS = {"below": "perplexity", "gaps": "perplexity", "rates": "convergenc
 
 
 def baselines(results: Path) -> str:
-    """What each initialization costs to compute, and its perplexity and KL before and after the same fine-tuning."""
+    """What each initialization costs to compute, and its perplexity and KL before and after the same fine-tuning. One
+    forward pass serves all rows: the median of those measured beside each."""
     rows = []
-    for name in read_json(results / "baselines.json") or []:
-        spent = read_json(results / "costs" / f"{name}.json") or {}
+    names = read_json(results / "baselines.json") or []
+    costs = {name: read_json(results / "costs" / f"{name}.json") or {} for name in names}
+    passes = [spent["forward_seconds"] for spent in costs.values() if "forward_seconds" in spent]
+    for name, spent in costs.items():
         record = read_json(results / "runs" / f"{name}.json") or spent
         if not record:
             continue
         run = record["run"]
         made = ("–",) * 3 if spent else ("",) * 3
         if "seconds" in spent:
-            ratio = spent["seconds"] / spent["forward_seconds"]
+            ratio = spent["seconds"] / median(passes)
             made = (f"{spent['seconds']:.0f}", f"{ratio:.1f}", f"{spent['bytes'] / 2**30:.2f}")
         found = [
             shown([record], when, digits, what)

@@ -93,7 +93,8 @@ def _noise(results: Path) -> float:
 
 
 def gap(results: Path) -> Finding:
-    """Reproduced if the mean over the models is in the paper's range, 37 % and up."""
+    """Reproduced if the mean over the models is the paper's, 75 %, or more; in part if it is in its range, 37 % and
+    up."""
     gaps = [closed_gaps(records)["8-bit gap"] for records in _models(results, "perplexity")]
     shares = [each.share for each in gaps if each.share is not None]
     claim = "37 to 100 % of the gap to 8 bits is closed after training, by model (75 % on average)"
@@ -101,7 +102,9 @@ def gap(results: Path) -> Finding:
         if any(each.seeds for each in gaps):
             return Finding(claim, "Table 2", UNTESTABLE, "8 bits are no better than 4")
         return Finding(claim, "Table 2", NOT_RUN, "")
-    return Finding(claim, "Table 2", REPRODUCED if mean(shares) >= 0.37 else NOT, tables.percent(mean(shares)))
+    share = mean(shares)
+    verdict = REPRODUCED if share >= 0.75 else PARTLY if share >= 0.37 else NOT
+    return Finding(claim, "Table 2", verdict, tables.percent(share))
 
 
 def tasks(results: Path) -> Finding:
