@@ -99,7 +99,7 @@ def perplexity(model: Any, weights: Mapping[str, Tensor], text: Calibration) -> 
 
 def table(record: Mapping[str, Any]) -> str:
     """Of what --json has written, for docs/guides/bases.md; the rows of a base stand together."""
-    bases = list(dict.fromkeys(name.split()[0] for name in record["rows"]))
+    bases = ("NF4", "int8", "int4", "int3", "int2")
     rows = [
         (name, f"{row['alone']:.1f}", f"{row['with factors']:.2f}", f"{100 * row['left']:.2f} %")
         for name, row in sorted(record["rows"].items(), key=lambda item: bases.index(item[0].split()[0]))

@@ -127,7 +127,8 @@ def table(record: Mapping[str, Any]) -> str:
     rows = [(*full, "", "")]
     for row in sorted(record["rows"], key=lambda row: list(BASES.values()).index(row["base"])):
         scores = [text for name in names for text in (f"{row[name][0]:.2f}", f"{row[name][1]:.4f}")]
-        cost = (f"{row['passes']:.1f}", describe_bytes(row["memory"])) if "passes" in row else ("", "")
+        memory = describe_bytes(row["memory"]) if "memory" in row else ""
+        cost = (f"{row['passes']:.1f}" if "passes" in row else "", memory)
         rows.append((row["base"], row["factors"], *scores, *cost))
     return tables.table((*heads, "forward passes", "peak memory"), rows, left=2)
 
