@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
 
 import quailora
+from quailora.adapters import quantized_checkpoint
 from quailora.adapters.quantized_checkpoint import QuantizedCheckpoint
 from quailora.calibration.data import load_calibration
 from quailora.errors import AdapterError, CheckpointError, MismatchError, QuailoraError
@@ -383,6 +385,18 @@ def test_a_base_with_quantized_linears_outside_of_its_blocks_is_not_written(tmp_
         build(folder, tmp_path, NF4)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     build(folder, tmp_path, GPTQConfig(bits=4, group_size=32, desc_act=False))
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_base_is_trusted_as_the_checkpoints_is(
+    trusted: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(model, tmp_path)
+    opened = mock.Mock(side_effect=Stop)
+    monkeypatch.setattr(quantized_checkpoint, "Checkpoint", opened)
+    with pytest.raises(Stop):
+        quailora.merge(Checkpoint(model, trust_remote_code=trusted), tmp_path / "start", tmp_path / "dense")
+    assert opened.call_args.kwargs["trust_remote_code"] is trusted
 
 
 def test_a_weight_of_other_bits_is_refused(model: Path, tmp_path: Path) -> None:

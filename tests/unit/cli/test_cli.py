@@ -128,13 +128,16 @@ def test_init_eval_merge_and_convert(run: Ran, checkpoint: Path, corpus: Path, t
     assert json.loads((tmp_path / "converted" / "adapter_config.json").read_text())["r"] == 2
 
 
-def test_options_reach_build_adapter(
-    run: Ran, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build = mock.Mock()
-    build.return_value.summary.return_value = "done"
-    monkeypatch.setattr(pipeline, "build_adapter", build)
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
+    """Stands for `build_adapter`."""
+    found = mock.Mock()
+    found.return_value.summary.return_value = "done"
+    monkeypatch.setattr(pipeline, "build_adapter", found)
+    return found
 
+
+def test_options_reach_build_adapter(run: Ran, build: mock.Mock, checkpoint: Path, tmp_path: Path) -> None:
     def call(*options: str) -> tuple[Any, Any, dict[str, Any]]:
         code, _, err = run("init", checkpoint, "--data", "some.jsonl", "--output", tmp_path / "out", *options)
         assert (code, err) == (0, "")
@@ -278,11 +281,8 @@ def test_options_that_do_not_go_together(
 
 
 def test_a_base_that_an_unfinished_run_has_published_is_not_in_the_way(
-    run: Ran, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Ran, build: mock.Mock, checkpoint: Path, tmp_path: Path
 ) -> None:
-    build = mock.Mock()
-    build.return_value.summary.return_value = "done"
-    monkeypatch.setattr(pipeline, "build_adapter", build)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").touch()
     arguments = ("init", checkpoint, "--data", "some.jsonl", "--output", tmp_path / "out", "--bits", "3")
@@ -361,6 +361,12 @@ def test_a_split_of_a_file_is_an_error(command: str, run: Ran, checkpoint: Path,
     output = () if command == "eval" else ("--output", tmp_path / "out")
     message = one_line(run, command, checkpoint, *output, "--data", corpus, "--split", "train")
     assert f"--split train is of a data set, and {corpus} is a file" in message
+
+
+@pytest.mark.parametrize("rounding", ["calibrated", "nearest"])
+def test_plan_refuses_a_base_that_init_does_not_write(rounding: str, run: Ran, checkpoint: Path) -> None:
+    code, out, err = run("plan", checkpoint, "--quant", "int8", "--rounding", rounding)
+    assert (code, out) == (1, "") and "is not written as a checkpoint" in " ".join(err.split())
 
 
 def test_plan_says_what_refining_the_model_takes(run: Ran, checkpoint: Path) -> None:

@@ -144,3 +144,10 @@ def test_a_weight_that_is_not_finite_is_refused() -> None:
     weight[3, 5] = torch.inf
     with pytest.raises(CheckpointError, match="not finite"):
         GPTQ(4, 32).quantize(weight)
+
+
+def test_a_scale_that_only_fp16_cannot_hold_is_an_error() -> None:
+    """fp16 holds 65500, but scales are rounded to bf16 first, which makes it 65536."""
+    weight = torch.tensor([-131000.0, 65500.0]).repeat(2, 32)
+    with pytest.raises(CheckpointError, match="too large for scales in fp16"):
+        GPTQ(2, 64, True, torch.bfloat16).quantize(weight)
